@@ -1,0 +1,7 @@
+"""Put the scripts and the test helpers on the import path, as an operator's `python3 scripts/x.py` would."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS.parent / "scripts"), str(TESTS)]
