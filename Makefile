@@ -11,7 +11,7 @@ LAYERS_MIN ?= 100
 ARGS ?=
 # Modules that nothing else can vouch for are covered to the last branch.
 LAYERS_0_AND_1 := errors keyfile metrics logs http1 routes auth admission usage cors
-SHELL_FILES = $(shell git ls-files -- '*.sh' .ci/run .ci/venv)
+SHELL_FILES = $(shell find scripts tests deploy bench -name '*.sh' 2>/dev/null) .ci/run .ci/venv
 export PYTHON
 
 # $(call venv,NAME): the Python of the environment that requirements/NAME.txt describes.
@@ -35,7 +35,9 @@ test: ## Run the test suite with branch coverage (ARGS="-k name" hands options t
 
 lint: ## Check format, lint, types and shell scripts
 	@python=$(call venv,lint); bin=$$(dirname "$$python")
-	"$$bin/ruff" format --check .; "$$bin/ruff" check .; "$$python" -m mypy
+	"$$bin/ruff" format --check .
+	"$$bin/ruff" check .
+	"$$python" -m mypy
 	"$$bin/shellcheck" $(SHELL_FILES)
 
 format: ## Rewrite the Python files as `make lint` wants them
