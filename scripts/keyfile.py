@@ -8,33 +8,43 @@ message of its own holds any part of a line: a mistyped line may have the secret
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-UTC = timezone.utc
+T = TypeVar("T")
+
 ROLES = ("infer", "operator")
 # 16 characters keep a guessable word from being a key; 128 keep a field line of the request short.
 SECRET = "[A-Za-z0-9_-]{16,128}"
 # 10,000 lines are about 1.5 MB; anything beyond this is not a keys file.
 FILE_BYTES = 16 << 20
+# A change takes milliseconds; whoever holds the lock for longer has stopped.
+LOCK_WAIT_S = 30.0
+# What keeps a file from being replaced, though it may be written: it is a mount point of its own, its folder is
+# read-only or somebody else's, or its owner could not be given to the new file.
+_NO_REPLACE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 
 _HASHED = re.compile(r"sha256\$([0-9A-Fa-f]{64})")
 _PLAIN = re.compile(SECRET)
 _KEY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
-_NUMBER = re.compile(r"-?[0-9]{1,15}")
+_NUMBER = re.compile(r"[0-9]{1,15}|-[1-9][0-9]{0,14}")
 _BLANKS = re.compile(r"[ \t]+")
 # RFC 3339 with the offset, the seconds and the time of day left out at will. Spelled out, because what
 # datetime.fromisoformat accepts differs between Python 3.10 and 3.11.
 _EXPIRATION = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
-    r"(?:[Tt]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?(?:([Zz])|([+-])([0-9]{2}):?([0-9]{2}))?)?"
+    r"(?:[Tt]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
+    r"(?:[Zz]|([+-])([01][0-9]|2[0-3]):?([0-5][0-9]))?)?"
 )
 
 
@@ -68,7 +78,7 @@ class Parsed:
     distrust: str = ""
 
 
-# Fields
+# Fields and lines
 
 
 def parse_key_id(text: str) -> str:
@@ -84,16 +94,7 @@ def parse_secret(text: str) -> bytes:
         return bytes.fromhex(hashed[1])
     if not _PLAIN.fullmatch(text):
         raise Invalid("a key is 16 to 128 of A-Z a-z 0-9 - _, or sha256$ and 64 hex digits")
-    return digest_of(text)
-
-
-def digest_of(secret: str) -> bytes:
-    return hashlib.sha256(secret.encode()).digest()
-
-
-def parse_rate_limit(text: str) -> int | None:
-    """Requests a minute; empty is None, the gateway's default."""
-    return _whole("the rate limit", 0, 10**9)(text) if text else None
+    return hashlib.sha256(text.encode()).digest()
 
 
 def parse_expiration(text: str) -> datetime:
@@ -101,11 +102,11 @@ def parse_expiration(text: str) -> datetime:
     match = _EXPIRATION.fullmatch(text)
     if not match:
         raise Invalid("an expiration is like 2026-12-31, 2026-12-31T23:59:59Z or 2026-12-31T23:59:59+02:00")
-    *wall, fraction, _, sign, hours, minutes = match.groups(default="0")
+    *wall, fraction, sign, hours, minutes = match.groups(default="0")
     try:
         offset = timedelta(hours=int(hours), minutes=int(minutes))
         year, month, day, hour, minute, second = map(int, wall)
-        at = datetime(year, month, day, hour, minute, second, int(fraction.ljust(6, "0")), UTC)
+        at = datetime(year, month, day, hour, minute, second, int(fraction.ljust(6, "0")), timezone.utc)
         return at + offset if sign == "-" else at - offset
     except (ValueError, OverflowError):
         raise Invalid("the expiration is no date of the calendar") from None
@@ -128,6 +129,7 @@ def _whole(what: str, low: int, high: int) -> Callable[[str], int]:
     return convert
 
 
+parse_rate_limit = _whole("the rate limit", 0, 10**9)
 parse_parallel = _whole("parallel", 1, 10**6)
 parse_priority = _whole("priority", -1000, 1000)
 parse_tokens_per_day = _whole("tokens_per_day", 1, 10**15 - 1)
@@ -138,9 +140,6 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "priority": parse_priority,
     "tokens_per_day": parse_tokens_per_day,
 }
-
-
-# Lines
 
 
 def parse_line(line: str) -> Entry | None:
@@ -155,7 +154,7 @@ def parse_line(line: str) -> Entry | None:
     return Entry(
         parse_key_id(key_id),
         parse_secret(secret),
-        parse_rate_limit(limit),
+        parse_rate_limit(limit) if limit else None,
         parse_expiration(expiration) if expiration else None,
         **_parse_options(words),
     )
@@ -174,36 +173,53 @@ def _parse_options(words: list[str]) -> dict[str, Any]:
     return options
 
 
+# The whole file
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line as it stands, without its newline, and what it means; None is a comment or a blank line."""
+
+    text: str
+    found: Entry | Invalid | None
+
+    @property
+    def secret(self) -> str:
+        """A key line's key as it stands there, plain or hashed."""
+        return _BLANKS.split(self.text.strip(" \t\r"))[0].split(":")[1]
+
+
 def parse(data: bytes) -> Parsed:
     """Parse a whole file. Nothing that is kept holds a secret in plain text."""
     try:
-        text = _decode(data)
+        return _judge(_scan(data))
     except Invalid as error:
         return Parsed((), (), str(error))
-    entries: list[Entry] = []
-    complaints: list[str] = []
-    torn = False
-    for number, _, found in _scan(text):
-        if isinstance(found, Invalid):
-            complaints.append(f"line {number}: {found}")
-        torn = isinstance(found, Invalid)
-        if isinstance(found, Entry):
-            entries.append(found)
-    return Parsed(tuple(entries), tuple(complaints), _distrust(torn, bool(entries), bool(complaints)))
 
 
-def _distrust(last_is_bad: bool, any_good: bool, any_bad: bool) -> str:
-    # The scan ends with what follows the last newline: nothing at all in a whole file.
-    if last_is_bad:
-        return "the last line is torn: it lacks its newline and does not parse"
-    if any_bad and not any_good:
-        return "not one key line is valid"
-    return ""
+def _scan(data: bytes) -> list[Line]:
+    """Parse every line, the part behind the last newline included, which is empty in a whole file."""
+    lines: list[Line] = []
+    first: dict[bytes, int] = {}
+    for number, text in enumerate(_decode(data).split("\n"), 1):
+        found = _found(text)
+        if isinstance(found, Entry) and first.setdefault(found.digest, number) != number:
+            found = Invalid(f"the same key stands in line {first[found.digest]}")
+        lines.append(Line(text, found))
+    return lines
+
+
+def _found(text: str) -> Entry | Invalid | None:
+    try:
+        return parse_line(text)
+    except Invalid as error:
+        return error
 
 
 def _decode(data: bytes) -> str:
     try:
-        text = data.decode()
+        # Some editors begin a file with a byte order mark; it is no part of the first key's id.
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise Invalid("the file is not UTF-8 text") from None
     if "\0" in text:
@@ -211,19 +227,12 @@ def _decode(data: bytes) -> str:
     return text
 
 
-def _scan(text: str) -> Iterator[tuple[int, str, Entry | Invalid | None]]:
-    """Give every line's number, text and meaning, the part behind the last newline included."""
-    first: dict[bytes, int] = {}
-    # Some editors begin a file with a byte order mark; it is no part of the first key's id.
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
-        found: Entry | Invalid | None
-        try:
-            found = parse_line(line)
-        except Invalid as error:
-            found = error
-        if isinstance(found, Entry) and first.setdefault(found.digest, number) != number:
-            found = Invalid(f"the same key stands in line {first[found.digest]}")
-        yield number, line, found
+def _judge(lines: list[Line]) -> Parsed:
+    entries = tuple(line.found for line in lines if isinstance(line.found, Entry))
+    complaints = tuple(f"line {n}: {line.found}" for n, line in enumerate(lines, 1) if isinstance(line.found, Invalid))
+    if isinstance(lines[-1].found, Invalid):
+        return Parsed(entries, complaints, "the last line is torn: it lacks its newline and does not parse")
+    return Parsed(entries, complaints, "not one key line is valid" if complaints and not entries else "")
 
 
 # Reading
@@ -240,15 +249,202 @@ def read(path: Path) -> tuple[bytes, Stamp]:
     """Read the file whole, with the stamp it had before. Raises OSError, also for what is no regular file."""
     # O_NONBLOCK: opening a FIFO must not wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
-        return _read_regular(file.read, status), stamp_of(status)
+        return _read_regular(descriptor, status), stamp_of(status)
+    finally:
+        os.close(descriptor)
 
 
-def _read_regular(read_bytes: Callable[[int], bytes], status: os.stat_result) -> bytes:
+def _read_regular(descriptor: int, status: os.stat_result) -> bytes:
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
-    data = read_bytes(FILE_BYTES + 1)
-    if len(data) > FILE_BYTES:
-        raise OSError(errno.EFBIG, f"larger than {FILE_BYTES} octets")
-    return data
+    data = bytearray()
+    while chunk := os.pread(descriptor, 1 << 20, len(data)):
+        data += chunk
+        if len(data) > FILE_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {FILE_BYTES} octets")
+    return bytes(data)
+
+
+# Editing
+
+
+class Document:
+    """A keys file to be changed: every line in its order, and those that nobody touches as they stand."""
+
+    def __init__(self, data: bytes) -> None:
+        """Raises Invalid where the file as a whole cannot be trusted: a change could bury what is wrong with it."""
+        self.lines = _scan(data)
+        parsed = _judge(self.lines)
+        if parsed.distrust:
+            raise Invalid(parsed.distrust)
+        self.complaints = parsed.complaints
+        # What follows the last newline is a line only where it holds something.
+        if not self.lines[-1].text:
+            self.lines.pop()
+
+    def serialize(self) -> bytes:
+        return "".join(line.text + "\n" for line in self.lines).encode()
+
+    def find(self, key_id: str) -> list[tuple[int, Entry]]:
+        """Where the lines of a key are, and what they say, in the order of the file."""
+        found = ((index, line.found) for index, line in enumerate(self.lines))
+        return [(index, entry) for index, entry in found if isinstance(entry, Entry) and entry.key_id == key_id]
+
+
+def serialize_entry(entry: Entry, secret: str = "") -> Line:
+    """Write a key line; secret is the key as it shall stand there, hashed unless it is given."""
+    limit = "" if entry.rate_limit is None else str(entry.rate_limit)
+    expiration = "" if entry.expires_at is None else serialize_time(entry.expires_at)
+    head = ":".join([entry.key_id, secret or "sha256$" + entry.digest.hex(), limit, expiration]).rstrip(":")
+    bare = Entry(entry.key_id, entry.digest)
+    words = [f"{name}={getattr(entry, name)}" for name in _OPTIONS if getattr(entry, name) != getattr(bare, name)]
+    text = " ".join([head, *words])
+    return Line(text, parse_line(text))
+
+
+def serialize_time(at: datetime) -> str:
+    return at.isoformat().replace("+00:00", "Z")
+
+
+# Rewriting
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[Document], T],
+    *,
+    create: bool = False,
+    replace: Callable[[str, str], None] = os.replace,
+    wait_s: float = LOCK_WAIT_S,
+) -> T:
+    """Let `change` edit the file, alone, and return what it returns; what it raises leaves the file as it was.
+
+    Whoever is killed meanwhile leaves the old file or the new one. Owner and mode stay, a symlink too. create begins an
+    empty file where there is none. Raises OSError, and Invalid where the file cannot be trusted.
+    """
+    target = os.path.realpath(path)
+    if create and not os.path.exists(target):
+        _create(target)
+    with _locked(target, wait_s) as descriptor:
+        status = os.fstat(descriptor)
+        before = _read_regular(descriptor, status)
+        document = Document(before)
+        result = change(document)
+        after = document.serialize()
+        if after == before:
+            return result
+        try:
+            _replace(target, status, after, replace)
+        except OSError as error:
+            if error.errno not in _NO_REPLACE:
+                raise
+            _write_in_place(descriptor, len(before), after)
+    return result
+
+
+def _create(target: str) -> None:
+    with suppress(FileExistsError):
+        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb"):
+            # What root makes is for whom the folder belongs to: the gateway that must read it is seldom root.
+            owner = os.stat(os.path.dirname(target))
+            if os.geteuid() == 0:
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+@contextmanager
+def _locked(target: str, wait_s: float) -> Iterator[int]:
+    """Hold the lock of the file that has this name, and lend its descriptor.
+
+    The lock is on the file itself, so that it holds across mounts. Who has waited for one that was then replaced holds
+    a file that has lost its name, and begins again.
+    """
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        descriptor = os.open(target, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if _is_mine(descriptor, target):
+                yield descriptor
+                return
+        finally:
+            os.close(descriptor)
+        if time.monotonic() >= deadline_s:
+            raise OSError(errno.EAGAIN, "locked by another program")
+        time.sleep(0.01)
+
+
+def _is_mine(descriptor: int, target: str) -> bool:
+    """Try to lock the file; it also has to be the one that bears the name by then."""
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(target))
+    return False
+
+
+def _replace(target: str, status: os.stat_result, data: bytes, replace: Callable[[str, str], None]) -> None:
+    folder, name = os.path.split(target)
+    _sweep(folder, name)
+    temporary = os.path.join(folder, f".{name}.{os.urandom(8).hex()}.tmp")
+    try:
+        _write_new(temporary, status, data)
+        # The lock keeps out only those who ask for it; an editor does not.
+        if stamp_of(os.stat(target)) != stamp_of(status):
+            raise OSError(errno.ESTALE, "changed by another program meanwhile")
+        replace(temporary, target)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+    _sync_folder(folder)
+
+
+def _sweep(folder: str, name: str) -> None:
+    """Remove what a writer who was killed left behind. The lock says that none is at work."""
+    litter = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
+    for other in filter(litter.fullmatch, os.listdir(folder)):
+        with suppress(OSError):
+            os.unlink(os.path.join(folder, other))
+
+
+def _write_new(path: str, like: os.stat_result, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fchown(descriptor, like.st_uid, like.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: str) -> None:
+    # The new file is in force by now. Some network file systems cannot sync a folder.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_in_place(descriptor: int, old_bytes: int, data: bytes) -> None:
+    """Overwrite the file in steps between which it is whole: grow by blank lines, overwrite at one go, cut the rest.
+
+    A full disk is noticed at the first step, which can be taken back.
+    """
+    padding = len(data) - old_bytes
+    if padding > 0:
+        try:
+            _write_at(descriptor, b"\n" * padding, old_bytes)
+        except OSError:
+            os.ftruncate(descriptor, old_bytes)
+            raise
+    _write_at(descriptor, data + b"\n" * -padding, 0)
+    os.ftruncate(descriptor, len(data))
+    os.fsync(descriptor)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
