@@ -1,0 +1,195 @@
+"""What the end-to-end tests talk to: a real llama-server, the gateway in front of it, and a few ways to watch both."""
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parent.parent / "scripts"
+START_S = 60.0
+STOP_S = 15.0
+SLOT_FREE_S = 2.5  # from a reader's leaving to its slot's being free
+TEAM_KEY = "sk-e2e-team-0123456789abcdef"
+OPERATOR_KEY = "sk-e2e-operator-0123456789abcdef"
+KEYS_FILE = f"team:{TEAM_KEY}:1000000\nops:{OPERATOR_KEY}:1000000 role=operator\n"
+ENDLESS = 1_000_000  # max_tokens of an answer that only its reader ends
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def eventually(
+    read: Callable[[], Value], wanted: Callable[[Value], bool], within_s: float, every_s: float = 0.02
+) -> Value:
+    """Read until the value is the wanted one; raise AssertionError with the last value where it never is."""
+    deadline_s = time.monotonic() + within_s
+    while True:
+        value = read()
+        if wanted(value):
+            return value
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise AssertionError(f"still {value!r} after {within_s} s")
+        time.sleep(min(every_s, left_s))
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def fetch(url: str, key: str | None = None, body: object = None) -> tuple[int, bytes]:
+    """One request by the standard library on a connection of its own; status and body, whatever the status."""
+    headers = {"Content-Type": "application/json"} | (bearer(key) if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return int(answer.status), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return int(error.code), error.read()
+    except OSError:
+        return 0, b""
+
+
+class Process:
+    """A server of ours on a loopback port, its output in a file, ended by its process id."""
+
+    name = "process"
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / f"{self.name}-{port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command(), env=self.environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+        eventually(self.is_ready, bool, START_S)
+
+    def is_ready(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{self.log.read_text()[-4000:]}")
+        return fetch(f"{self.url}/health")[0] == 200
+
+    def end(self, signal_number: int) -> int:
+        """Send the signal and return the exit status; kill what does not heed it."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        try:
+            return self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(STOP_S)
+            raise
+        finally:
+            self.process = None
+
+
+class LlamaServer(Process):
+    """llama-server with the tiny model; context shift on, so that an answer ends at max_tokens and not before."""
+
+    name = "llama-server"
+
+    def __init__(self, folder: Path, binary: str, model: Path, slots: int) -> None:
+        super().__init__(folder, free_port())
+        self.binary, self.model, self.slot_count = binary, model, slots
+        self.key = "gateway-" + secrets.token_urlsafe(32)
+        self.key_file = folder / f"backend-key-{self.port}"
+        self.key_file.write_text(self.key + "\n")
+
+    def command(self) -> list[str]:
+        options = (
+            f"--host 127.0.0.1 --port {self.port} --parallel {self.slot_count} --ctx-size {self.slot_count * 1024}"
+        )
+        flags = "--alias tiny --metrics --slots --embeddings --pooling mean --context-shift --threads 1 --no-webui"
+        return [self.binary, "-m", str(self.model), "--api-key-file", str(self.key_file), *f"{options} {flags}".split()]
+
+    def environment(self) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "AIP_"))}
+
+    def busy(self) -> int:
+        """How many slots work at this moment."""
+        status, body = fetch(f"{self.url}/slots", self.key)
+        assert status == 200, body
+        return sum(slot["is_processing"] for slot in json.loads(body))
+
+    def all_free(self, within_s: float = SLOT_FREE_S) -> None:
+        """Wait until no slot works, looking less than once a second.
+
+        llama-server finds out that the reader of a whole (not streamed) answer has left only after a second in which it
+        had no result for anybody, and each look at /slots is a result: to look faster is to keep the slot busy.
+        """
+        eventually(self.busy, lambda busy: busy == 0, within_s, every_s=1.1)
+
+    def counters(self) -> dict[str, float]:
+        """llama-server's own metrics, without their prefix."""
+        _, body = fetch(f"{self.url}/metrics", self.key)
+        lines = [line for line in body.decode().splitlines() if line.startswith("llamacpp:")]
+        return {name.removeprefix("llamacpp:"): float(value) for name, value in map(str.split, lines)}
+
+
+class Gateway(Process):
+    """scripts/gateway.py in front of a LlamaServer, with a keys file of two keys."""
+
+    name = "gateway"
+
+    def __init__(self, folder: Path, backend: LlamaServer, **settings: str) -> None:
+        super().__init__(folder, free_port())
+        keys_file = folder / f"keys-{self.port}.txt"
+        keys_file.write_text(KEYS_FILE)
+        self.access_log = folder / f"access-{self.port}.log"
+        self.settings = {
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            "PORT_BACKEND": str(backend.port),
+            "BACKEND_API_KEY": backend.key,
+            "DATA_DIR": str(folder),
+            "AUTH_KEYS_FILE": str(keys_file),
+            "USAGE_FILE": str(folder / f"usage-{self.port}.db"),
+            "ACCESS_LOG": str(self.access_log),
+        } | settings
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(SCRIPTS / "gateway.py")]
+
+    def environment(self) -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"} | self.settings
+
+
+def running(server: Process) -> Iterator[Any]:
+    """Start the server, hand it to a fixture's user, stop it; whatever ends badly fails with its log."""
+    server.start()
+    try:
+        yield server
+    finally:
+        status = server.end(signal.SIGTERM)
+    said = server.log.read_text()
+    assert status == 0, f"{server.name} ended with {status}:\n{said[-4000:]}"
+    assert "Traceback" not in said, said[-4000:]
