@@ -4,6 +4,7 @@ One catalogue of kinds, one exception that carries a kind to the one place that 
 backend answers, its errors included, never comes through here.
 """
 
+import enum
 import json
 from dataclasses import dataclass
 
@@ -97,9 +98,27 @@ VERSION_NOT_SUPPORTED = Kind(
 CATALOGUE: tuple[Kind, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Kind))
 
 
-def envelope(error: GatewayError, *, anthropic: bool = False) -> bytes:
-    """Serialize an error as the JSON body that the route's own clients parse (OpenAI's shape, or Anthropic's)."""
-    body: dict[str, object] = {"type": error.kind.type, "message": error.message}
-    if anthropic:
+class Dialect(enum.Enum):
+    """Whose shape of errors and events a route's clients parse."""
+
+    OPENAI = "openai"
+    RESPONSES = "responses"  # OpenAI's /v1/responses: its stream has typed events
+    ANTHROPIC = "anthropic"
+
+
+def envelope(error: GatewayError, dialect: Dialect = Dialect.OPENAI) -> bytes:
+    """The JSON body of an error answer."""
+    body: dict[str, object] = {"message": error.message, "type": error.kind.type}
+    if dialect is Dialect.ANTHROPIC:
         return json.dumps({"type": "error", "error": body}).encode()
     return json.dumps({"error": {**body, "param": None, "code": error.kind.code}}).encode()
+
+
+def event(error: GatewayError, dialect: Dialect) -> bytes:
+    """The same error as one server-sent event, for a stream whose head has gone out."""
+    if dialect is Dialect.OPENAI:
+        return b"data: " + envelope(error) + b"\n\n"
+    if dialect is Dialect.ANTHROPIC:
+        return b"event: error\ndata: " + envelope(error, dialect) + b"\n\n"
+    body = {"type": "error", "code": error.kind.code, "message": error.message, "param": None}
+    return b"event: error\ndata: " + json.dumps(body).encode() + b"\n\n"

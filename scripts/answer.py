@@ -1,0 +1,174 @@
+"""The client's side of one response: its head exactly once, then a body in the framing that this client understands.
+
+Every response goes out through here, relayed or made by the gateway, so that no field can be on one kind and missing on
+the other, and no second status line can follow a first.
+"""
+
+import time
+from email.utils import formatdate
+from http import HTTPStatus
+
+from errors import Dialect, Fields, GatewayError, envelope, event
+from http1 import (
+    CRLF,
+    HOP_BY_HOP,
+    LAST_CHUNK,
+    UNTIL_CLOSE,
+    Body,
+    ChunkedBody,
+    Framing,
+    ResponseHead,
+    connection_options,
+    encode_chunk,
+)
+from wire import ClientWire
+
+# Not the backend's to tell a client of the gateway: its own origin policy, and an id that is not the request's.
+_NOT_PASSED = HOP_BY_HOP | {
+    b"access-control-allow-origin",
+    b"access-control-allow-credentials",
+    b"access-control-allow-headers",
+    b"access-control-allow-methods",
+    b"access-control-expose-headers",
+    b"access-control-max-age",
+    b"x-request-id",
+}
+
+
+def is_event_stream(head: ResponseHead) -> bool:
+    types = head.known.get(b"content-type")
+    return types is not None and types[0].lower().startswith(b"text/event-stream")
+
+
+class Answer:
+    """One response to one request. `keep_alive` may be taken back until the head is out, never granted later."""
+
+    __slots__ = (
+        "_chunked",
+        "_client",
+        "_fields",
+        "_minor",
+        "_sized",
+        "_verbatim",
+        "dialect",
+        "is_stream",
+        "keep_alive",
+        "method",
+        "started",
+        "status",
+    )
+
+    def __init__(self, client: ClientWire, *, method: bytes, minor: int, keep_alive: bool) -> None:
+        self._client = client
+        self._minor = minor
+        self._fields = b""
+        self._chunked = self._sized = self._verbatim = False
+        self.method = method
+        self.keep_alive = keep_alive
+        self.dialect = Dialect.OPENAI
+        self.started = False
+        self.is_stream = False  # a text/event-stream, whose events may end with one of ours
+        self.status = 0
+
+    def add(self, fields: Fields) -> None:
+        """Fields that the head will carry whatever the answer is: request id, CORS, rate limits."""
+        for name, value in fields:
+            self._fields += name + b": " + value + CRLF
+
+    # --- Heads ---
+
+    def begin_relayed(self, head: ResponseHead, framing: Framing) -> bytes:
+        """The head for a relayed response; `write` sends it together with the first of the body."""
+        dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
+        lines = [b"HTTP/1.1 ", head.status_line, CRLF]
+        for name, value in head.fields:
+            if name.lower() not in dropped:
+                lines += (name, b": ", value, CRLF)
+        self.is_stream = is_event_stream(head)
+        self._frame(framing)
+        self._verbatim = framing.chunked and self._chunked
+        return self._begin(head.status, b"".join(lines))
+
+    def begin_stream(self) -> None:
+        """Begin an event stream before the backend has said anything."""
+        self.is_stream = True
+        self._frame(UNTIL_CLOSE)
+        self.write(self._begin(200, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"))
+
+    def _frame(self, framing: Framing) -> None:
+        """Decide the client's framing: HTTP/1.0 has no chunks, so a body of unknown length ends with the connection."""
+        self._sized = framing.length is not None
+        self._chunked = not self._sized and self._minor == 1
+        if not self._sized and not self._chunked:
+            self.keep_alive = False
+
+    def _begin(self, status: int, head: bytes) -> bytes:
+        self.status = status
+        if self._chunked:
+            head += b"Transfer-Encoding: chunked\r\n"
+        if not self.keep_alive:
+            head += b"Connection: close\r\n"
+        elif self._minor == 0:
+            head += b"Connection: keep-alive\r\n"
+        return head + self._fields + CRLF
+
+    def write(self, data: bytes) -> None:
+        """Write the head, with whatever follows it already; from here on there is no way back."""
+        self.started = True
+        self._client.write(data)
+
+    # --- Bodies ---
+
+    def encode(self, body: Body, data: bytes, payload: bytes) -> bytes:
+        """What to write for `data`, just fed to the backend's `body`, which found `payload` in it."""
+        if self._verbatim and isinstance(body, ChunkedBody):
+            passed = data if body.passable == len(data) else data[: body.passable]
+            return passed + CRLF if body.done else passed
+        if not self._chunked:
+            return payload
+        return encode_chunk(payload) + LAST_CHUNK if body.done else encode_chunk(payload)
+
+    def continues(self, head: ResponseHead, body: Body) -> bool:
+        """Whether the backend's answer can go on in the stream that the gateway began; its chunks pass as they are."""
+        self._verbatim = self._chunked and isinstance(body, ChunkedBody)
+        return head.status == HTTPStatus.OK and is_event_stream(head)
+
+    def end_of_close_delimited(self) -> bytes:
+        return LAST_CHUNK if self._chunked else b""
+
+    def send_event(self, text: bytes) -> None:
+        """Write one event, or comment, of the gateway's own into a stream that it has begun."""
+        self._client.write(encode_chunk(text) if self._chunked else text)
+
+    # --- Whole answers of the gateway's own ---
+
+    def send(self, status: int, content_type: bytes, payload: bytes, fields: Fields = ()) -> None:
+        """Answer with a whole response (RFC 9110 section 6.6.1: with a Date)."""
+        self._sized, self._chunked = True, False
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {formatdate(time.time(), usegmt=True)}\r\n"]
+        if content_type:
+            lines.append(f"Content-Type: {content_type.decode()}\r\n")
+        if status != HTTPStatus.NO_CONTENT:
+            lines.append(f"Content-Length: {len(payload)}\r\n")
+        self.add(fields)
+        head = self._begin(status, "".join(lines).encode())
+        self.write(head if self.method == b"HEAD" else head + payload)
+
+    def send_error(self, error: GatewayError) -> None:
+        """Answer with an error; where a stream has begun, with its one error event and the stream's end."""
+        if self.started:
+            self.send_event(event(error, self.dialect))
+            self._client.write(self.end_of_close_delimited())
+            return
+        fields = error.fields
+        if error.retry_after_s is not None:
+            fields += ((b"Retry-After", b"%d" % error.retry_after_s),)
+        if error.kind.closes:
+            self.keep_alive = False
+        self.send(error.kind.status, b"application/json", envelope(error, self.dialect), fields)
+
+    def truncate(self, error: GatewayError | None, *, at_event: bool, flush_s: float) -> None:
+        """End an answer that cannot be completed, so that the client sees that; `error` says why where there is room."""
+        if error is not None and self.is_stream and at_event:
+            self.send_event(event(error, self.dialect))
+        self._client.truncate(reset=not self._sized and not self._chunked, flush_s=flush_s)

@@ -1,0 +1,218 @@
+"""The record of one request, and the one place that observes it.
+
+An Exchange is filled as the request moves; `Observer.observe` runs once at its end and is the only code that counts
+requests or writes an access line, so that the two always agree and refusals are in both.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+
+from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED, GatewayError, Kind
+from http1 import RequestHead
+from logs import AccessLog, timestamp
+from metrics import Counter, Histogram, Registry
+from routes import UNROUTED, Route
+from usage import Tokens
+
+_SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._~+/=:@-]{0,127}")
+# Answered to nobody: what logs and counters say of a client that left before it was answered, as nginx has it.
+CLIENT_CLOSED_REQUEST = 499
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 5.0)
+TOKENS_PER_SECOND = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 5120.0, 10240.0)
+CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
+
+NO_TOKENS = Tokens(0, 0, 0, 0.0, 0.0)
+
+
+class Stage:
+    """How far a request has come; also the `phase` of gateway_cancelled_total."""
+
+    READING_HEAD = "reading_head"
+    AUTHENTICATING = "authenticating"
+    READING_BODY = "reading_body"
+    QUEUED = "queued"
+    AWAITING_RESPONSE = "awaiting_response"
+    STREAMING = "streaming"
+    DONE = "done"
+
+
+class Outcome:
+    DONE = "done"
+    TRUNCATED = "truncated"
+    CANCELLED = "cancelled"
+    REFUSED = "refused"
+    TIMED_OUT = "timed_out"
+
+
+class RequestIds:
+    """Ids for requests that bring none worth keeping: unique across processes, cheap to make."""
+
+    def __init__(self) -> None:
+        self._prefix = "req-" + secrets.token_hex(6) + "-"
+        self._count = count(1)
+
+    def of(self, head: RequestHead | None) -> str:
+        given = None if head is None else head.known.get(b"x-request-id")
+        if given is not None and len(given) == 1 and _SANE_ID.fullmatch(given[0]):
+            return given[0].decode("ascii")
+        return f"{self._prefix}{next(self._count)}"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request and what became of it. Times are monotonic seconds, 0 = not reached."""
+
+    id: str
+    peer: str
+    started_s: float
+    head: RequestHead | None = None
+    route: Route = UNROUTED
+    key_id: str = "-"
+    stage: str = Stage.READING_HEAD
+    outcome: str = Outcome.DONE
+    status: int = 0
+    backend_status: int = 0
+    error: GatewayError | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+    queued_s: float = 0.0
+    admitted_s: float = 0.0
+    first_byte_s: float = 0.0
+    ended_s: float = 0.0
+    events: int = 0
+    tokens: Tokens | None = None
+
+    @property
+    def queue_wait_s(self) -> float:
+        return self.admitted_s - self.queued_s if self.admitted_s else 0.0
+
+
+class Metrics:
+    """Every series that counts requests, registered once."""
+
+    def __init__(self, registry: Registry) -> None:
+        def counter(name: str, words: str, labels: tuple[str, ...] = ()) -> Counter:
+            return registry.register(Counter(f"gateway_{name}", words, labels))
+
+        def histogram(name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
+            return registry.register(Histogram(f"gateway_{name}", words, buckets))
+
+        self.requests = counter("requests_total", "Requests, by route and by the status sent.", ("route", "code"))
+        self.duration = histogram("request_duration_seconds", "From the head's last byte to the end.", SECONDS)
+        self.queue_wait = histogram("queue_wait_seconds", "Waiting for a slot of the backend.", SECONDS)
+        self.first_byte = histogram("time_to_first_byte_seconds", "From the head's last byte to the answer.", SECONDS)
+        self.gap = histogram("inter_event_gap_seconds", "Mean time between two events, once a stream.", GAP_SECONDS)
+        self.tokens = counter("tokens_total", "Tokens; cached ones are part of the prompt's.", ("type",))
+        self.prompt_speed = histogram("prompt_tokens_per_second", "Prompt processing.", TOKENS_PER_SECOND)
+        self.generation_speed = histogram("generation_tokens_per_second", "Generation.", TOKENS_PER_SECOND)
+        self.cached = histogram("cached_prompt_tokens", "Prompt tokens found in the cache, a request.", CACHED_TOKENS)
+        self.queue_rejections = counter("queue_rejections_total", "Requests that found the queue full.")
+        self.cancelled = counter("cancelled_total", "Requests whose client left, by stage.", ("phase",))
+        self.bytes_sent = counter("bytes_sent_total", "Octets written to clients in answers.")
+        self.unauthorized = counter("unauthorized_total", "Requests refused for their credential.")
+        self.rate_limited = counter("rate_limited_total", "Requests refused for their key's rate or quota.")
+
+
+class Observer:
+    """Counts every exchange once and writes its access line once."""
+
+    def __init__(self, metrics: Metrics, access_log: AccessLog | None, *, as_json: bool, clock: Callable[[], float]):
+        self._metrics = metrics
+        self._access_log = access_log
+        self._line = json_line if as_json else text_line
+        self._clock = clock
+
+    def observe(self, exchange: Exchange) -> None:
+        self._count(exchange)
+        if exchange.tokens is not None:
+            self._count_tokens(exchange, exchange.tokens)
+        if self._access_log is not None:
+            self._access_log.write(self._line(exchange, timestamp(self._clock())))
+
+    def _count(self, exchange: Exchange) -> None:
+        metrics = self._metrics
+        metrics.requests.inc((exchange.route.label, str(exchange.status)))
+        metrics.duration.observe(exchange.ended_s - exchange.started_s)
+        metrics.bytes_sent.inc((), exchange.bytes_out)
+        if exchange.first_byte_s:
+            metrics.first_byte.observe(exchange.first_byte_s - exchange.started_s)
+        if exchange.admitted_s:
+            metrics.queue_wait.observe(exchange.admitted_s - exchange.queued_s)
+        if exchange.events > 1:
+            metrics.gap.observe((exchange.ended_s - exchange.first_byte_s) / (exchange.events - 1))
+        if exchange.outcome is Outcome.CANCELLED:
+            metrics.cancelled.inc((exchange.stage,))
+        if exchange.error is not None:
+            self._count_refusal(exchange.error.kind)
+
+    def _count_refusal(self, kind: Kind) -> None:
+        if kind is INVALID_API_KEY:
+            self._metrics.unauthorized.inc()
+        elif kind in (RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED):
+            self._metrics.rate_limited.inc()
+        elif kind is QUEUE_FULL:
+            self._metrics.queue_rejections.inc()
+
+    def _count_tokens(self, exchange: Exchange, tokens: Tokens) -> None:
+        metrics = self._metrics
+        metrics.tokens.inc(("prompt",), tokens.prompt)
+        metrics.tokens.inc(("cached",), tokens.cached)
+        metrics.tokens.inc(("completion",), tokens.completion)
+        metrics.cached.observe(tokens.cached)
+        if tokens.prompt_ms > 0:
+            metrics.prompt_speed.observe((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
+        if tokens.predicted_ms > 0:
+            metrics.generation_speed.observe(tokens.completion * 1000 / tokens.predicted_ms)
+
+
+# --- The access line: no prompt, no query string, no key ---
+
+
+def text_line(exchange: Exchange, stamp: str) -> str:
+    """`ts | key | METHOD /path | status`, then name=value words. No part can hold a blank or a control byte."""
+    x, tokens = exchange, exchange.tokens or NO_TOKENS
+    method, path = (x.head.method, x.head.target.partition(b"?")[0]) if x.head else (b"-", b"-")
+    return (
+        f"{stamp} | {x.key_id} | {method.decode('ascii')} {path.decode('ascii')} | {x.status}"
+        f" | id={x.id} peer={x.peer} route={x.route.label} backend_status={x.backend_status} outcome={x.outcome}"
+        f" stage={x.stage} bytes_in={x.bytes_in} bytes_out={x.bytes_out} queue_ms={_ms(x.queue_wait_s)}"
+        f" first_byte_ms={_ms(x.first_byte_s - x.started_s) if x.first_byte_s else 0}"
+        f" total_ms={_ms(x.ended_s - x.started_s)} prompt_tokens={tokens.prompt} cached_tokens={tokens.cached}"
+        f" completion_tokens={tokens.completion}"
+    )
+
+
+def json_line(exchange: Exchange, stamp: str) -> str:
+    x, tokens = exchange, exchange.tokens or NO_TOKENS
+    return json.dumps(
+        {
+            "ts": stamp,
+            "id": x.id,
+            "key": x.key_id,
+            "peer": x.peer,
+            "method": x.head.method.decode("ascii") if x.head else "-",
+            "route": x.route.label,
+            "status": x.status,
+            "backend_status": x.backend_status,
+            "outcome": x.outcome,
+            "stage": x.stage,
+            "bytes_in": x.bytes_in,
+            "bytes_out": x.bytes_out,
+            "queue_ms": _ms(x.queue_wait_s),
+            "first_byte_ms": _ms(x.first_byte_s - x.started_s) if x.first_byte_s else 0,
+            "total_ms": _ms(x.ended_s - x.started_s),
+            "prompt_tokens": tokens.prompt,
+            "cached_tokens": tokens.cached,
+            "completion_tokens": tokens.completion,
+        }
+    )
+
+
+def _ms(seconds: float) -> int:
+    return int(seconds * 1000 + 0.5)

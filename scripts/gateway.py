@@ -1,0 +1,233 @@
+#!/usr/bin/env python3
+"""The gateway's process: it listens, keeps the connections, and ends in order.
+
+`python3 gateway.py` reads its settings from the environment (docs/CONFIGURATION.md); `--check-config` prints them and
+exits. The supervisor runs it; so may anybody who has a llama-server already.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import config
+import logs
+from config import Config, ConfigError
+from errors import DRAINING, TOO_MANY_CONNECTIONS, GatewayError, PeerGone
+from exchange import Stage
+from parts import Parts
+from request import Request
+from wire import ClientWire
+
+log = logging.getLogger("gateway")
+
+EXIT_SETTINGS = 2
+EXIT_CANNOT_START = 5
+_BACKLOG = 4096
+_PUBLIC_ONLY_CONNECTIONS = 16
+
+
+class Gateway:
+    """Every client's connection, from accept to close; what happens to a request is `Request`'s."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
+        self._public_only: set[ClientWire] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+        self._server: asyncio.Server | None = None
+        self._background: list[asyncio.Task[None]] = []
+        parts.drain = self.drain
+
+    async def start(self) -> int:
+        """Listen, and return the port. Raises OSError where the address cannot be had."""
+        listen = self._parts.config.listen
+        self._server = await asyncio.start_server(
+            self._accept, listen.host, listen.port, backlog=_BACKLOG, ssl=self._parts.tls, reuse_address=True
+        )
+        self._parts.deadlines.start()
+        self._background = [
+            asyncio.ensure_future(self._parts.readiness.watch()),
+            asyncio.ensure_future(self._parts.watch_keys()),
+        ]
+        return int(self._server.sockets[0].getsockname()[1])
+
+    # --- Connections ---
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        client = ClientWire(writer, self._parts.deadlines, self._parts.config.limits)
+        connections = self._parts.exchanges
+        if len(connections) >= self._parts.config.queue.max_connections:
+            self._make_room(client)
+        connections[client] = None
+        self._idle[client] = None
+        task = asyncio.get_running_loop().create_task(self._serve(client))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _make_room(self, newcomer: ClientWire) -> None:
+        """At the bound, the connection that has idled longest goes; where none idles, the newcomer may only be public."""
+        for client in self._idle:
+            if not client.has_unread:
+                del self._idle[client]
+                client.interrupt(PeerGone())
+                return
+        self._public_only.add(newcomer)
+
+    async def _serve(self, client: ClientWire) -> None:
+        """Serve one connection's requests, in order."""
+        try:
+            if len(self._public_only) > _PUBLIC_ONLY_CONNECTIONS and client in self._public_only:
+                self._refuse(client, GatewayError(TOO_MANY_CONNECTIONS))
+                return
+            timeouts = self._parts.config.timeouts
+            idle_s = timeouts.client_header_s
+            while await self._serve_one(client, idle_s):
+                idle_s = timeouts.keepalive_s
+        finally:
+            self._idle.pop(client, None)
+            self._public_only.discard(client)
+            del self._parts.exchanges[client]
+
+    async def _serve_one(self, client: ClientWire, idle_s: float) -> bool:
+        """Read and serve one request; return whether another may follow."""
+        self._idle[client] = None
+        try:
+            head = await client.read_head(idle_s, self._parts.config.timeouts.client_header_s)
+        except PeerGone:
+            self._leave(client)
+            return False
+        except GatewayError as error:
+            self._refuse(client, error)
+            return False
+        finally:
+            self._idle.pop(client, None)
+        request = Request(self._parts, client, head, public_only=client in self._public_only)
+        self._parts.exchanges[client] = request.exchange
+        if await request.run():
+            self._parts.exchanges[client] = None
+            return True
+        request.close()
+        return False
+
+    def _refuse(self, client: ClientWire, error: GatewayError) -> None:
+        """Answer what never became a request."""
+        request = Request(self._parts, client, None, public_only=False)
+        request.refuse(error)
+        request.finish()
+        request.close()
+
+    def _leave(self, client: ClientWire) -> None:
+        """A connection ends between requests, or its client left in the middle of a head."""
+        if client.has_unread:
+            request = Request(self._parts, client, None, public_only=False)
+            request.cancel()
+            request.finish()
+        client.abort()
+
+    # --- The end ---
+
+    def drain(self) -> None:
+        """Accept nothing more, refuse who waits, let streams finish within DRAIN_TIMEOUT."""
+        if self._parts.draining:
+            return
+        log.info("draining: %d connections, %d requests at work", len(self._parts.exchanges), self._parts.gate.active)
+        self._parts.draining = True
+        if self._server is not None:
+            self._server.close()
+        for client in tuple(self._idle):
+            if not client.has_unread:
+                client.interrupt(PeerGone())
+        for client, exchange in self._parts.exchanges.items():
+            if exchange is not None and exchange.stage is Stage.QUEUED:
+                client.interrupt(GatewayError(DRAINING))
+        self._background.append(asyncio.ensure_future(self._finish()))
+
+    async def _finish(self) -> None:
+        """Wait for what is under way; cut what is left when the time is up."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._parts.config.supervision.drain_timeout_s)
+        for client in self._parts.exchanges:
+            client.interrupt(GatewayError(DRAINING))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=1.0)
+        self._ended.set()
+
+    def stop(self) -> None:
+        """End at once (a second signal)."""
+        self._ended.set()
+
+    async def run_until_ended(self) -> None:
+        await self._ended.wait()
+
+    async def close(self) -> None:
+        """Give everything back; nothing is left running."""
+        if self._server is not None:
+            self._server.close()
+        for task in (*self._background, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
+        for wire in self._parts.deadlines:
+            wire.abort()
+        await self._parts.close()
+
+
+# --- The process ---
+
+
+async def serve(settings: Config) -> int:
+    """Run the gateway until it is told to stop; return the exit status."""
+    parts = Parts(settings)
+    gateway = Gateway(parts)
+    parts.reload()
+    loop = asyncio.get_running_loop()
+
+    def terminate() -> None:
+        gateway.stop() if parts.draining else gateway.drain()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, terminate)
+    loop.add_signal_handler(signal.SIGHUP, parts.reload)
+    try:
+        port = await gateway.start()
+    except OSError as error:
+        log.error("cannot listen on %s port %d: %s", settings.listen.host, settings.listen.port, error.strerror)
+        await gateway.close()
+        return EXIT_CANNOT_START
+    log.info("version %s listens on %s port %d", parts.version, settings.listen.host, port)
+    try:
+        await gateway.run_until_ended()
+    finally:
+        await gateway.close()
+    log.info("stopped")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The gateway in front of one llama-server.")
+    parser.add_argument("--check-config", action="store_true", help="print every setting and where it comes from, then exit")
+    arguments = parser.parse_args(argv)
+    if arguments.check_config:
+        return config.check_config(os.environ, sys.stdout)
+    try:
+        settings = config.load_config(os.environ)
+    except ConfigError as error:
+        for complaint in error.complaints:
+            print(f"gateway: {complaint}", file=sys.stderr)
+        return EXIT_SETTINGS
+    logs.setup("gateway", settings.log.level, settings.log.format)
+    for warning in settings.warnings:
+        log.warning("%s", warning)
+    with contextlib.suppress(KeyboardInterrupt):
+        return asyncio.run(serve(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

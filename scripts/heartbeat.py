@@ -1,0 +1,60 @@
+"""Signs of life for a client that asked for a stream and hears nothing: queued, model loading, or deferred.
+
+Proxies cut a connection that is silent for 100 s or so. A request that did not ask for a stream is never answered
+early; one that did gets its head and a comment line each interval until the backend's first byte.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from math import inf
+
+from answer import Answer
+from errors import Dialect
+from wire import ClientWire
+
+_ANTHROPIC_PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+
+
+class Heartbeat:
+    """Beats on a client's wire until stopped. `position` tells a waiter's place in the queue, 0 where it has none."""
+
+    def __init__(
+        self, client: ClientWire, answer: Answer, body: Sequence[bytes], interval_s: float, position: Callable[[], int]
+    ) -> None:
+        self._client = client
+        self._answer = answer
+        self._body = body
+        self._interval_s = interval_s
+        self._position = position
+
+    def start(self, now_s: float) -> None:
+        if self._interval_s and self._answer.method == b"POST":
+            self._client.on_beat = self._beat
+            self._client.beat_s = now_s + self._interval_s
+
+    def stop(self) -> None:
+        self._client.beat_s = inf
+        self._client.on_beat = None
+
+    def _beat(self, now_s: float) -> None:
+        if not self._answer.started:
+            if not asks_for_stream(self._body):
+                self.stop()
+                return
+            self._answer.begin_stream()
+        self._client.beat_s = now_s + self._interval_s
+        self._answer.send_event(self._sign())
+
+    def _sign(self) -> bytes:
+        if self._answer.dialect is Dialect.ANTHROPIC:
+            return _ANTHROPIC_PING
+        position = self._position()
+        return b": queued %d\n\n" % position if position else b": waiting\n\n"
+
+
+def asks_for_stream(body: Sequence[bytes]) -> bool:
+    """Whether a JSON request body says `"stream": true`. Parsed only once a client has waited, not for each request."""
+    try:
+        return json.loads(b"".join(body)).get("stream") is True
+    except (ValueError, AttributeError, RecursionError):
+        return False

@@ -1,0 +1,532 @@
+"""HTTP/1.1 grammar, framing and field rules over bytes (RFC 9110, RFC 9112). No I/O, nothing here ever awaits.
+
+Strict by decision: CRLF only (no bare LF or CR), no folded lines, origin-form targets only (and `*` for OPTIONS), exactly
+one Host, at most one Content-Length of digits or one Transfer-Encoding that is exactly `chunked`. Whatever two parsers
+could read in two ways is refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from errors import (
+    BACKEND_MALFORMED,
+    BAD_REQUEST,
+    EXPECTATION_FAILED,
+    HEADER_FIELDS_TOO_LARGE,
+    PAYLOAD_TOO_LARGE,
+    URI_TOO_LONG,
+    VERSION_NOT_SUPPORTED,
+    Fields,
+    GatewayError,
+    Kind,
+)
+
+CRLF = b"\r\n"
+HEAD_END = b"\r\n\r\n"
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+# RFC 9110 section 5.6.2. A dict of fields would lose order and duplicates, and with them what the client said.
+_TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_CONTROLS = bytes([*range(0x00, 0x09), *range(0x0A, 0x20), 0x7F])  # all but HTAB, RFC 9110 section 5.5
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])")  # `#` is no part of a target
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?)")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=\-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_DIGITS = re.compile(rb"[0-9]{1,19}")
+_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
+_EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
+_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:" + _EXTENSION + rb")*")
+_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_CHUNK_LINE_BYTES = 1024  # room for any extension seen in the wild, none for a parser to be starved with
+_TRAILER_BYTES = 8192
+
+# The fields that somebody in the gateway reads; `known` indexes these and no others.
+_READ = frozenset(
+    b"host content-length transfer-encoding connection expect content-type content-encoding authorization x-api-key"
+    b" api-key origin access-control-request-method access-control-request-headers x-request-id accept keep-alive".split()
+)
+# RFC 9110 section 7.6.1, and the fields that this gateway frames or answers itself.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer transfer-encoding"
+    b" upgrade http2-settings".split()
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what a peer may send, in octets (`headers`: in lines). CRLF does not count towards a line."""
+
+    request_line_bytes: int = 8192
+    header_line_bytes: int = 8192
+    headers: int = 64
+    body_bytes: int = 10 << 20
+    response_head_bytes: int = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class RequestHead:
+    """A request's head as it came: `fields` are (name, value) in wire order, names as spelt, values without OWS."""
+
+    method: bytes
+    target: bytes
+    minor: int  # HTTP/1.<minor>
+    fields: Fields
+    known: Mapping[bytes, Sequence[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A response's head as it came; `status_line` is what follows the version, such as `b"200 OK"`."""
+
+    status: int
+    status_line: bytes
+    minor: int
+    fields: Fields
+    known: Mapping[bytes, Sequence[bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How a body ends: after `length` octets, with its last chunk, or (neither) when the sender closes."""
+
+    length: int | None = None
+    chunked: bool = False
+
+
+NO_BODY = Framing(length=0)
+CHUNKED = Framing(chunked=True)
+UNTIL_CLOSE = Framing()
+
+
+# --- Finding the end of a head while it still arrives ---
+
+
+class HeadScanner:
+    """Look for the end of one request head in a growing buffer, in time linear in its length.
+
+    Limits hold while the head is incomplete, so that nobody has to send the end of an endless line to be refused.
+    """
+
+    __slots__ = ("_limits", "_line_start", "_lines", "_searched")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.reset()
+
+    def reset(self) -> None:
+        self._searched = 0
+        self._line_start = 0
+        self._lines = 0
+
+    def scan(self, buffer: bytearray) -> int:
+        """Return where the head ends (after its empty line), or 0 for "more". Empty lines before it are removed.
+
+        Raises URI_TOO_LONG, HEADER_FIELDS_TOO_LARGE, or BAD_REQUEST for a line that ends in a bare LF.
+        """
+        if self._searched == 0:
+            skip_empty_lines(buffer)
+            check_first_octet(buffer)
+        end = buffer.find(HEAD_END, max(0, self._searched - 3))
+        if end >= 0:
+            return end + 4
+        self._check_lines(buffer)
+        self._searched = len(buffer)
+        return 0
+
+    def _check_lines(self, buffer: bytearray) -> None:
+        newline = buffer.find(b"\n", max(self._line_start, self._searched))
+        while newline >= 0:
+            if newline == self._line_start or buffer[newline - 1] != 0x0D:
+                raise GatewayError(BAD_REQUEST, "A line of the head ends without CRLF.")
+            self._check_length(newline - 1 - self._line_start)
+            if self._lines == 0:
+                parse_request_line(bytes(buffer[: newline - 1]))  # HTTP/0.9 and other protocols send no more than this
+            self._lines += 1
+            self._line_start = newline + 1
+            newline = buffer.find(b"\n", self._line_start)
+        if self._lines > self._limits.headers + 1:
+            raise too_many_fields(self._limits)
+        self._check_length(len(buffer) - self._line_start - buffer.endswith(b"\r"))
+
+    def _check_length(self, octets: int) -> None:
+        if self._lines == 0:
+            check_request_line(octets, self._limits)
+        else:
+            check_header_line(octets, self._limits)
+
+
+def skip_empty_lines(buffer: bytearray) -> None:
+    """Remove CRLFs before a request line (RFC 9112 section 2.2: some clients send one after a body)."""
+    while buffer.startswith(CRLF):
+        del buffer[:2]
+
+
+def check_first_octet(buffer: bytearray) -> None:
+    """Refuse at once what can never become a request, TLS on a plain port above all."""
+    if buffer and buffer[0] not in _TCHAR and buffer != b"\r":
+        words = "TLS was spoken to a plain HTTP port." if buffer[0] == 0x16 else "The request line is malformed."
+        raise GatewayError(BAD_REQUEST, words)
+
+
+def check_request_line(octets: int, limits: Limits) -> None:
+    if octets > limits.request_line_bytes:
+        raise GatewayError(
+            URI_TOO_LONG, f"The request line exceeds MAX_REQUEST_LINE_SIZE ({limits.request_line_bytes} octets)."
+        )
+
+
+def check_header_line(octets: int, limits: Limits) -> None:
+    if octets > limits.header_line_bytes:
+        raise GatewayError(
+            HEADER_FIELDS_TOO_LARGE, f"A header line exceeds MAX_HEADER_LINE_SIZE ({limits.header_line_bytes} octets)."
+        )
+
+
+def too_many_fields(limits: Limits) -> GatewayError:
+    return GatewayError(HEADER_FIELDS_TOO_LARGE, f"The request has more than MAX_HEADERS ({limits.headers}) header lines.")
+
+
+# --- Heads ---
+
+
+def parse_request_head(raw: bytes, limits: Limits) -> RequestHead:
+    """Parse a whole head, its final empty line included.
+
+    Raises BAD_REQUEST, VERSION_NOT_SUPPORTED, URI_TOO_LONG or HEADER_FIELDS_TOO_LARGE.
+    """
+    lines = raw[:-4].split(CRLF)
+    if len(raw) > limits.request_line_bytes or len(raw) > limits.header_line_bytes:
+        check_request_line(len(lines[0]), limits)
+        for line in lines[1:]:
+            check_header_line(len(line), limits)
+    if len(lines) - 1 > limits.headers:
+        raise too_many_fields(limits)
+    method, target, minor = parse_request_line(lines[0])
+    fields, known = _parse_fields(raw, lines, BAD_REQUEST)
+    head = RequestHead(method, target, minor, fields, known)
+    _check_host(head)
+    return head
+
+
+def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
+    """Parse `method SP target SP HTTP/1.x` (RFC 9112 section 3) into method, target and x."""
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise GatewayError(BAD_REQUEST, "The request line is malformed.")
+    method, target, major, minor = match.groups()
+    if major != b"1" or minor not in (b"0", b"1"):
+        raise GatewayError(VERSION_NOT_SUPPORTED)
+    if not (target.startswith(b"/") or (target == b"*" and method == b"OPTIONS")):
+        raise GatewayError(BAD_REQUEST, "The request target must be in origin form: a path that begins with '/'.")
+    return method, target, int(minor)
+
+
+def parse_response_head(raw: bytes) -> ResponseHead:
+    """Parse a whole head, its final empty line included. Raises BACKEND_MALFORMED."""
+    lines = raw[:-4].split(CRLF)
+    match = _STATUS_LINE.fullmatch(lines[0])
+    if match is None:
+        raise GatewayError(BACKEND_MALFORMED, "The backend's status line is malformed.")
+    fields, known = _parse_fields(raw, lines, BACKEND_MALFORMED)
+    return ResponseHead(int(match[3]), match[2], 1 if match[1] == b"1" else 0, fields, known)
+
+
+def _parse_fields(raw: bytes, lines: list[bytes], kind: Kind) -> tuple[Fields, dict[bytes, list[bytes]]]:
+    """Parse the field lines of a head that was split at CRLF; `lines[0]` is its start line.
+
+    Two whole-head checks replace a regular expression a line: every control byte but HTAB must be part of a CRLF, and
+    all names together must be made of tchar.
+    """
+    if len(raw) - len(raw.translate(None, _CONTROLS)) != 2 * (len(lines) + 1):
+        raise GatewayError(kind, "The head contains a control character.")
+    fields: list[tuple[bytes, bytes]] = []
+    names: list[bytes] = []
+    known: dict[bytes, list[bytes]] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        if not colon or not name:
+            raise GatewayError(kind, "A header line is not `name: value`.")
+        value = value.strip(b" \t")
+        names.append(name)
+        fields.append((name, value))
+        lower = name.lower()
+        if lower in _READ:
+            known.setdefault(lower, []).append(value)
+    if b"".join(names).translate(None, _TCHAR):
+        raise GatewayError(kind, "A header name contains a character that is not allowed.")
+    return tuple(fields), known
+
+
+def _check_host(head: RequestHead) -> None:
+    """RFC 9112 section 3.2: exactly one Host (HTTP/1.0 may do without), and it is a host."""
+    hosts = head.known.get(b"host", ())
+    if len(hosts) > 1 or (not hosts and head.minor == 1):
+        raise GatewayError(BAD_REQUEST, "The request needs exactly one Host header.")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise GatewayError(BAD_REQUEST, "The Host header is not a host with an optional port.")
+
+
+def connection_options(known: Mapping[bytes, Sequence[bytes]]) -> frozenset[bytes]:
+    """The members of Connection, in lower case (RFC 9110 section 7.6.1)."""
+    values = known.get(b"connection")
+    if values is None:
+        return frozenset()
+    return frozenset(member.strip(b" \t").lower() for value in values for member in value.split(b","))
+
+
+def wants_keep_alive(minor: int, options: frozenset[bytes]) -> bool:
+    """RFC 9112 section 9.3."""
+    return b"close" not in options and (minor == 1 or b"keep-alive" in options)
+
+
+def expects_continue(head: RequestHead) -> bool:
+    """Whether the client waits for 100 Continue. Raises EXPECTATION_FAILED for any other expectation."""
+    values = head.known.get(b"expect")
+    if values is None or head.minor == 0:  # RFC 9110 section 10.1.1: a 1.0 client's expectation is ignored
+        return False
+    if len(values) != 1 or values[0].lower() != b"100-continue":
+        raise GatewayError(EXPECTATION_FAILED)
+    return True
+
+
+# --- Framing: RFC 9112 section 6.3, by its numbered steps ---
+
+
+def request_framing(head: RequestHead, limits: Limits) -> Framing:
+    """Decide how the request body ends. Raises BAD_REQUEST where two readers could differ, PAYLOAD_TOO_LARGE."""
+    coded = head.known.get(b"transfer-encoding")
+    sized = head.known.get(b"content-length")
+    if coded is not None:
+        # Steps 3 and 4. Both fields at once is how requests are smuggled; a coding other than chunked has no end.
+        if sized is not None or head.minor == 0:
+            raise GatewayError(BAD_REQUEST, "Transfer-Encoding is not allowed with Content-Length or in HTTP/1.0.")
+        if len(coded) != 1 or coded[0].lower() != b"chunked":
+            raise GatewayError(BAD_REQUEST, "The only Transfer-Encoding supported is chunked, once.")
+        return CHUNKED
+    if sized is None:
+        return NO_BODY  # step 7
+    length = _content_length(sized, BAD_REQUEST)  # steps 5 and 6
+    if length > limits.body_bytes:
+        raise too_large(limits)
+    return Framing(length=length)
+
+
+def response_framing(head: ResponseHead, method: bytes) -> Framing:
+    """Decide how the response body ends. `method` is the request's. Raises BACKEND_MALFORMED."""
+    coded = head.known.get(b"transfer-encoding")
+    sized = head.known.get(b"content-length")
+    length = None if sized is None else _content_length(sized, BACKEND_MALFORMED)
+    if coded is not None and (sized is not None or head.minor == 0 or len(coded) != 1 or coded[0].lower() != b"chunked"):
+        raise GatewayError(BACKEND_MALFORMED, "The backend's Transfer-Encoding is ambiguous.")
+    if method == b"HEAD" or head.status in (204, 304):  # step 1
+        return NO_BODY
+    if coded is not None:
+        return CHUNKED
+    return Framing(length=length)  # step 6, or step 8 where there is none
+
+
+def _content_length(values: Sequence[bytes], kind: Kind) -> int:
+    if len(values) != 1 or not _DIGITS.fullmatch(values[0]):
+        raise GatewayError(kind, "Content-Length must be one number of at most 19 digits.")
+    return int(values[0])
+
+
+def too_large(limits: Limits) -> GatewayError:
+    return GatewayError(PAYLOAD_TOO_LARGE, f"The request body exceeds MAX_REQUEST_BODY_SIZE ({limits.body_bytes} octets).")
+
+
+# --- Bodies: they consume and count ---
+
+
+class SizedBody:
+    """A body of a known number of octets."""
+
+    __slots__ = ("_left", "done", "surplus")
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.done = length == 0
+        self.surplus = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take received bytes and return the payload among them; what follows the body is `surplus`."""
+        if len(data) > self._left:
+            data, self.surplus = data[: self._left], data[self._left :]
+        self._left -= len(data)
+        self.done = self._left == 0
+        return data
+
+    def ends_at_close(self) -> bool:
+        return self.done
+
+
+class UnboundedBody:
+    """A body that ends when its sender closes (responses only, RFC 9112 section 6.3 step 8)."""
+
+    __slots__ = ("done", "surplus")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.surplus = b""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def ends_at_close(self) -> bool:
+        return True
+
+
+class ChunkedBody:
+    """A body in chunked coding (RFC 9112 section 7.1). Trailer fields are checked and dropped.
+
+    After `feed`, `passable` says how many of the bytes just fed may go on as they are, framing included: all up to the
+    end of the last chunk's size line. Whoever passes them on ends the body with one CRLF of its own once `done`.
+    """
+
+    __slots__ = ("_kind", "_left", "_limits", "_line", "_state", "_trailer_bytes", "done", "passable", "surplus")
+
+    _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
+
+    def __init__(self, kind: Kind = BACKEND_MALFORMED, limits: Limits | None = None) -> None:
+        """`kind` is raised for bytes that are no chunked body; with `limits` no chunk may exceed a request's body."""
+        self._kind = kind
+        self._limits = limits
+        self._state = self._SIZE
+        self._left = 0  # octets of the chunk that are still to come
+        self._line = b""
+        self._trailer_bytes = 0
+        self.passable = 0
+        self.done = False
+        self.surplus = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take received bytes and return the payload among them. Raises the kind given, or PAYLOAD_TOO_LARGE."""
+        if self._state == self._SIZE and not self._line:
+            # What a stream consists of: one event, one chunk, one read.
+            match = _PLAIN_CHUNK_LINE.match(data)
+            if match is not None:
+                start = match.end()
+                size = int(match[1], 16)
+                if size and len(data) == start + size + 2 and data.endswith(CRLF):
+                    self.passable = len(data)
+                    return data[start:-2]
+        return self._feed_any(data)
+
+    def _feed_any(self, data: bytes) -> bytes:
+        payload: list[bytes] = []
+        at = self.passable = 0
+        while at < len(data) and not self.done:
+            if self._state == self._DATA:
+                piece = data[at : at + self._left]
+                payload.append(piece)
+                at += len(piece)
+                self._left -= len(piece)
+                if self._left == 0:
+                    self._state = self._DATA_END
+            else:
+                at = self._feed_line(data, at)
+            if self._state != self._TRAILER:
+                self.passable = at
+        self.surplus = data[at:]
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _feed_line(self, data: bytes, at: int) -> int:
+        """Take one line, or the part of it that is there; return where it ends in `data`."""
+        newline = data.find(b"\n", at)
+        end = len(data) if newline < 0 else newline + 1
+        self._line += data[at:end]
+        if self._state == self._DATA_END and not CRLF.startswith(self._line):
+            raise GatewayError(self._kind, "A chunk's data is not followed by CRLF.")
+        if len(self._line) > (_TRAILER_BYTES if self._state == self._TRAILER else _CHUNK_LINE_BYTES):
+            raise GatewayError(self._kind, "A line of the chunked coding is too long.")
+        if newline >= 0:
+            line, self._line = self._line, b""
+            if not line.endswith(CRLF):
+                raise GatewayError(self._kind, "A line of the chunked coding ends without CRLF.")
+            self._take_line(line[:-2])
+            if self._state == self._TRAILER and not self.done and self._trailer_bytes == 0:
+                self.passable = end  # the last chunk's own size line
+        return end
+
+    def _take_line(self, line: bytes) -> None:
+        if self._state == self._DATA_END:
+            self._state = self._SIZE
+        elif self._state == self._SIZE:
+            self._take_size(line)
+        elif line:
+            self._take_trailer(line)
+        else:
+            self.done = True
+
+    def _take_size(self, line: bytes) -> None:
+        match = _CHUNK_LINE.fullmatch(line)
+        if match is None:
+            raise GatewayError(self._kind, "A chunk size line is malformed.")
+        self._left = int(match[1], 16)
+        if self._limits is not None and self._left > self._limits.body_bytes:
+            raise too_large(self._limits)
+        self._state = self._DATA if self._left else self._TRAILER
+
+    def _take_trailer(self, line: bytes) -> None:
+        self._trailer_bytes += len(line) + 2
+        if self._trailer_bytes > _TRAILER_BYTES:
+            raise GatewayError(self._kind, "The trailer section is too long.")
+        _parse_fields(CRLF + line + HEAD_END, [b"", line], self._kind)
+
+    def ends_at_close(self) -> bool:
+        return self.done
+
+    def between_chunks(self) -> bool:
+        """Whether the next byte passed on would begin a chunk."""
+        return self._state == self._SIZE and not self._line
+
+
+Body = SizedBody | ChunkedBody | UnboundedBody
+
+
+def response_body(framing: Framing) -> Body:
+    if framing.chunked:
+        return ChunkedBody()
+    return UnboundedBody() if framing.length is None else SizedBody(framing.length)
+
+
+class RequestBody:
+    """A request body, collected whole: its payload, however it was framed, as the pieces in which it came."""
+
+    __slots__ = ("_body", "_limits", "octets", "pieces")
+
+    def __init__(self, framing: Framing, limits: Limits) -> None:
+        self._limits = limits
+        self._body = ChunkedBody(BAD_REQUEST, limits) if framing.chunked else SizedBody(framing.length or 0)
+        self.pieces: list[bytes] = []
+        self.octets = 0
+
+    @property
+    def done(self) -> bool:
+        return self._body.done
+
+    @property
+    def surplus(self) -> bytes:
+        return self._body.surplus
+
+    def feed(self, data: bytes) -> None:
+        """Raises BAD_REQUEST or PAYLOAD_TOO_LARGE."""
+        payload = self._body.feed(data)
+        if payload:
+            self.octets += len(payload)
+            if self.octets > self._limits.body_bytes:
+                raise too_large(self._limits)
+            self.pieces.append(payload)
+
+
+def encode_chunk(payload: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+
+
+# --- Serializing ---
+
+
+def serialize_head(start_line: bytes, fields: Sequence[tuple[bytes, bytes]]) -> bytes:
+    return b"\r\n".join([start_line, *[name + b": " + value for name, value in fields], b"\r\n"])

@@ -1,0 +1,102 @@
+"""What the gateway answers itself: liveness, health, metrics, usage, reload and drain."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from urllib.parse import parse_qs
+
+import metrics
+import usage
+from answer import Answer
+from auth import Caller
+from errors import BAD_REQUEST, RELOAD_FAILED, GatewayError
+from http1 import RequestHead
+from parts import Parts
+from readiness import DRAINING, READY
+from routes import Route
+
+_TEXT = b"text/plain; charset=utf-8"
+_JSON = b"application/json"
+
+
+async def serve(parts: Parts, answer: Answer, head: RequestHead, route: Route, caller: Caller | None) -> None:
+    """Answer one of the gateway's own routes."""
+    if route.label == "/ping":
+        answer.send(200, _TEXT, b"pong\n")
+    elif route.label == "/health":
+        health = health_of(parts)
+        send_json(answer, 200 if health["state"] == READY else 503, health)
+    elif route.label == "/metrics":
+        send_metrics(parts, answer, head, caller)
+    elif route.label == "/usage":
+        await send_usage(parts, answer, head)
+    elif route.label == "/reload":
+        send_json(answer, 200, reload(parts))
+    else:
+        parts.drain()
+        send_json(answer, 202, {"state": DRAINING})
+
+
+def send_json(answer: Answer, status: int, value: object) -> None:
+    answer.send(status, _JSON, json.dumps(value).encode() + b"\n", ((b"Cache-Control", b"no-store"),))
+
+
+# --- Health and metrics ---
+
+
+def health_of(parts: Parts) -> dict[str, object]:
+    """The state for people and machines, from memory only: no backend call, no key, no key count."""
+    return {
+        "state": DRAINING if parts.draining else parts.readiness.state,
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(parts.readiness.since_at)),
+        "backend": parts.readiness.state,
+        "slots": parts.gate.slots,
+        "active": parts.gate.active,
+        "queued": parts.gate.queued,
+        "connections": len(parts.exchanges),
+        "backend_silent_s": round(parts.backend_silent_s(), 1),
+        "idle_s": round(parts.idle_s(), 1),
+        "uptime_s": round(parts.uptime_s(), 1),
+        "version": parts.version,
+    }
+
+
+def send_metrics(parts: Parts, answer: Answer, head: RequestHead, caller: Caller | None) -> None:
+    fmt = metrics.negotiate(b", ".join(head.known.get(b"accept", ())))
+    operator = caller is not None and caller.role == "operator"
+    page = metrics.render(parts.operator_registry if operator else parts.registry, fmt)
+    answer.send(200, metrics.CONTENT_TYPES[fmt], page)
+
+
+# --- Usage ---
+
+
+async def send_usage(parts: Parts, answer: Answer, head: RequestHead) -> None:
+    """The ledger's sums for an operator; they are read from the file, off the event loop."""
+    query = parse_qs(head.target.partition(b"?")[2].decode("ascii"))
+    since, by = query.get("since", ["30d"])[-1], query.get("by", ["key"])[-1]
+    path = parts.config.usage.file
+    if path is None:
+        raise GatewayError(BAD_REQUEST, "USAGE_FILE is empty: usage is kept in memory only.")
+    loop = asyncio.get_running_loop()
+    try:
+        rows = await loop.run_in_executor(None, usage_rows, path, since, by, parts.config.usage.gpu_cost_per_hour)
+    except ValueError as error:
+        raise GatewayError(BAD_REQUEST, str(error)) from error
+    send_json(answer, 200, {"since": since, "by": by, "rows": rows})
+
+
+def usage_rows(path: Path, since: str, by: str, cost_per_hour: float | None) -> list[dict[str, object]]:
+    return usage.query(path, since, by, cost_per_hour)
+
+
+# --- Reload ---
+
+
+def reload(parts: Parts) -> dict[str, object]:
+    """Read keys and certificates again. Raises RELOAD_FAILED where the keys file cannot be trusted."""
+    result = parts.reload()
+    if not result.ok:
+        raise GatewayError(RELOAD_FAILED, f"{RELOAD_FAILED.message} Reason: {result.reason}")
+    return {"keys": result.keys, "complaints": list(result.complaints)}

@@ -1,0 +1,201 @@
+"""What the gateway is put together from: every part made once, from the settings, and handed to whoever needs it."""
+
+import asyncio
+import logging
+import ssl
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import auth
+import logs
+from admission import Gate
+from config import Config
+from cors import Cors
+from exchange import Exchange, Metrics, Observer, RequestIds
+from metrics import Counter, Gauge, Registry
+from readiness import READY, Probe, Readiness, StateFile
+from relay import Patience, Pool, fetch
+from routes import Routes
+from slots import LettingGo, total_slots
+from usage import Ledger
+from wire import BackendWire, ClientWire, Deadlines
+
+log = logging.getLogger("gateway")
+
+
+class Parts:
+    """The parts, and the little state that they share."""
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.clock = clock
+        self.deadlines = Deadlines(clock)
+        own = config.auth
+        self.routes = Routes(
+            allow_paths=own.allow_paths, admin_routes=own.admin_routes, metrics_auth=own.metrics_auth
+        )
+        self.cors = Cors(config.cors_origins)
+        self.keys = auth.KeyStore(own.keys_file, own.max_requests_per_minute)
+        self.rates = auth.Rates(clock)
+        self.anonymous = auth.ANONYMOUS_OPERATOR if own.admin_routes else auth.ANONYMOUS
+        self.gate = Gate(config.queue.max_concurrent or 1, config.queue.max_size, clock)
+        self.gate.hold()
+        self.pool = Pool(config.backend.host, config.backend.port, self.deadlines, config.limits.response_head_bytes)
+        self.backend_fields = backend_fields(config)
+        timeouts = config.timeouts
+        self.patience = Patience(timeouts.connect_s, timeouts.request_s, timeouts.stream_idle_s)
+        self.ledger = Ledger(config.usage.file, time.time)
+        self.registry = Registry()
+        self.operator_registry = self.registry
+        self.metrics = Metrics(self.registry)
+        self.reloads = self.registry.register(
+            Counter("gateway_keys_reload_total", "Reloads of the keys file, by result.", ("result",))
+        )
+        self.access_log = logs.AccessLog(config.log.access_file) if config.log.access_file else None
+        self.observer = Observer(self.metrics, self.access_log, as_json=config.log.format == "json", clock=time.time)
+        self.ids = RequestIds()
+        self.letting_go = LettingGo(self.fetch, lambda: self.relaying)
+        self.readiness = Readiness(self._source(), self._prepare, self._backend_changed)
+        self.exchanges: dict[ClientWire, Exchange | None] = {}  # every open connection, and what it is about just now
+        self.buffered_bytes = 0
+        self.relaying = 0  # requests that the backend works on and whose clients still want them
+        self.last_work_s = clock()
+        self.last_backend_byte_s = clock()
+        self.draining = False
+        self.drain: Callable[[], None] = lambda: None  # the gateway's, once there is one
+        self.tls = tls_context(config)
+        self.version = version()
+        self._started_s = clock()
+        self._scrape_time_series()
+
+    def uptime_s(self) -> float:
+        return self.clock() - self._started_s
+
+    # --- Numbers that are read when somebody looks ---
+
+    def _scrape_time_series(self) -> None:
+        def gauge(name: str, words: str, read: Callable[[], float]) -> None:
+            self.registry.register(Gauge(f"gateway_{name}", words, read=read))
+
+        gauge("requests_active", "Requests that hold a slot.", lambda: self.gate.active)
+        gauge("queue_depth", "Requests that wait for a slot.", lambda: self.gate.queued)
+        gauge("connections", "Open client connections.", lambda: len(self.exchanges))
+        gauge("backend_up", "1 while the backend is ready to serve.", lambda: self.readiness.ready)
+        gauge("uptime_seconds", "Since the gateway started.", self.uptime_s)
+
+    # --- Keys and certificates ---
+
+    def reload(self) -> auth.Reload:
+        """Read keys and certificates again; what cannot be trusted stays as it was, and the log says so."""
+        result = self.keys.reload()
+        self.reloads.inc(("ok" if result.ok else "failed",))
+        for complaint in result.complaints:
+            log.warning("keys: %s", complaint)
+        if not self.config.auth.enabled:
+            log.warning("AUTH_ENABLED=false: whoever reaches this port may use the model")
+        elif result.ok:
+            log.info("keys: %d in force", result.keys)
+        else:
+            log.error("keys: %s; the last good keys stay (%d)", result.reason, result.keys)
+        if self.access_log is not None:
+            self.access_log.reopen()
+        if self.tls is not None:
+            load_certificate(self.tls, self.config)
+        return result
+
+    async def watch_keys(self) -> None:
+        """Reload by itself once the keys file has changed and is still."""
+        interval_s = self.config.auth.keys_watch_s
+        while interval_s:
+            await asyncio.sleep(interval_s / 2)
+            if self.keys.changed():
+                self.reload()
+
+    async def close(self) -> None:
+        self.deadlines.stop()
+        self.pool.close()
+        await self.letting_go.close()
+        self.ledger.close()
+        if self.access_log is not None:
+            self.access_log.close()
+
+    # --- The backend ---
+
+    def _source(self) -> StateFile | Probe:
+        if self.config.supervision.state_file is not None:
+            return StateFile(self.config.supervision.state_file)
+        return Probe(self._health_status, self.config.queue.cold_start_wait_s, self.clock)
+
+    async def _health_status(self) -> int:
+        return (await self.fetch(b"/health"))[0]
+
+    async def fetch(self, target: bytes) -> tuple[int, bytes]:
+        """GET something of the backend's for the gateway itself: status and body. Raises GatewayError."""
+        return await fetch(self.pool, target, self.backend_fields, self.config.timeouts.health_s)
+
+    async def _prepare(self) -> None:
+        """The backend is about to be ready: learn how many requests it can work on at once."""
+        self.letting_go.forget()
+        if self.config.queue.max_concurrent is None:
+            slots = await total_slots(self.fetch)
+            if slots != self.gate.slots:
+                log.info("%d requests at a time: the backend's slots", slots)
+                self.gate.resize(slots)
+
+    def _backend_changed(self, state: str) -> None:
+        if state == READY:
+            self.last_work_s = self.clock()
+            self.gate.resume()
+        else:
+            self.gate.hold()
+            self.pool.close()
+
+    def backend_silent_s(self) -> float:
+        """Seconds since the backend last sent a byte, exact to the time between two calls."""
+        for wire in self.deadlines:
+            if isinstance(wire, BackendWire) and wire.heard:
+                wire.heard = False
+                self.last_backend_byte_s = self.clock()
+        return self.clock() - self.last_backend_byte_s
+
+    def idle_s(self) -> float:
+        """Seconds since the last inference ended; 0 while there is one, waiting or at work."""
+        return 0.0 if self.gate.active or self.gate.queued else self.clock() - self.last_work_s
+
+
+def backend_fields(config: Config) -> bytes:
+    """The field lines that every request to the backend carries: its own Host and its own key."""
+    backend = config.backend
+    host = f"[{backend.host}]" if ":" in backend.host else backend.host
+    lines = f"Host: {host}:{backend.port}\r\n"
+    if backend.api_key:
+        lines += f"Authorization: Bearer {backend.api_key}\r\n"
+    return lines.encode()
+
+
+def tls_context(config: Config) -> ssl.SSLContext | None:
+    """TLS 1.2 or later with the certificate of the settings; None where there is none."""
+    if config.listen.tls_cert_file is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
+    return context
+
+
+def load_certificate(context: ssl.SSLContext, config: Config) -> None:
+    """Read a renewed certificate; connections from now on use it. One that cannot be read changes nothing."""
+    assert config.listen.tls_cert_file is not None
+    try:
+        context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
+    except (OSError, ssl.SSLError) as error:
+        log.error("TLS: the certificate cannot be read again, the old one stays: %s", error)
+
+
+def version() -> str:
+    try:
+        return (Path(__file__).parent.parent / "VERSION").read_text().strip()
+    except OSError:
+        return "unknown"
