@@ -13,32 +13,55 @@ LONGEST_FUNCTION_LINES = 60
 
 # module: the siblings that it may import. A new module is a new line.
 TABLE = {
-    # layer 0
+    # layer 0: data, grammar, output; nothing of ours
     "errors": "",
     "keyfile": "",
     "metrics": "",
     "logs": "",
-    # layer 1
+    "usage": "",
+    "accept": "",
+    # layer 1: rules, without a socket
     "http1": "errors",
     "routes": "errors",
     "auth": "errors keyfile",
     "admission": "errors",
-    "usage": "",
     "cors": "errors http1",
-    # layer 2
-    "accept": "",
-    "config": "http1 accept",
-    "wire": "http1 errors",
-    # layer 3
-    "relay": "http1 wire errors usage",
-    # layer 4
-    "gateway": "errors keyfile metrics logs http1 routes auth admission usage cors config wire relay",
+    "readiness": "errors",
+    "slots": "admission errors",
+    # layer 2: the settings, and one peer's bytes
+    "config": "accept http1",
+    "wire": "errors http1",
+    # layer 3: one exchange
+    "exchange": "errors http1 logs routes usage",
+    "answer": "errors http1 wire",
+    "heartbeat": "answer errors wire",
+    "relay": "answer errors http1 wire usage",
+    # layer 4: the gateway put together
+    "parts": "admission auth config cors exchange logs metrics readiness relay routes slots usage wire",
+    "local": "answer auth errors http1 metrics parts readiness routes usage",
+    "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
+    "gateway": "config errors exchange logs metrics parts request wire",
+    # the boot
+    "probes": "",
+    "processes": "",
+    "run_dir": "",
+    "boot_log": "",
+    "exit_words": "",
+    "model_download": "",
+    "watchdog": "probes",
+    "llama": "config",
+    "gpu": "config logs",
+    "preflight": "config llama",
+    "model_files": "config gpu llama logs model_download",
+    "backend_process": "boot_log config exit_words llama logs probes processes watchdog",
+    "supervisor": "backend_process boot_log config exit_words llama logs model_files preflight probes processes run_dir"
+    " watchdog",
+    # other programs
     "health_server": "config logs",
     "key_mgmt": "keyfile usage",
-    "model_files": "config logs",
-    "supervisor": "config logs model_files",
     "benchmark": "",
-    "mock_backend": "",
+    "mock_wire": "",
+    "mock_backend": "mock_wire",
     "quickstart": "config keyfile",
 }
 
