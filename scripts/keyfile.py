@@ -19,9 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 ROLES = ("infer", "operator")
 # 16 characters keep a guessable word from being a key; 128 keep a field line of the request short.
@@ -313,13 +311,13 @@ def serialize_time(at: datetime) -> str:
 
 def rewrite(
     path: Path,
-    change: Callable[[Document], T],
+    change: Callable[[Document], None],
     *,
     create: bool = False,
     replace: Callable[[str, str], None] = os.replace,
     wait_s: float = LOCK_WAIT_S,
-) -> T:
-    """Let `change` edit the file, alone, and return what it returns; what it raises leaves the file as it was.
+) -> Document:
+    """Let `change` edit the file, alone, and return what it then is; what `change` raises leaves it as it was.
 
     Whoever is killed meanwhile leaves the old file or the new one. Owner and mode stay, a symlink too. create begins an
     empty file where there is none. Raises OSError, and Invalid where the file cannot be trusted.
@@ -331,17 +329,17 @@ def rewrite(
         status = os.fstat(descriptor)
         before = _read_regular(descriptor, status)
         document = Document(before)
-        result = change(document)
+        change(document)
         after = document.serialize()
         if after == before:
-            return result
+            return document
         try:
             _replace(target, status, after, replace)
         except OSError as error:
             if error.errno not in _NO_REPLACE:
                 raise
             _write_in_place(descriptor, len(before), after)
-    return result
+    return document
 
 
 def _create(target: str) -> None:

@@ -1,0 +1,469 @@
+#!/usr/bin/env python3
+"""Make, list, change, rotate and remove API keys.
+
+The command line of the keys file. It needs keyfile.py beside it and nothing else (`usage` needs usage.py too), talks
+to no gateway and restarts nothing: a running gateway sees the changed file by itself. Data goes to stdout, talk to
+stderr. The exit status is 0 when it is done, 1 when the state of things forbids it and 2 when the command is wrong.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import keyfile
+from keyfile import Document, Entry
+
+HELP = """\
+examples:
+  python3 key_mgmt.py generate --name alice --rate-limit 120 --expires 90d
+  python3 key_mgmt.py generate --name ops --role operator --json
+  python3 key_mgmt.py list
+  python3 key_mgmt.py set --name alice --parallel 2 --tokens-per-day 2000000
+  python3 key_mgmt.py set --name alice --rate-limit 0             # suspend: 403 key_suspended
+  python3 key_mgmt.py set --name alice --rate-limit default       # and back
+  python3 key_mgmt.py rotate --name alice --overlap 24h           # the old key works until then
+  python3 key_mgmt.py --quiet remove --name alice
+  python3 key_mgmt.py check
+  python3 key_mgmt.py generate --name bob --file ./team.txt       # --file, --json and --quiet
+  python3 key_mgmt.py --file ./team.txt list --json               # stand before the command or behind it
+  printf %s "$KEY" | python3 key_mgmt.py hash                     # a key of your own, as the file wants it
+  python3 key_mgmt.py usage --since 7d --by day --csv
+
+The keys file is --file, else AUTH_KEYS_FILE, else api_keys.txt in DATA_DIR. Without DATA_DIR it is the gateway's own
+choice: the first of /runpod-volume, /workspace and /data that is mounted and writable, else /data if that is writable,
+else ./data. A key is shown once, when it is made; the file holds its SHA-256 (with --plain the key itself).
+"""
+
+VOLUMES = ("/runpod-volume", "/workspace", "/data")
+# 99999 days are within the calendar, whichever way they are counted.
+DURATION = re.compile(r"([0-9]{1,5})([dhm])")
+UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+# The fields of an entry that options set, in the order in which they are shown.
+LIMITS = ("rate_limit", "expires_at", "role", "parallel", "priority", "tokens_per_day")
+
+
+class Refused(Exception):
+    """What is asked for does not go with what is there: exit status 1."""
+
+
+class Misused(Exception):
+    """What is asked for makes no sense: exit status 2."""
+
+
+# Where things are
+
+
+def probe_folder(path: str) -> tuple[bool, bool]:
+    """Tell whether a folder is a mount point and whether it can be written to."""
+    return os.path.ismount(path), os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
+
+
+def data_dir(environ: Mapping[str, str], probe: Callable[[str], tuple[bool, bool]] = probe_folder) -> str:
+    """Find the folder that the gateway would choose, where nobody names one."""
+    if environ.get("DATA_DIR"):
+        return environ["DATA_DIR"]
+    mounted = [volume for volume in VOLUMES if all(probe(volume))]
+    return mounted[0] if mounted else "/data" if probe("/data")[1] else "./data"
+
+
+def chosen_file(given: str | None, setting: str, name: str) -> Path:
+    if given is not None:
+        return Path(given)
+    return Path(os.environ.get(setting) or os.path.join(data_dir(os.environ), name))
+
+
+def keys_file(arguments: argparse.Namespace) -> Path:
+    return chosen_file(arguments.file, "AUTH_KEYS_FILE", "api_keys.txt")
+
+
+# Words to values
+
+
+def now() -> datetime:
+    return datetime.now(timezone.utc).replace(microsecond=0)
+
+
+def parse_duration(text: str) -> timedelta:
+    match = DURATION.fullmatch(text)
+    if not match:
+        raise keyfile.Invalid("a duration is 1 to 5 digits and d, h or m, like 30d, 24h or 60m")
+    return timedelta(**{UNITS[match[2]]: int(match[1])})
+
+
+def parse_when(text: str) -> datetime:
+    """Read a time, given as such or as a duration from now."""
+    return now() + parse_duration(text) if text[-1:] in UNITS else keyfile.parse_expiration(text)
+
+
+def parse_past(text: str) -> datetime:
+    """Read a time, given as such or as a duration until now."""
+    return now() - parse_duration(text) if text[-1:] in UNITS else keyfile.parse_expiration(text)
+
+
+def converter(parse: Callable[[str], object], blank: str | None = None) -> Callable[[str], object]:
+    """Make an argparse type: the word `blank` stands for nothing; a complaint never repeats what was given."""
+
+    def convert(text: str) -> object:
+        try:
+            return None if text == blank else parse(text)
+        except keyfile.Invalid as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+# The commands
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    secret, limits = _new_key(arguments)
+    entry = Entry(arguments.name, keyfile.parse_secret(secret), **limits)
+
+    def add(document: Document) -> None:
+        if document.find(entry.key_id):
+            raise Refused(f"{entry.key_id} has a key: rotate gives it a new one, set changes what it may do")
+        document.lines.append(keyfile.serialize_entry(entry, secret if arguments.plain else ""))
+
+    return _hand_out(arguments, _rewrite(arguments, add, create=True), secret)
+
+
+def list_keys(arguments: argparse.Namespace) -> int:
+    document = Document(_read(arguments))
+    records = [
+        {**_record(line.found), "stored": "hashed" if line.secret.startswith("sha256$") else "plain"}
+        for line in document.lines
+        if isinstance(line.found, Entry)
+    ]
+    _complain(arguments, document)
+    if arguments.json:
+        return _print_json(records)
+    return _print_table(records, ("key_id", "state", *LIMITS, "stored"))
+
+
+def remove(arguments: argparse.Namespace) -> int:
+    def cut(document: Document) -> None:
+        for index, _ in reversed(_found(document, arguments.name)):
+            del document.lines[index]
+
+    _rewrite(arguments, cut)
+    _say(arguments, f"removed {arguments.name}")
+    return _print_json({"key_id": arguments.name, "removed": True}) if arguments.json else 0
+
+
+def rotate(arguments: argparse.Namespace) -> int:
+    secret, limits = _new_key(arguments)
+
+    def turn(document: Document) -> None:
+        found = _found(document, arguments.name)
+        newest, last = found[-1]
+        entry = replace(last, digest=keyfile.parse_secret(secret), **limits)
+        if _state(entry) == "expired":
+            raise Refused(f"{arguments.name} has expired: --expires gives the new key another end")
+        document.lines.insert(newest + 1, keyfile.serialize_entry(entry, secret if arguments.plain else ""))
+        for index, old in reversed(found):
+            _end(document, index, old, arguments.overlap)
+
+    return _hand_out(arguments, _rewrite(arguments, turn), secret)
+
+
+def _end(document: Document, index: int, entry: Entry, overlap: timedelta) -> None:
+    """Let an old key end after the overlap, or sooner where it would have ended sooner; without one, now."""
+    if not overlap:
+        del document.lines[index]
+        return
+    _change(document, index, entry, {"expires_at": _sooner(entry.expires_at, now() + overlap)})
+
+
+def _change(document: Document, index: int, entry: Entry, limits: Mapping[str, Any]) -> None:
+    """Write a line anew; its key stands as it stood, plain or hashed."""
+    document.lines[index] = keyfile.serialize_entry(replace(entry, **limits), document.lines[index].secret)
+
+
+def set_limits(arguments: argparse.Namespace) -> int:
+    limits = _limits(arguments)
+    if not limits:
+        raise Misused("set changes something: give at least one of its options")
+
+    def change(document: Document) -> None:
+        (*older, newest) = _found(document, arguments.name)
+        for index, entry in older:
+            # An old key that a rotation lets live for a while may end sooner by this, never later.
+            ends_at = _sooner(entry.expires_at, limits.get("expires_at"))
+            _change(document, index, entry, {**limits, "expires_at": ends_at})
+        _change(document, *newest, limits)
+
+    entries = [entry for _, entry in _rewrite(arguments, change).find(arguments.name)]
+    _say(arguments, f"changed {arguments.name}, which is {_state(entries[-1])}")
+    return _print_json([_record(entry) for entry in entries]) if arguments.json else 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    parsed = keyfile.parse(_read(arguments))
+    complaints = [*parsed.complaints, *([parsed.distrust] if parsed.distrust else [])]
+    if arguments.json:
+        _print_json({"ok": not complaints, "keys": len(parsed.entries), "complaints": complaints})
+    else:
+        _print("".join(complaint + "\n" for complaint in complaints))
+    _say(arguments, f"{keys_file(arguments)}: {len(parsed.entries)} keys, {len(complaints)} complaints")
+    return 1 if complaints else 0
+
+
+def hash_key(arguments: argparse.Namespace) -> int:
+    if sys.stdin is None:
+        raise Refused("there is no stdin to read the key from")
+    text = sys.stdin.buffer.read(4096).decode("ascii", "replace").rstrip("\r\n")
+    hashed = "sha256$" + keyfile.parse_secret(text).hex()
+    return _print_json({"api_key": hashed}) if arguments.json else _print(hashed + "\n")
+
+
+def show_usage(arguments: argparse.Namespace) -> int:
+    path = chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
+    try:
+        usage = importlib.import_module("usage")
+    except ModuleNotFoundError:
+        raise Refused("usage.py is not beside key_mgmt.py") from None
+    rows: Sequence[Mapping[str, object]] = usage.query(path, arguments.since, arguments.by)
+    if arguments.json:
+        return _print_json(rows)
+    return _print_table(rows, tuple(rows[0]) if rows else (), comma=arguments.csv)
+
+
+# What the commands share
+
+
+def _read(arguments: argparse.Namespace) -> bytes:
+    path = keys_file(arguments)
+    try:
+        return keyfile.read(path)[0]
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+
+
+def _rewrite(arguments: argparse.Namespace, change: Callable[[Document], None], *, create: bool = False) -> Document:
+    path = keys_file(arguments)
+    try:
+        if create:
+            _make_folder(path.parent)
+        document = keyfile.rewrite(path, change, create=create)
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}; nothing was changed") from None
+    _complain(arguments, document)
+    return document
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists():
+        return
+    folder.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        owner = folder.parent.stat()
+        os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those limits that were given; None takes one away."""
+    return {name: getattr(arguments, name) for name in LIMITS if hasattr(arguments, name)}
+
+
+def _new_key(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    limits = _limits(arguments)
+    if limits.get("expires_at") is not None and limits["expires_at"] <= now():
+        raise Misused("--expires is a time that has passed: such a key would be of no use")
+    # A closed stdout would make a key that nobody ever sees.
+    if sys.stdout is None:
+        raise Refused("there is no stdout to show the key on")
+    # 32 random bytes are 43 characters, behind the prefix that clients and secret scanners know.
+    return "sk-" + secrets.token_urlsafe(32), limits
+
+
+def _found(document: Document, key_id: str) -> list[tuple[int, Entry]]:
+    found = document.find(key_id)
+    if not found:
+        raise Refused(f"there is no key of the name {key_id}")
+    return found
+
+
+def _sooner(first: datetime | None, second: datetime | None) -> datetime | None:
+    """The sooner of two ends; None never comes."""
+    return min((end for end in (first, second) if end is not None), default=None)
+
+
+def _hand_out(arguments: argparse.Namespace, document: Document, secret: str) -> int:
+    name = arguments.name
+    record = {**_record(document.find(name)[-1][1]), "api_key": secret}
+    try:
+        _print(json.dumps(record, indent=2) + "\n" if arguments.json else secret + "\n")
+    except OSError as error:
+        reason = f"the key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
+        raise Refused(reason) from None
+    _say(arguments, f"{name} is in {keys_file(arguments)}; its key is shown this once")
+    return 0
+
+
+def _state(entry: Entry) -> str:
+    if entry.expires_at is not None and entry.expires_at <= now():
+        return "expired"
+    return "suspended" if entry.rate_limit == 0 else "active"
+
+
+def _record(entry: Entry) -> dict[str, object]:
+    """An entry as it is shown: all but the digest."""
+    ends = None if entry.expires_at is None else keyfile.serialize_time(entry.expires_at)
+    return {
+        "key_id": entry.key_id,
+        "state": _state(entry),
+        **{name: getattr(entry, name) for name in LIMITS},
+        "expires_at": ends,
+    }
+
+
+# In and out
+
+
+def _print(text: str) -> int:
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        # The interpreter would try once more at its end, and complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    return 0
+
+
+def _print_json(value: object) -> int:
+    return _print(json.dumps(value, indent=2) + "\n")
+
+
+def _print_table(records: Sequence[Mapping[str, object]], names: Sequence[str], *, comma: bool = False) -> int:
+    """Print a header and a line a record: in columns, or as CSV (no value holds a comma or a quote)."""
+    absent = "" if comma else "-"
+    cells = ([absent if record[name] is None else str(record[name]) for name in names] for record in records)
+    rows = [names, *cells]
+    if comma:
+        return _print("".join(",".join(row) + "\n" for row in rows))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return _print("".join(line + "\n" for line in lines))
+
+
+def _complain(arguments: argparse.Namespace, document: Document) -> None:
+    for complaint in document.complaints:
+        _say(arguments, f"warning: {complaint} (the gateway skips it)")
+
+
+def _say(arguments: argparse.Namespace, text: str) -> None:
+    if not arguments.quiet:
+        _talk(text)
+
+
+def _talk(text: str) -> None:
+    # print(file=None) would write to stdout.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"key_mgmt: {text}", file=sys.stderr, flush=True)
+
+
+# The command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    status, error = 1, ""
+    try:
+        arguments = _parser().parse_args(argv, argparse.Namespace(file=None, quiet=False, json=False))
+        return int(arguments.run(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Misused as wrong:
+        status, error = 2, str(wrong)
+    except (Refused, keyfile.Invalid) as refused:
+        error = str(refused)
+    except OSError as lost:
+        error = f"stdout: {lost.strerror}"
+    except KeyboardInterrupt:
+        error = "interrupted"
+    _talk(error)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="key_mgmt.py",
+        description="Make, list, change, rotate and remove API keys. COMMAND --help tells a command's options.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add(parser, COMMON)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, options, sentence) in COMMANDS.items():
+        command = commands.add_parser(name, help=sentence, description=sentence.capitalize(), allow_abbrev=False)
+        command.set_defaults(run=run)
+        _add(command, [*options, *COMMON])
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
+    # What is not given is not there: a default behind the command would undo what stands before it.
+    for option in options:
+        parser.add_argument(option, **{"default": argparse.SUPPRESS, **OPTIONS[option]})
+
+
+def _value(metavar: str, parse: Callable[[str], object], sentence: str, **more: Any) -> dict[str, Any]:
+    """Describe an option with a value; `blank` is the word that stands for none."""
+    return {"metavar": metavar, "type": converter(parse, more.pop("blank", None)), "help": sentence, **more}
+
+
+def _switch(sentence: str, **more: Any) -> dict[str, Any]:
+    return {"action": "store_true", "help": sentence, **more}
+
+
+ENDS = "2026-12-31, 2026-12-31T23:59:59+02:00 (UTC without an offset), 30d, 24h, 60m, or never"
+RATE = "requests a minute; 0 suspends the key; default is the gateway's"
+PARALLEL = "requests at a time, the others wait; or none: no such limit"
+TOKENS = "tokens a day, which begins at midnight UTC; or none: no such limit"
+OVERLAP = "let the old key work for so long (24h, 7d); without it the old key ends at once"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--name": _value("ID", keyfile.parse_key_id, "whose key", required=True),
+    "--expires": _value("WHEN", parse_when, ENDS, blank="never", dest="expires_at"),
+    "--rate-limit": _value("N", keyfile.parse_rate_limit, RATE, blank="default"),
+    "--role": {"choices": keyfile.ROLES, "help": "an operator may also reload, and read slots, props and metrics"},
+    "--parallel": _value("N", keyfile.parse_parallel, PARALLEL, blank="none"),
+    "--priority": _value("N", keyfile.parse_priority, "0 unless given; higher is served sooner"),
+    "--tokens-per-day": _value("N", keyfile.parse_tokens_per_day, TOKENS, blank="none"),
+    "--plain": _switch("put the key itself in the file, not its SHA-256", default=False),
+    "--overlap": _value("TIME", parse_duration, OVERLAP, default=timedelta(0)),
+    "--usage-file": _value("PATH", str, "else USAGE_FILE, else usage.db in DATA_DIR", default=None),
+    "--since": _value("WHEN", parse_past, "7d, 24h or a date; else from the beginning", default=None),
+    "--by": {"choices": ("key", "day"), "default": "key", "help": "what a line stands for (key)"},
+    "--csv": _switch("print CSV", default=False),
+    "--file": _value("PATH", str, "the keys file"),
+    "--json": _switch("print JSON"),
+    "--quiet": _switch("print data and errors only"),
+}
+COMMON = ("--file", "--json", "--quiet")
+LIMIT_OPTIONS = ("--expires", "--rate-limit", "--role", "--parallel", "--priority", "--tokens-per-day")
+Command = Callable[[argparse.Namespace], int]
+COMMANDS: dict[str, tuple[Command, tuple[str, ...], str]] = {
+    "generate": (generate, ("--name", *LIMIT_OPTIONS, "--plain"), "make a key and show it, this once"),
+    "list": (list_keys, (), "show whose keys there are and what they may do, never the keys"),
+    "remove": (remove, ("--name",), "revoke the keys of a name, all of them"),
+    "rotate": (rotate, ("--name", "--overlap", "--expires", "--plain"), "give a name a new key with the same limits"),
+    "set": (set_limits, ("--name", *LIMIT_OPTIONS), "change limits; the key stays"),
+    "check": (check, (), "say what is wrong with the file; exit status 1 if anything is"),
+    "usage": (show_usage, ("--usage-file", "--since", "--by", "--csv"), "show what the keys have used"),
+    "hash": (hash_key, (), "read a key from stdin and print it as the file wants it"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
