@@ -29,7 +29,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,7 +193,7 @@ class MockBackend:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            for served in range(1, REQUESTS_PER_CONNECTION + 1):
+            for served in count(1):
                 head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), KEEPALIVE_S)
                 exchange = Exchange(writer, head.decode("latin-1"), last=served == REQUESTS_PER_CONNECTION)
                 await exchange.read_body(reader)
@@ -203,6 +203,8 @@ class MockBackend:
             writer.write(MALFORMED)
         except (OSError, asyncio.IncompleteReadError, asyncio.TimeoutError):
             pass
+        except asyncio.CancelledError:
+            pass  # Nobody but the end of the program cancels this; streams would print it as an error.
         finally:
             writer.close()
 
@@ -226,6 +228,8 @@ class MockBackend:
             self._admit(exchange)
             if exchange.method == "POST":
                 await self._post(exchange, exchange.path)
+            elif exchange.method == "OPTIONS":
+                await exchange.send("", kind="text/html")
             else:
                 await self._get(exchange, exchange.path)
         except Refusal as refusal:
@@ -234,6 +238,8 @@ class MockBackend:
 
     def _admit(self, exchange: Exchange) -> None:
         """Loading is told before the key is looked at; X-Api-Key counts only where Authorization is absent."""
+        if exchange.method == "OPTIONS":
+            return
         if time.monotonic() < self._ready_s:
             raise Refusal(503, "unavailable_error", "Loading model")
         offered = exchange.fields.get("authorization", exchange.fields.get("x-api-key", "")).removeprefix("Bearer ")
@@ -267,7 +273,7 @@ class MockBackend:
         elif path in COMPUTING:
             answer = COMPUTING[path](exchange.json())
             async with self._slot():
-                self.totals["prompt_tokens"] += answer["usage"]["prompt_tokens"]
+                self.totals["prompt_tokens"] += answer["usage"]["prompt_tokens"] if "usage" in answer else 0
                 await asyncio.sleep(self.settings.prompt_ms / 1000)
                 await exchange.send(to_json(answer))
         elif path in CHEAP:
@@ -302,12 +308,13 @@ class MockBackend:
     async def _stream(self, exchange: Exchange, made: Generation, answer: str, body: Body) -> None:
         """Send the head as soon as the slot is taken, each word as it is made."""
         wire = self.wire[answer]
+        deltas = wire.get("timed", wire["delta"]) if body.get("timings_per_token") else wire["delta"]
         await exchange.write_head(200, *EVENT_STREAM)
         async for paused in self._words(made):
             if paused:
                 await exchange.send_chunk(b":\n\n")
                 continue
-            templates = [*(wire.get("opening", []) if made.made == 1 else []), *wire["delta"]]
+            templates = [*(wire.get("opening", []) if made.made == 1 else []), *deltas]
             await exchange.send_chunk(to_events(templates, made))
         options = body.get("stream_options")
         asked = isinstance(options, dict) and options.get("include_usage")
@@ -363,9 +370,11 @@ async def serve(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    with suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(stop.wait(), settings.bind_seconds)
-        return
+    if settings.bind_seconds > 0:
+        print(f"mock_backend: unbound for {settings.bind_seconds:g} s", file=sys.stderr, flush=True)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(stop.wait(), settings.bind_seconds)
+            return
     server = await MockBackend(settings).start()
     host, port = server.sockets[0].getsockname()[:2]
     print(f"mock_backend: listening on http://{host}:{port}", file=sys.stderr, flush=True)

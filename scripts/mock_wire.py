@@ -17,15 +17,16 @@ from typing import Any
 
 Json = Any
 Body = Mapping[str, Json]
+Answerer = Callable[[Body], Json]
 
 OPENING = "This is the mock backend: no model is loaded. Your prompt of {} tokens has the checksum {:08x}."
 FILLER = "These words mean nothing … they are here to be counted, timed and relayed."
 LENGTHS = ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
 
 # The wire, line by line: which answer, which part of it, the event's name if it has one, its JSON. A stream is opening
-# and first delta in one chunk, a chunk a delta, the closing in one chunk, then the end; `usage` is the closing where
-# stream_options ask for it. $name stands for an attribute of the Generation, <name> for a fragment defined here, and a
-# line that begins with a blank continues the one before.
+# and first delta in one chunk, a chunk a delta, the closing in one chunk, then the end. `usage` is the closing where
+# stream_options ask for it, `timed` the delta where timings_per_token does. $name stands for an attribute of the
+# Generation, <name> for a fragment defined here, and a line that begins with a blank continues the one before.
 WIRE = """
 <used>           "usage":{"completion_tokens":$made,"prompt_tokens":$prompted,"total_tokens":$total,
                  "prompt_tokens_details":{"cached_tokens":$cached}}
@@ -33,6 +34,7 @@ WIRE = """
 <chunk>          <named>,"object":"chat.completion.chunk"
 chat opening     {"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}],<chunk>}
 chat delta       {"choices":[{"finish_reason":null,"index":0,"delta":{"content":$word}}],<chunk>}
+chat timed       {"choices":[{"finish_reason":null,"index":0,"delta":{"content":$word}}],<chunk>,"timings":$timings}
 chat closing     {"choices":[{"finish_reason":$reason,"index":0,"delta":{}}],<chunk>,"timings":$timings}
 chat usage       {"choices":[{"finish_reason":$reason,"index":0,"delta":{}}],<chunk>}
 chat usage       {"choices":[],<chunk>,<used>,"timings":$timings}
@@ -292,7 +294,21 @@ def apply_template(body: Body) -> Json:
     return {"prompt": prompt_of_chat(body)}
 
 
-def counting(prompt_of: Callable[[Body], Json], **more: str) -> Callable[[Body], Json]:
+def embed_as_before(body: Body) -> Json:
+    """Answer /embedding, which predates OpenAI's shape."""
+    return [{"index": 0, "embedding": [vector_of(require(body, "content"))]}]
+
+
+def refusing(status: int, kind: str, message: str) -> Answerer:
+    """Make the answer of a route that a llama-server without further flags refuses."""
+
+    def refuse(_body: Body) -> Json:
+        raise Refusal(status, kind, message)
+
+    return refuse
+
+
+def counting(prompt_of: Callable[[Body], Json], **more: str) -> Answerer:
     """Make the answer to a route that counts what prompt_of renders."""
     return lambda body: {"input_tokens": count_tokens(prompt_of(body)), **more}
 
@@ -357,9 +373,10 @@ GENERATING = {
     "/v1/responses": RESPONSES,
     "/responses": RESPONSES,
 }
-COMPUTING = {
+COMPUTING: dict[str, Answerer] = {
     "/v1/embeddings": embed,
     "/embeddings": embed,
+    "/embedding": embed_as_before,
     "/v1/rerank": rerank,
     "/rerank": rerank,
     "/v1/reranking": rerank,
@@ -367,7 +384,7 @@ COMPUTING = {
 }
 COUNT_CHAT = counting(prompt_of_chat, object="response.input_tokens")
 COUNT_INPUT = counting(prompt_of_input, object="response.input_tokens")
-CHEAP = {
+CHEAP: dict[str, Answerer] = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/apply-template": apply_template,
@@ -376,6 +393,10 @@ CHEAP = {
     "/v1/responses/input_tokens": COUNT_INPUT,
     "/responses/input_tokens": COUNT_INPUT,
     "/v1/messages/count_tokens": counting(prompt_of_chat),
+    "/v1/chat/completions/control": refusing(400, "invalid_request_error", "missing completion id"),
+    "/props": refusing(501, "not_supported_error", "Start it with `--props`"),
+    "/slots/0": refusing(501, "not_supported_error", "Start it with `--slot-save-path`"),
+    "/lora-adapters": lambda body: {"success": True},
 }
 PAGES = {
     "/health": "/health",
