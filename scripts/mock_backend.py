@@ -252,8 +252,9 @@ class MockBackend:
         if path == "/metrics":
             await exchange.send(self._metrics(), kind="text/plain; version=0.0.4")
         elif path == "/slots":
-            slots = [{"id": slot, "is_processing": slot in self.busy} for slot in range(self.settings.slots)]
-            await exchange.send(to_json(slots))
+            about = {"n_ctx": 16384, "speculative": False}
+            slots = range(self.settings.slots)
+            await exchange.send(to_json([{"id": slot, **about, "is_processing": slot in self.busy} for slot in slots]))
         elif path in PAGES:
             facts = SimpleNamespace(model=self.settings.model, slots=self.settings.slots, created=int(time.time()))
             await exchange.send(fill(self.wire[PAGES[path]]["whole"][0], facts))
