@@ -217,7 +217,7 @@ def _found(text: str) -> Entry | Invalid | None:
 def _decode(data: bytes) -> str:
     try:
         # Some editors begin a file with a byte order mark; it is no part of the first key's id.
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError:
         raise Invalid("the file is not UTF-8 text") from None
     if "\0" in text:
@@ -348,7 +348,7 @@ def _create(target: str) -> None:
         with open(descriptor, "wb"):
             # What root makes is for whom the folder belongs to: the gateway that must read it is seldom root.
             owner = os.stat(os.path.dirname(target))
-            if os.geteuid() == 0:
+            with suppress(PermissionError):
                 os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
