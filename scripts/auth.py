@@ -146,10 +146,10 @@ class KeyStore:
 
     def reload(self) -> Reload:
         """Read the file and put its keys in force, or keep the last good ones and say why. Never raises."""
+        self._seen = self._loaded = self._stamp()
         try:
             data, self._loaded = keyfile.read(self._path)
         except (OSError, ValueError) as error:
-            self._loaded = self._stamp()
             return self._kept(f"the keys file cannot be read: {_reason(error)}")
         parsed = keyfile.parse(data)
         if parsed.distrust:
@@ -229,12 +229,12 @@ class _Window:
             self.total -= groups.popleft().count
 
     def wait_s(self, limit: int, now_s: float) -> float:
-        """Seconds until fewer than limit requests count, if none is added."""
+        """Seconds until fewer than limit requests count, if none is added; at least limit count now."""
+        groups = iter(self.groups)
         left = self.total
-        for group in self.groups:
+        while left >= limit:
+            group = next(groups)
             left -= group.count
-            if left < limit:
-                break
         return group.last_s + WINDOW_S - now_s
 
 
@@ -303,10 +303,11 @@ class Rates:
 
 
 def _refuse(window: _Window, limit: int, now_s: float) -> NoReturn:
-    reset_s = window.groups[-1].last_s + WINDOW_S - now_s
+    # Rounded to microseconds: what the addition of floats leaves over must not become a second.
+    reset_s = round(window.groups[-1].last_s + WINDOW_S - now_s, 6)
     raise GatewayError(
         RATE_LIMIT_EXCEEDED,
         f"This API key is limited to {limit} requests a minute.",
         fields=Quota(limit, 0, reset_s).fields(),
-        retry_after_s=math.ceil(window.wait_s(limit, now_s)),
+        retry_after_s=math.ceil(round(window.wait_s(limit, now_s), 6)),
     )
