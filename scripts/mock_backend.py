@@ -323,6 +323,8 @@ class MockBackend:
         if "end" in wire:
             await exchange.send_chunk(to_events(wire["end"], made))
         await exchange.send_chunk(b"")
+        # llama-server closes after every stream, whatever Keep-Alive its head has promised.
+        exchange.closes = True
 
     async def _words(self, made: Generation) -> AsyncIterator[bool]:
         """Make one word after the other, each when it is due; yield True where a ping is due instead."""

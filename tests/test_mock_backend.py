@@ -162,6 +162,17 @@ def test_the_hundredth_answer_closes_the_connection():
     play(scenario)
 
 
+def test_a_stream_ends_the_connection_though_its_head_says_keep_alive():
+    async def scenario(_backend, port):
+        async with Client(port) as client:
+            assert "Connection" not in (await client.call("POST", "/v1/chat/completions", CHAT)).fields
+            stream = await client.call("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+            assert stream.fields["Keep-Alive"] == "timeout=5, max=100"
+            assert await client.reader.read() == b""
+
+    play(scenario)
+
+
 @pytest.mark.parametrize(
     ("head", "closes"),
     [
