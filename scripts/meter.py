@@ -35,12 +35,13 @@ class Tokens:
     predicted_ms: float = 0.0
 
 
-def _sum(one: Tokens, other: Tokens) -> Tokens:
+def _sum(one: Tokens, other: Tokens, *, one_prompt: bool) -> Tokens:
+    """Add what two choices of an answer took; where they share a prompt it was read once."""
     return Tokens(
-        one.prompt + other.prompt,
-        one.cached + other.cached,
+        max(one.prompt, other.prompt) if one_prompt else one.prompt + other.prompt,
+        max(one.cached, other.cached) if one_prompt else one.cached + other.cached,
         one.completion + other.completion,
-        one.prompt_ms + other.prompt_ms,
+        max(one.prompt_ms, other.prompt_ms) if one_prompt else one.prompt_ms + other.prompt_ms,
         one.predicted_ms + other.predicted_ms,
     )
 
@@ -181,7 +182,20 @@ class Meter:
     and the piece that was fed last.
     """
 
-    __slots__ = ("_final", "_form", "_head", "_idle", "_last", "_mark", "_rest", "_size", "_start", "_sums", "events")
+    __slots__ = (
+        "_final",
+        "_form",
+        "_head",
+        "_idle",
+        "_last",
+        "_mark",
+        "_one_prompt",
+        "_rest",
+        "_size",
+        "_start",
+        "_sums",
+        "events",
+    )
 
     def __init__(self, kind: str) -> None:
         name = "chat" if kind.endswith("chat/completions") else kind.rpartition("/")[2]
@@ -190,6 +204,7 @@ class Meter:
         self._mark, self._idle = _MARKS.get(name, _OTHER_MARK)
         # The last word counts in these dialects; in the others each choice of an answer ends with its own.
         self._sums = name not in ("messages", "responses")
+        self._one_prompt = name == "chat"
         self._head = b""  # the beginning of JSON
         self._rest = b""  # its end; or an event that is not whole yet
         self._size = 0
@@ -297,8 +312,12 @@ class Meter:
                 self._conclude(_told(event))
 
     def _conclude(self, told: Tokens | None) -> None:
-        if told is not None:
-            self._final = told if self._final is None or not self._sums else _sum(self._final, told)
+        if told is None:
+            return
+        if self._final is None or not self._sums:
+            self._final = told
+        else:
+            self._final = _sum(self._final, told, one_prompt=self._one_prompt)
 
     def _from_events(self) -> Tokens | None:
         final, start = self._final, self._start or Tokens(0, 0, 0)
