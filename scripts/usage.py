@@ -10,7 +10,6 @@ took on average. The shares add up to what the machine was rented for, less the 
 """
 
 import logging
-import os
 import re
 import threading
 import time
@@ -199,9 +198,10 @@ def _read(path: Path, since: str) -> Batch:
         raise LedgerUnreadable("this Python was built without sqlite3")
     if not path.is_file():
         raise LedgerUnreadable("there is no such file")
-    # SQLite makes two files beside one in WAL mode, even to read it, unless it is told that nobody else has it open.
-    alone = not Path(f"{path}-wal").exists() and not os.access(path.parent, os.W_OK)
-    uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}"
+    # Where nobody has the file open SQLite would make two beside it, even to read, and leave them to their owner: after
+    # a report that root asked for the gateway could not write any more.
+    alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
+    uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
     try:
         with closing(sqlite.connect(uri, uri=True, timeout=BUSY_S)) as db:
             return {(day, key_id): row for day, key_id, *row in db.execute(_READ, (since,))}

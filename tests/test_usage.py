@@ -1,0 +1,447 @@
+"""The ledger: what it counts, how it shares the GPU's time out, and that no trouble with its file is a client's."""
+
+import logging
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import date, datetime, timezone
+from pathlib import Path
+
+import pytest
+
+import usage
+from usage import FLUSH_S, MEMORY_DAYS, Ledger, LedgerUnreadable, Tokens, Usage, cost, first_day, query
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+DAY_S = 86400
+TODAY, NOON_S = "2026-03-02", datetime(2026, 3, 2, 12, tzinfo=timezone.utc).timestamp()
+
+ANSWER = Tokens(prompt=10, cached=4, completion=5, prompt_ms=6.0, predicted_ms=50.0)
+UNTIMED = Tokens(prompt=10, cached=4, completion=5)
+
+
+class Clock:
+    """Seconds since the epoch that move only when told."""
+
+    def __init__(self, now_s: float = NOON_S) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@contextmanager
+def opened(path: Path | None, clock: Callable[[], float]) -> Iterator[Ledger]:
+    """A ledger whose own thread writes nothing before the end, so that a test says when."""
+    ledger = Ledger(path, clock, flush_s=3600.0, retry_s=3600.0)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "usage.db"
+
+
+# Counting
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_what_was_recorded_is_reported_by_key(path: Path, in_file: bool) -> None:
+    with opened(path if in_file else None, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        ledger.record("alice", UNTIMED, "cancelled")
+        ledger.record("alice", None, "refused")
+        ledger.record("bob", None, "timed_out")
+        ledger.record("", None, "truncated")
+        expected = [
+            Usage("", "-", 1, 0, 0, 0, 1, 0, 0.0),
+            Usage("", "alice", 3, 20, 8, 10, 1, 1, 0.0),
+            Usage("", "bob", 1, 0, 0, 0, 1, 0, 0.0),
+        ]
+        assert ledger.query() == expected
+        assert ledger.flush() is in_file
+        assert ledger.query() == expected
+    if in_file:
+        assert query(path) == expected
+
+
+def test_the_file_sums_over_runs_and_writers(path: Path) -> None:
+    with opened(path, Clock()) as first, opened(path, Clock()) as second:
+        for ledger in (first, second, first):
+            ledger.record("alice", ANSWER, "done")
+            assert ledger.flush()
+    with opened(path, Clock()) as third:
+        third.record("alice", ANSWER, "done")
+    assert [(row.requests, row.prompt) for row in query(path)] == [(4, 40)]
+
+
+def test_reports_are_by_key_or_day_or_both_and_begin_where_told(path: Path) -> None:
+    clock = Clock()
+    with opened(path, clock) as ledger:
+        for key_id in ("bob", "alice", "bob"):
+            ledger.record(key_id, ANSWER, "done")
+        clock.now_s += DAY_S
+        ledger.record("alice", ANSWER, "done")
+        assert ledger.query("2026-03-03") == [Usage("", "alice", 1, 10, 4, 5, 0, 0, DAY_S / 2)]
+    days = [(row.day, row.key_id, row.requests) for row in query(path, by="day")]
+    assert days == [("2026-03-02", "", 3), ("2026-03-03", "", 1)]
+    assert [(row.day, row.key_id, row.requests) for row in query(path)] == [("", "alice", 2), ("", "bob", 2)]
+    both = [(row.day, row.key_id, row.requests) for row in query(path, "2026-03-02", "key-day")]
+    assert both == [("2026-03-02", "alice", 1), ("2026-03-02", "bob", 2), ("2026-03-03", "alice", 1)]
+    assert [row.requests for row in query(path, since="2026-03-03")] == [1]
+    assert query(path, since="2026-03-04") == []
+    with pytest.raises(ValueError, match="key, day, key-day"):
+        query(path, by="month")
+
+
+# Quotas
+
+
+def test_what_was_spent_today_counts_prompt_and_completion_and_ends_at_midnight_utc(path: Path) -> None:
+    clock = Clock()
+    with opened(path, clock) as ledger:
+        assert ledger.spent_today("alice") == 0
+        ledger.record("alice", ANSWER, "done")
+        ledger.record("alice", ANSWER, "cancelled")
+        ledger.record("alice", None, "done")
+        assert ledger.spent_today("alice") == 30
+        assert ledger.spent_today("bob") == 0
+        assert ledger.resets_in_s() == DAY_S / 2
+        clock.now_s += DAY_S / 2 - 0.5
+        assert ledger.spent_today("alice") == 30
+        assert ledger.resets_in_s() == 0.5
+        clock.now_s += 0.5
+        assert ledger.spent_today("alice") == 0
+        assert ledger.resets_in_s() == DAY_S
+
+
+def test_a_restart_takes_up_what_was_spent_today_and_only_today(path: Path) -> None:
+    clock = Clock(NOON_S - DAY_S)
+    with opened(path, clock) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        clock.now_s += DAY_S
+        ledger.record("alice", UNTIMED, "done")
+        ledger.record("bob", ANSWER, "done")
+    with opened(path, clock) as ledger:
+        assert (ledger.spent_today("alice"), ledger.spent_today("bob")) == (15, 15)
+        ledger.record("alice", ANSWER, "done")
+        assert ledger.spent_today("alice") == 30
+
+
+# Money
+
+
+def test_the_cost_of_an_hour() -> None:
+    assert cost(3600, 0.44) == 0.44
+    assert cost(0, 0.44) == 0
+
+
+def test_the_time_the_gateway_ran_is_shared_by_the_milliseconds_spent(path: Path) -> None:
+    clock = Clock()
+    with opened(path, clock) as ledger:
+        ledger.record("alice", Tokens(100, 0, 10, prompt_ms=100.0, predicted_ms=200.0), "done")
+        ledger.record("bob", Tokens(100, 0, 30, prompt_ms=100.0, predicted_ms=500.0), "done")
+        ledger.record("carol", None, "refused")
+        clock.now_s += 900.0
+        assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 600.0, 0.0]
+        clock.now_s += 900.0
+    assert [round(row.gpu_s, 6) for row in query(path)] == [600.0, 1200.0, 0.0]
+
+
+def test_tokens_without_times_count_what_such_a_token_took_on_average() -> None:
+    clock = Clock()
+    with opened(None, clock) as ledger:
+        ledger.record("alice", Tokens(110, 10, 10, prompt_ms=100.0, predicted_ms=200.0), "done")
+        ledger.record("anthropic", Tokens(60, 10, 5), "done")
+        clock.now_s += 450.0
+        assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 150.0]
+
+
+def test_without_any_times_tokens_count_alike() -> None:
+    clock = Clock()
+    with opened(None, clock) as ledger:
+        ledger.record("alice", Tokens(20, 0, 0), "done")
+        ledger.record("bob", Tokens(5, 0, 5), "done")
+        clock.now_s += 30.0
+        assert [row.gpu_s for row in ledger.query()] == [20.0, 10.0]
+
+
+def test_each_day_is_shared_among_its_own_keys_and_an_idle_one_is_nobodys(path: Path) -> None:
+    clock = Clock()
+    with opened(path, clock) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        clock.now_s += 2 * DAY_S
+        ledger.record("bob", ANSWER, "done")
+    rows = query(path, by="key-day")
+    assert [(row.day, row.key_id, row.gpu_s) for row in rows] == [
+        ("2026-03-02", "alice", DAY_S / 2),
+        ("2026-03-04", "bob", DAY_S / 2),
+    ]
+    assert [row.gpu_s for row in query(path, by="key")] == [DAY_S / 2, DAY_S / 2]
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 40 * DAY_S])
+def test_a_clock_that_was_set_makes_no_uptime(jump_s: float) -> None:
+    clock = Clock()
+    with opened(None, clock) as ledger:
+        clock.now_s += jump_s
+        ledger.record("alice", ANSWER, "done")
+        assert [row.gpu_s for row in ledger.query()] == [0.0]
+        clock.now_s += 10.0
+        assert [row.gpu_s for row in ledger.query()] == [10.0]
+
+
+def test_memory_forgets_the_days_of_long_ago() -> None:
+    clock = Clock()
+    with opened(None, clock) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        clock.now_s += MEMORY_DAYS * DAY_S
+        ledger.record("alice", ANSWER, "done")
+        assert [row.requests for row in ledger.query()] == [2]
+        clock.now_s += DAY_S
+        ledger.record("alice", ANSWER, "done")
+        assert [row.requests for row in ledger.query()] == [2]
+
+
+# Since when
+
+
+@pytest.mark.parametrize(
+    ("since", "expected"),
+    [
+        ("1d", TODAY),
+        ("7d", "2026-02-24"),
+        ("0d", TODAY),
+        ("99999d", str(date(2026, 3, 2).fromordinal(date(2026, 3, 2).toordinal() - 99998))),
+        ("2025-12-31", "2025-12-31"),
+    ],
+)
+def test_a_report_begins_so_many_days_ago_or_on_a_date(since: str, expected: str) -> None:
+    assert first_day(since, NOON_S) == expected
+
+
+@pytest.mark.parametrize("since", ["", "d", "7", "-1d", "7D", "1e3d", "\u0667d", "2026-02-30", "20260301", "x"])
+def test_what_is_neither_days_nor_a_date_is_refused(since: str) -> None:
+    with pytest.raises(ValueError, match=r"expected|day"):
+        first_day(since, NOON_S)
+
+
+# The file
+
+
+def test_a_report_can_be_read_while_the_ledger_is_written(path: Path) -> None:
+    with opened(path, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        assert ledger.flush()
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            other.execute("BEGIN IMMEDIATE")
+            assert [row.requests for row in query(path)] == [1]
+            other.execute("ROLLBACK")
+        ledger.record("alice", ANSWER, "done")
+        assert [row.requests for row in query(path)] == [1]
+        assert [row.requests for row in ledger.query()] == [2]
+
+
+def test_reading_changes_nothing_and_makes_nothing(path: Path) -> None:
+    with pytest.raises(LedgerUnreadable, match="no such file"):
+        query(path)
+    assert not path.parent.exists()
+    with opened(path, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+    before = path.read_bytes()
+    assert [row.requests for row in query(path)] == [1]
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from usage import Ledger, Tokens
+ledger = Ledger(Path(sys.argv[2]), lambda: 1772452800.0, flush_s=3600.0)
+for _ in range(100):
+    ledger.record("alice", Tokens(10, 4, 5, 6.0, 50.0), "done")
+ledger.flush()
+ledger.record("alice", Tokens(10, 4, 5, 6.0, 50.0), "done")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_kill_9_loses_only_what_came_after_the_last_flush(path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(SCRIPTS), str(path)]
+    assert subprocess.run(command, timeout=30, check=False).returncode == -signal.SIGKILL
+    assert [row.requests for row in query(path)] == [100]
+    with opened(path, Clock()) as ledger:
+        assert ledger.spent_today("alice") == 1500
+    assert FLUSH_S < 1
+
+
+def test_the_thread_writes_without_being_told(path: Path) -> None:
+    looked = threading.Event()
+    caller = threading.get_ident()
+
+    def clock() -> float:
+        if threading.get_ident() != caller:
+            looked.set()
+        return NOON_S
+
+    ledger = Ledger(path, clock, flush_s=0.0)
+    try:
+        ledger.record("alice", ANSWER, "done")
+        assert looked.wait(10)
+        # Waits for the write that has begun.
+        assert ledger.flush()
+        assert [row.requests for row in query(path)] == [1]
+    finally:
+        ledger.close()
+
+
+def test_the_end_writes_what_is_left_and_may_come_twice(path: Path) -> None:
+    ledger = Ledger(path, Clock(), flush_s=3600.0)
+    ledger.record("alice", ANSWER, "done")
+    ledger.close()
+    ledger.close()
+    assert [row.requests for row in query(path)] == [1]
+    ledger.record("alice", ANSWER, "done")
+    assert ledger.spent_today("alice") == 30
+    Ledger(None, Clock()).close()
+
+
+def test_a_file_that_was_moved_away_is_made_anew(path: Path) -> None:
+    with opened(path, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        assert ledger.flush()
+        for part in path.parent.iterdir():
+            part.rename(part.with_name("old-" + part.name))
+        ledger.record("bob", ANSWER, "done")
+        assert ledger.flush()
+        assert [row.key_id for row in query(path)] == ["bob"]
+
+
+# Trouble
+
+
+def broken_by_folder(path: Path) -> None:
+    path.mkdir(parents=True)
+
+
+def broken_by_parent(path: Path) -> None:
+    path.parent.write_text("a file, not a folder")
+
+
+def broken_by_garbage(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"no SQLite here, " * 512)
+
+
+def broken_by_other_table(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db, db:
+        db.execute("CREATE TABLE usage (day TEXT)")
+
+
+@pytest.mark.parametrize("broken", [broken_by_folder, broken_by_parent, broken_by_garbage, broken_by_other_table])
+def test_a_file_that_cannot_be_used_costs_one_warning_and_nothing_else(
+    path: Path, broken: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken(path)
+    with caplog.at_level(logging.INFO, "usage"), opened(path, Clock()) as ledger:
+        for _ in range(3):
+            ledger.record("alice", ANSWER, "done")
+            assert not ledger.flush()
+        assert ledger.spent_today("alice") == 45
+        assert [row.requests for row in ledger.query()] == [3]
+        assert [(record.levelname, str(path) in record.message) for record in caplog.records] == [("WARNING", True)]
+    assert len(caplog.records) == 1
+    with pytest.raises(LedgerUnreadable):
+        query(path)
+
+
+def test_counts_that_waited_in_memory_are_written_when_the_file_can_be(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken_by_garbage(path)
+    with caplog.at_level(logging.INFO, "usage"), opened(path, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        assert not ledger.flush()
+        ledger.record("alice", ANSWER, "done")
+        path.unlink()
+        assert ledger.flush()
+        assert [row.requests for row in query(path)] == [2]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from usage import Ledger, Tokens, query
+path = Path(sys.argv[2])
+ledger = Ledger(path, lambda: 1772452800.0, flush_s=3600.0)
+ledger.record("alice", Tokens(10, 4, 5), "done")
+assert ledger.flush()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+for _ in range(3):
+    ledger.record("alice", Tokens(10, 4, 5), "done")
+    assert not ledger.flush()
+assert ledger.spent_today("alice") == 60
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+assert ledger.flush()
+ledger.close()
+print(query(path)[0].requests)
+"""
+
+
+def test_a_full_disk_loses_nothing_that_memory_can_hold(path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(SCRIPTS), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == "4\n", done.stderr
+    assert done.stderr.count("usage is counted in memory") == 1
+
+
+def test_the_thread_tries_again_after_a_failure(path: Path) -> None:
+    broken_by_garbage(path)
+    ledger = Ledger(path, Clock(), flush_s=0.0, retry_s=0.0)
+    ledger.record("alice", ANSWER, "done")
+    ledger.flush()
+    path.unlink()
+    ledger.record("alice", ANSWER, "done")
+    ledger.close()
+    assert [row.requests for row in query(path)] == [2]
+
+
+def test_a_python_without_sqlite_counts_in_memory(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sqlite3", None)
+    with opened(path, Clock()) as ledger:
+        ledger.record("alice", ANSWER, "done")
+        assert not ledger.flush()
+        assert [row.requests for row in ledger.query()] == [1]
+    assert [record.message for record in caplog.records] == [
+        "usage is counted in memory only: this Python was built without sqlite3"
+    ]
+    with pytest.raises(LedgerUnreadable, match="without sqlite3"):
+        query(path)
+
+
+def test_sqlite_is_not_imported_before_there_is_a_file_to_use() -> None:
+    code = "import sys, usage; usage.Ledger(None, lambda: 0.0); print('sqlite3' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    # Coverage imports it.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    environ["PYTHONPATH"] = str(SCRIPTS)
+    assert subprocess.run(command, capture_output=True, text=True, env=environ, check=True).stdout == "False\n"
+    assert usage.Meter.__module__ == "meter"
