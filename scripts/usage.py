@@ -133,7 +133,7 @@ def _report(counts: Batch, by: str) -> list[Usage]:
             address = (day if "day" in by else "", key_id if "key" in by else "")
             _add(grouped, address, (*row[:6], shares[day, key_id]))
     return [
-        Usage(day=day, key_id=key_id, gpu_s=row[6], **dict(zip(_COLUMNS, map(int, row[:6]))))  # noqa: B905
+        Usage(day=day, key_id=key_id, gpu_s=row[6], **dict(zip(_COLUMNS, map(int, row[:6]), strict=False)))
         for (day, key_id), row in sorted(grouped.items())
     ]
 
