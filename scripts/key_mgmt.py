@@ -13,9 +13,10 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,18 @@ LIMITS = ("rate_limit", "expires_at", "role", "parallel", "priority", "tokens_pe
 
 
 class Refused(Exception):
-    """What is asked for does not go with what is there: exit status 1."""
+    """What is asked for does not go with what is there."""
+
+    status = 1
 
 
-class Misused(Exception):
-    """What is asked for makes no sense: exit status 2."""
+class Misused(Refused):
+    """What is asked for makes no sense."""
+
+    status = 2
 
 
-# Where things are
+# Words to values
 
 
 def probe_folder(path: str) -> tuple[bool, bool]:
@@ -86,9 +91,6 @@ def keys_file(arguments: argparse.Namespace) -> Path:
     return chosen_file(arguments.file, "AUTH_KEYS_FILE", "api_keys.txt")
 
 
-# Words to values
-
-
 def now() -> datetime:
     return datetime.now(timezone.utc).replace(microsecond=0)
 
@@ -101,25 +103,7 @@ def parse_duration(text: str) -> timedelta:
 
 
 def parse_when(text: str) -> datetime:
-    """Read a time, given as such or as a duration from now."""
     return now() + parse_duration(text) if text[-1:] in UNITS else keyfile.parse_expiration(text)
-
-
-def parse_past(text: str) -> datetime:
-    """Read a time, given as such or as a duration until now."""
-    return now() - parse_duration(text) if text[-1:] in UNITS else keyfile.parse_expiration(text)
-
-
-def converter(parse: Callable[[str], object], blank: str | None = None) -> Callable[[str], object]:
-    """Make an argparse type: the word `blank` stands for nothing; a complaint never repeats what was given."""
-
-    def convert(text: str) -> object:
-        try:
-            return None if text == blank else parse(text)
-        except keyfile.Invalid as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
 
 
 # The commands
@@ -138,16 +122,16 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def list_keys(arguments: argparse.Namespace) -> int:
-    document = Document(_read(arguments))
+    path = keys_file(arguments)
+    with _refusing(path):
+        document = Document(keyfile.read(path)[0])
     records = [
         {**_record(line.found), "stored": "hashed" if line.secret.startswith("sha256$") else "plain"}
         for line in document.lines
         if isinstance(line.found, Entry)
     ]
     _complain(arguments, document)
-    if arguments.json:
-        return _print_json(records)
-    return _print_table(records, ("key_id", "state", *LIMITS, "stored"))
+    return _print_json(records) if arguments.json else _print_table(records)
 
 
 def remove(arguments: argparse.Namespace) -> int:
@@ -156,7 +140,7 @@ def remove(arguments: argparse.Namespace) -> int:
             del document.lines[index]
 
     _rewrite(arguments, cut)
-    _say(arguments, f"removed {arguments.name}")
+    _say(f"removed {arguments.name}", arguments.quiet)
     return _print_json({"key_id": arguments.name, "removed": True}) if arguments.json else 0
 
 
@@ -203,18 +187,20 @@ def set_limits(arguments: argparse.Namespace) -> int:
         _change(document, *newest, limits)
 
     entries = [entry for _, entry in _rewrite(arguments, change).find(arguments.name)]
-    _say(arguments, f"changed {arguments.name}, which is {_state(entries[-1])}")
+    _say(f"changed {arguments.name}, which is {_state(entries[-1])}", arguments.quiet)
     return _print_json([_record(entry) for entry in entries]) if arguments.json else 0
 
 
 def check(arguments: argparse.Namespace) -> int:
-    parsed = keyfile.parse(_read(arguments))
+    path = keys_file(arguments)
+    with _refusing(path):
+        parsed = keyfile.parse(keyfile.read(path)[0])
     complaints = [*parsed.complaints, *([parsed.distrust] if parsed.distrust else [])]
     if arguments.json:
         _print_json({"ok": not complaints, "keys": len(parsed.entries), "complaints": complaints})
     else:
         _print("".join(complaint + "\n" for complaint in complaints))
-    _say(arguments, f"{keys_file(arguments)}: {len(parsed.entries)} keys, {len(complaints)} complaints")
+    _say(f"{path}: {len(parsed.entries)} keys, {len(complaints)} complaints", arguments.quiet)
     return 1 if complaints else 0
 
 
@@ -227,47 +213,55 @@ def hash_key(arguments: argparse.Namespace) -> int:
 
 
 def show_usage(arguments: argparse.Namespace) -> int:
-    path = chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
     try:
         usage = importlib.import_module("usage")
-    except ModuleNotFoundError:
-        raise Refused("usage.py is not beside key_mgmt.py") from None
-    rows: Sequence[Mapping[str, object]] = usage.query(path, arguments.since, arguments.by)
-    if arguments.json:
-        return _print_json(rows)
-    return _print_table(rows, tuple(rows[0]) if rows else (), comma=arguments.csv)
+    except ModuleNotFoundError as error:
+        raise Refused(f"usage needs {error.name}.py beside key_mgmt.py") from None
+    path = chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
+    price = os.environ.get("GPU_COST_PER_HOUR")
+    try:
+        since = usage.first_day(arguments.since, time.time()) if arguments.since else ""
+        rows = usage.query(path, since, arguments.by)
+        costs = [{"cost": round(usage.cost(row.gpu_s, float(price)), 4)} if price else {} for row in rows]
+    except ValueError as error:
+        raise Misused(str(error)) from None
+    except usage.LedgerUnreadable as error:
+        raise Refused(f"{path}: {error}") from None
+    told = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
+    records = [{name: value for name, value in record.items() if value != ""} for record in told]
+    return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
 
 
 # What the commands share
 
 
-def _read(arguments: argparse.Namespace) -> bytes:
-    path = keys_file(arguments)
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Turn what is wrong with a file into a sentence that names it."""
     try:
-        return keyfile.read(path)[0]
+        yield
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from None
+    except keyfile.Invalid as error:
+        raise Refused(f"{path}: {error}") from None
 
 
 def _rewrite(arguments: argparse.Namespace, change: Callable[[Document], None], *, create: bool = False) -> Document:
     path = keys_file(arguments)
-    try:
+    with _refusing(path):
         if create:
             _make_folder(path.parent)
         document = keyfile.rewrite(path, change, create=create)
-    except OSError as error:
-        raise Refused(f"{path}: {error.strerror}; nothing was changed") from None
     _complain(arguments, document)
     return document
 
 
 def _make_folder(folder: Path) -> None:
-    if folder.exists():
-        return
-    folder.mkdir(mode=0o700)
-    if os.geteuid() == 0:
+    if not folder.exists():
+        folder.mkdir(mode=0o700)
         owner = folder.parent.stat()
-        os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        with suppress(PermissionError):
+            os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _limits(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -306,7 +300,7 @@ def _hand_out(arguments: argparse.Namespace, document: Document, secret: str) ->
     except OSError as error:
         reason = f"the key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
         raise Refused(reason) from None
-    _say(arguments, f"{name} is in {keys_file(arguments)}; its key is shown this once")
+    _say(f"{name} is in {keys_file(arguments)}; its key is shown this once", arguments.quiet)
     return 0
 
 
@@ -316,18 +310,12 @@ def _state(entry: Entry) -> str:
     return "suspended" if entry.rate_limit == 0 else "active"
 
 
-def _record(entry: Entry) -> dict[str, object]:
+def _record(entry: Entry) -> dict[str, Any]:
     """An entry as it is shown: all but the digest."""
-    ends = None if entry.expires_at is None else keyfile.serialize_time(entry.expires_at)
-    return {
-        "key_id": entry.key_id,
-        "state": _state(entry),
-        **{name: getattr(entry, name) for name in LIMITS},
-        "expires_at": ends,
-    }
-
-
-# In and out
+    record = {"key_id": entry.key_id, "state": _state(entry), **{name: getattr(entry, name) for name in LIMITS}}
+    if entry.expires_at is not None:
+        record["expires_at"] = keyfile.serialize_time(entry.expires_at)
+    return record
 
 
 def _print(text: str) -> int:
@@ -344,11 +332,12 @@ def _print_json(value: object) -> int:
     return _print(json.dumps(value, indent=2) + "\n")
 
 
-def _print_table(records: Sequence[Mapping[str, object]], names: Sequence[str], *, comma: bool = False) -> int:
+def _print_table(records: Sequence[Mapping[str, object]], *, comma: bool = False) -> int:
     """Print a header and a line a record: in columns, or as CSV (no value holds a comma or a quote)."""
+    if not records:
+        return _print("")
     absent = "" if comma else "-"
-    cells = ([absent if record[name] is None else str(record[name]) for name in names] for record in records)
-    rows = [names, *cells]
+    rows = [list(records[0]), *([absent if cell is None else str(cell) for cell in r.values()] for r in records)]
     if comma:
         return _print("".join(",".join(row) + "\n" for row in rows))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -358,17 +347,12 @@ def _print_table(records: Sequence[Mapping[str, object]], names: Sequence[str], 
 
 def _complain(arguments: argparse.Namespace, document: Document) -> None:
     for complaint in document.complaints:
-        _say(arguments, f"warning: {complaint} (the gateway skips it)")
+        _say(f"warning: {complaint} (the gateway skips it)", arguments.quiet)
 
 
-def _say(arguments: argparse.Namespace, text: str) -> None:
-    if not arguments.quiet:
-        _talk(text)
-
-
-def _talk(text: str) -> None:
+def _say(text: str, quiet: bool = False) -> None:
     # print(file=None) would write to stdout.
-    if sys.stderr is not None:
+    if sys.stderr is not None and not quiet:
         with suppress(OSError):
             print(f"key_mgmt: {text}", file=sys.stderr, flush=True)
 
@@ -377,22 +361,19 @@ def _talk(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    status, error = 1, ""
     try:
         arguments = _parser().parse_args(argv, argparse.Namespace(file=None, quiet=False, json=False))
         return int(arguments.run(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except Misused as wrong:
-        status, error = 2, str(wrong)
-    except (Refused, keyfile.Invalid) as refused:
-        error = str(refused)
-    except OSError as lost:
-        error = f"stdout: {lost.strerror}"
+    except (Refused, keyfile.Invalid) as error:
+        _say(str(error))
+        return getattr(error, "status", 1)
+    except OSError as error:
+        _say(f"stdout: {error.strerror}")
     except KeyboardInterrupt:
-        error = "interrupted"
-    _talk(error)
-    return status
+        _say("interrupted")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -419,41 +400,41 @@ def _add(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
 
 
 def _value(metavar: str, parse: Callable[[str], object], sentence: str, **more: Any) -> dict[str, Any]:
-    """Describe an option with a value; `blank` is the word that stands for none."""
-    return {"metavar": metavar, "type": converter(parse, more.pop("blank", None)), "help": sentence, **more}
+    """Describe an option with a value; the word `blank` stands for none. A complaint never repeats what was given."""
+    blank = more.pop("blank", None)
+
+    def convert(text: str) -> object:
+        try:
+            return None if text == blank else parse(text)
+        except keyfile.Invalid as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return {"metavar": metavar, "type": convert, "help": sentence, **more}
 
 
-def _switch(sentence: str, **more: Any) -> dict[str, Any]:
-    return {"action": "store_true", "help": sentence, **more}
-
-
+SWITCH = {"action": "store_true"}
 ENDS = "2026-12-31, 2026-12-31T23:59:59+02:00 (UTC without an offset), 30d, 24h, 60m, or never"
-RATE = "requests a minute; 0 suspends the key; default is the gateway's"
-PARALLEL = "requests at a time, the others wait; or none: no such limit"
-TOKENS = "tokens a day, which begins at midnight UTC; or none: no such limit"
-OVERLAP = "let the old key work for so long (24h, 7d); without it the old key ends at once"
 OPTIONS: dict[str, dict[str, Any]] = {
     "--name": _value("ID", keyfile.parse_key_id, "whose key", required=True),
     "--expires": _value("WHEN", parse_when, ENDS, blank="never", dest="expires_at"),
-    "--rate-limit": _value("N", keyfile.parse_rate_limit, RATE, blank="default"),
+    "--rate-limit": _value("N", keyfile.parse_rate_limit, "a minute; 0 suspends; or default", blank="default"),
     "--role": {"choices": keyfile.ROLES, "help": "an operator may also reload, and read slots, props and metrics"},
-    "--parallel": _value("N", keyfile.parse_parallel, PARALLEL, blank="none"),
+    "--parallel": _value("N", keyfile.parse_parallel, "requests at a time, more wait; or none", blank="none"),
     "--priority": _value("N", keyfile.parse_priority, "0 unless given; higher is served sooner"),
-    "--tokens-per-day": _value("N", keyfile.parse_tokens_per_day, TOKENS, blank="none"),
-    "--plain": _switch("put the key itself in the file, not its SHA-256", default=False),
-    "--overlap": _value("TIME", parse_duration, OVERLAP, default=timedelta(0)),
+    "--tokens-per-day": _value("N", keyfile.parse_tokens_per_day, "from midnight UTC on; or none", blank="none"),
+    "--plain": {**SWITCH, "default": False, "help": "put the key itself in the file, not its SHA-256"},
+    "--overlap": _value("TIME", parse_duration, "let the old key work for so long (24h, 7d)", default=timedelta(0)),
     "--usage-file": _value("PATH", str, "else USAGE_FILE, else usage.db in DATA_DIR", default=None),
-    "--since": _value("WHEN", parse_past, "7d, 24h or a date; else from the beginning", default=None),
-    "--by": {"choices": ("key", "day"), "default": "key", "help": "what a line stands for (key)"},
-    "--csv": _switch("print CSV", default=False),
+    "--since": _value("WHEN", str, "7d (today is one of them) or a date; else all", default=None),
+    "--by": {"choices": ("key", "day", "key-day"), "default": "key", "help": "what a line stands for (key)"},
+    "--csv": {**SWITCH, "default": False, "help": "print CSV"},
     "--file": _value("PATH", str, "the keys file"),
-    "--json": _switch("print JSON"),
-    "--quiet": _switch("print data and errors only"),
+    "--json": {**SWITCH, "help": "print JSON"},
+    "--quiet": {**SWITCH, "help": "print data and errors only"},
 }
 COMMON = ("--file", "--json", "--quiet")
 LIMIT_OPTIONS = ("--expires", "--rate-limit", "--role", "--parallel", "--priority", "--tokens-per-day")
-Command = Callable[[argparse.Namespace], int]
-COMMANDS: dict[str, tuple[Command, tuple[str, ...], str]] = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...], str]] = {
     "generate": (generate, ("--name", *LIMIT_OPTIONS, "--plain"), "make a key and show it, this once"),
     "list": (list_keys, (), "show whose keys there are and what they may do, never the keys"),
     "remove": (remove, ("--name",), "revoke the keys of a name, all of them"),
