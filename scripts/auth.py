@@ -276,12 +276,12 @@ class Rates:
         return Quota(caller.rate_limit, caller.rate_limit - total, WINDOW_S)
 
     def give_back(self, caller: Caller) -> None:
-        """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing."""
+        """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing.
+
+        It is the newest place that goes back, which is the caller's own wherever the refusal came soon.
+        """
         window = self._windows.get(caller.key_id)
-        if window is None:
-            return
-        window.age(self._clock())
-        if window.groups:
+        if window is not None and window.groups:
             window.total -= 1
             window.groups[-1].count -= 1
             if window.groups[-1].count == 0:

@@ -611,6 +611,20 @@ def test_a_place_given_back_does_not_move_the_others(clock: Clock) -> None:
     assert rates.take(caller(2)).remaining == 1
 
 
+def test_what_was_given_back_leaves_no_trace(clock: Clock) -> None:
+    rates = Rates(clock)
+    for _ in range(3):
+        rates.take(caller(9))
+    rates.give_back(caller(9))
+    clock.now_s += 30
+    rates.take(caller(9))
+    rates.give_back(caller(9))
+    error = refusal(lambda: rates.take(caller(1)))
+    assert dict(error.fields)[b"x-ratelimit-reset-requests"] == b"30s"
+    clock.now_s += 30
+    assert rates.take(caller(9)).remaining == 8
+
+
 def test_what_no_longer_counts_cannot_be_given_back(clock: Clock) -> None:
     rates = Rates(clock)
     rates.give_back(caller(2))
@@ -630,7 +644,7 @@ def test_a_window_takes_the_same_memory_however_many_requests_it_counts(clock: C
     assert len(rates._windows["a"].groups) <= 61
 
 
-def test_keys_that_idle_are_forgotten(clock: Clock) -> None:
+def test_keys_that_idle_are_forgotten_once_a_minute(clock: Clock) -> None:
     rates = Rates(clock)
     for number in range(1000):
         rates.take(caller(5, f"k{number}"))
@@ -641,6 +655,12 @@ def test_keys_that_idle_are_forgotten(clock: Clock) -> None:
     rates.take(caller(5, "new"))
     assert len(rates) == 2
     assert rates.take(caller(5, "busy")).remaining == 3
+    clock.now_s += 59.9
+    rates.take(caller(5, "newer"))
+    assert len(rates) == 3
+    clock.now_s += 0.1
+    rates.take(caller(5, "newest"))
+    assert len(rates) == 2
 
 
 # What is missing
