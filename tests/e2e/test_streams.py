@@ -59,11 +59,11 @@ def test_the_same_answer_as_without_the_gateway(url: str, backend: LlamaServer) 
 
 
 @contextmanager
-def asking(url: str, route: str, body: dict[str, object]) -> Iterator[socket.socket]:
+def asking(url: str, route: str, body: dict[str, object], *more: str) -> Iterator[socket.socket]:
     """A bare connection that has asked and reads nothing yet; leaving the block closes it."""
     host, port = url.removeprefix("http://").split(":")
     payload = json.dumps(body).encode()
-    fields = ("Host: e2e", f"Authorization: Bearer {TEAM_KEY}", f"Content-Length: {len(payload)}")
+    fields = ("Host: e2e", f"Authorization: Bearer {TEAM_KEY}", f"Content-Length: {len(payload)}", *more)
     head = "\r\n".join((f"POST {route} HTTP/1.1", *fields, "", ""))
     with socket.create_connection((host, int(port)), timeout=30) as connection:
         connection.sendall(head.encode() + payload)
@@ -94,10 +94,7 @@ def test_pitfall_16_a_reader_that_leaves_frees_the_real_slot(
 def test_a_conversation_id_does_not_keep_the_slot(url: str, backend: LlamaServer) -> None:
     """llama-server goes on generating for a reader that left where the request names a conversation."""
     backend.all_free()
-    headers = bearer(TEAM_KEY) | {"X-Conversation-Id": "e2e"}
-    body = CHAT | {"max_tokens": ENDLESS, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", headers=headers, json=body, timeout=30) as answer:
-        next(answer.iter_raw())
+    with asking(url, "/v1/chat/completions", CHAT | {"max_tokens": ENDLESS, "stream": True}, "X-Conversation-Id: e2e"):
         eventually(backend.busy, lambda busy: busy == 1, 10)
     backend.all_free()
 

@@ -11,7 +11,7 @@ import pytest
 from stack import ENDLESS, OPERATOR_KEY, TEAM_KEY, Gateway, LlamaServer, bearer, eventually, fetch, running
 from tiny_gguf import WORDS
 
-WAVES, FINISHED_A_WAVE, CANCELLED_A_WAVE = 10, 42, 8
+WAVES, FINISHED_A_WAVE, CANCELLED_A_WAVE = 5, 84, 16
 Tokens = dict[str, int]
 
 
