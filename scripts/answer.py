@@ -81,8 +81,8 @@ class Answer:
         """The head for a relayed response; `write` sends it together with the first of the body."""
         dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
         lines = [b"HTTP/1.1 ", head.status_line, CRLF]
-        for name, value in head.fields:
-            if name.lower() not in dropped:
+        for (name, value), lower in zip(head.fields, head.names):
+            if lower not in dropped:
                 lines += (name, b": ", value, CRLF)
         self.is_stream = is_event_stream(head)
         self._frame(framing)

@@ -39,7 +39,7 @@ class Gateway:
         self._parts = parts
         self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self._public_only: set[ClientWire] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
         self._server: asyncio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
@@ -66,10 +66,7 @@ class Gateway:
         if len(connections) >= self._parts.config.queue.max_connections:
             self._make_room(client)
         connections[client] = None
-        self._idle[client] = None
-        task = asyncio.get_running_loop().create_task(self._serve(client))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        client.converse(self._serve(client))
 
     def _make_room(self, newcomer: ClientWire) -> None:
         """At the bound, the connection that has idled longest goes; where none idles, the newcomer may only be public."""
@@ -94,6 +91,8 @@ class Gateway:
             self._idle.pop(client, None)
             self._public_only.discard(client)
             del self._parts.exchanges[client]
+            if self._parts.draining and not self._parts.exchanges:
+                self._empty.set()
 
     async def _serve_one(self, client: ClientWire, idle_s: float) -> bool:
         """Read and serve one request; return whether another may follow."""
@@ -144,19 +143,19 @@ class Gateway:
         for client in tuple(self._idle):
             if not client.has_unread:
                 client.interrupt(PeerGone())
-        for client, exchange in self._parts.exchanges.items():
+        for client, exchange in tuple(self._parts.exchanges.items()):
             if exchange is not None and exchange.stage is Stage.QUEUED:
                 client.interrupt(GatewayError(DRAINING))
         self._background.append(asyncio.ensure_future(self._finish()))
 
     async def _finish(self) -> None:
         """Wait for what is under way; cut what is left when the time is up."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._parts.config.supervision.drain_timeout_s)
-        for client in self._parts.exchanges:
+        if self._parts.exchanges:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._empty.wait(), self._parts.config.supervision.drain_timeout_s)
+        for client in tuple(self._parts.exchanges):
             client.interrupt(GatewayError(DRAINING))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=1.0)
+        await asyncio.sleep(0)  # the last bytes leave in the loop's next round
         self._ended.set()
 
     def stop(self) -> None:
@@ -170,11 +169,11 @@ class Gateway:
         """Give everything back; nothing is left running."""
         if self._server is not None:
             self._server.close()
-        for task in (*self._background, *self._tasks):
+        for task in self._background:
             task.cancel()
-        await asyncio.gather(*self._background, *self._tasks, return_exceptions=True)
-        for wire in self._parts.deadlines:
-            wire.abort()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        for client in tuple(self._parts.exchanges):
+            client.hang_up()
         await self._parts.close()
 
 

@@ -5,9 +5,9 @@ early; one that did gets its head and a comment line each interval until the bac
 """
 
 import json
-from collections.abc import Callable, Sequence
-from math import inf
+from collections.abc import Sequence
 
+from admission import Ticket
 from answer import Answer
 from errors import Dialect
 from wire import ClientWire
@@ -16,30 +16,23 @@ _ANTHROPIC_PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
 class Heartbeat:
-    """Beats on a client's wire until stopped. `position` tells a waiter's place in the queue, 0 where it has none."""
+    """What a client's wire calls each interval until the backend answers."""
+
+    __slots__ = ("_answer", "_body", "_client", "_interval_s", "_ticket")
 
     def __init__(
-        self, client: ClientWire, answer: Answer, body: Sequence[bytes], interval_s: float, position: Callable[[], int]
+        self, client: ClientWire, answer: Answer, body: Sequence[bytes], interval_s: float, ticket: Ticket
     ) -> None:
         self._client = client
         self._answer = answer
         self._body = body
         self._interval_s = interval_s
-        self._position = position
+        self._ticket = ticket
 
-    def start(self, now_s: float) -> None:
-        if self._interval_s and self._answer.method == b"POST":
-            self._client.on_beat = self._beat
-            self._client.beat_s = now_s + self._interval_s
-
-    def stop(self) -> None:
-        self._client.beat_s = inf
-        self._client.on_beat = None
-
-    def _beat(self, now_s: float) -> None:
+    def beat(self, now_s: float) -> None:
         if not self._answer.started:
             if not asks_for_stream(self._body):
-                self.stop()
+                self._client.stop_beating()
                 return
             self._answer.begin_stream()
         self._client.beat_s = now_s + self._interval_s
@@ -48,8 +41,9 @@ class Heartbeat:
     def _sign(self) -> bytes:
         if self._answer.dialect is Dialect.ANTHROPIC:
             return _ANTHROPIC_PING
-        position = self._position()
-        return b": queued %d\n\n" % position if position else b": waiting\n\n"
+        if self._ticket.waiting is None or self._ticket.waiting.done():
+            return b": waiting\n\n"
+        return b": queued %d\n\n" % self._ticket.position()
 
 
 def asks_for_stream(body: Sequence[bytes]) -> bool:

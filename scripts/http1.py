@@ -8,6 +8,7 @@ could read in two ways is refused.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from errors import (
     BACKEND_MALFORMED,
@@ -29,8 +30,10 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 section 5.6.2. A dict of fields would lose order and duplicates, and with them what the client said.
 _TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_CONTROLS = bytes([*range(0x00, 0x09), *range(0x0A, 0x20), 0x7F])  # all but HTAB, RFC 9110 section 5.5
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+# One field line (RFC 9110 section 5.5: no control character but HTAB). Anchored at both ends, so that as many matches as
+# there are lines means that every byte of every line was matched.
+_FIELD_LINES = re.compile(rb"^(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])")  # `#` is no part of a target
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?)")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=\-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -65,30 +68,32 @@ class Limits:
     response_head_bytes: int = 65536
 
 
-@dataclass(frozen=True, slots=True)
-class RequestHead:
-    """A request's head as it came: `fields` are (name, value) in wire order, names as spelt, values without OWS."""
+class RequestHead(NamedTuple):
+    """A request's head as it came: `fields` are (name, value) in wire order, names as spelt, values without OWS.
+
+    `names` are the fields' names in lower case; `known` maps those that the gateway reads to their values.
+    """
 
     method: bytes
     target: bytes
     minor: int  # HTTP/1.<minor>
     fields: Fields
+    names: tuple[bytes, ...]
     known: Mapping[bytes, Sequence[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """A response's head as it came; `status_line` is what follows the version, such as `b"200 OK"`."""
 
     status: int
     status_line: bytes
     minor: int
     fields: Fields
+    names: tuple[bytes, ...]
     known: Mapping[bytes, Sequence[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
-class Framing:
+class Framing(NamedTuple):
     """How a body ends: after `length` octets, with its last chunk, or (neither) when the sender closes."""
 
     length: int | None = None
@@ -104,51 +109,65 @@ UNTIL_CLOSE = Framing()
 
 
 class HeadScanner:
-    """Look for the end of one request head in a growing buffer, in time linear in its length.
+    """Collects one request head, in time linear in its length, however it is torn.
 
     Limits hold while the head is incomplete, so that nobody has to send the end of an endless line to be refused.
     """
 
-    __slots__ = ("_limits", "_line_start", "_lines", "_searched")
+    __slots__ = ("_limits", "_line_start", "_lines", "_part", "_searched", "rest")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.reset()
+        self._part = bytearray()
+        self._line_start = self._lines = self._searched = 0
+        self.rest = b""
 
-    def reset(self) -> None:
-        self._searched = 0
-        self._line_start = 0
-        self._lines = 0
+    @property
+    def begun(self) -> bool:
+        return bool(self._part)
 
-    def scan(self, buffer: bytearray) -> int:
-        """Return where the head ends (after its empty line), or 0 for "more". Empty lines before it are removed.
+    def feed(self, data: bytes) -> bytes | None:
+        """Take received bytes; return the head, its empty line included, once it is whole. `rest` is what follows it.
 
-        Raises URI_TOO_LONG, HEADER_FIELDS_TOO_LARGE, or BAD_REQUEST for a line that ends in a bare LF.
+        Empty lines before the head are dropped. Raises URI_TOO_LONG, HEADER_FIELDS_TOO_LARGE, or BAD_REQUEST.
         """
-        if self._searched == 0:
-            skip_empty_lines(buffer)
-            check_first_octet(buffer)
-        end = buffer.find(HEAD_END, max(0, self._searched - 3))
-        if end >= 0:
-            return end + 4
-        self._check_lines(buffer)
-        self._searched = len(buffer)
-        return 0
+        if not self._part:
+            end = data.find(HEAD_END)
+            if end > 0 and data[0] in _TCHAR:
+                self.rest = data[end + 4 :]
+                return data[: end + 4]
+        return self._feed_part(data)
 
-    def _check_lines(self, buffer: bytearray) -> None:
-        newline = buffer.find(b"\n", max(self._line_start, self._searched))
+    def _feed_part(self, data: bytes) -> bytes | None:
+        part = self._part
+        part += data
+        if self._searched == 0:
+            skip_empty_lines(part)
+            check_first_octet(part)
+        end = part.find(HEAD_END, max(0, self._searched - 3))
+        if end >= 0:
+            head, self.rest = bytes(part[: end + 4]), bytes(part[end + 4 :])
+            part.clear()
+            self._line_start = self._lines = self._searched = 0
+            return head
+        self._check_lines(part)
+        self._searched = len(part)
+        return None
+
+    def _check_lines(self, part: bytearray) -> None:
+        newline = part.find(b"\n", max(self._line_start, self._searched))
         while newline >= 0:
-            if newline == self._line_start or buffer[newline - 1] != 0x0D:
+            if newline == self._line_start or part[newline - 1] != 0x0D:
                 raise GatewayError(BAD_REQUEST, "A line of the head ends without CRLF.")
             self._check_length(newline - 1 - self._line_start)
             if self._lines == 0:
-                parse_request_line(bytes(buffer[: newline - 1]))  # HTTP/0.9 and other protocols send no more than this
+                parse_request_line(bytes(part[: newline - 1]))  # HTTP/0.9 and other protocols send no more than this
             self._lines += 1
             self._line_start = newline + 1
-            newline = buffer.find(b"\n", self._line_start)
+            newline = part.find(b"\n", self._line_start)
         if self._lines > self._limits.headers + 1:
             raise too_many_fields(self._limits)
-        self._check_length(len(buffer) - self._line_start - buffer.endswith(b"\r"))
+        self._check_length(len(part) - self._line_start - part.endswith(b"\r"))
 
     def _check_length(self, octets: int) -> None:
         if self._lines == 0:
@@ -157,16 +176,16 @@ class HeadScanner:
             check_header_line(octets, self._limits)
 
 
-def skip_empty_lines(buffer: bytearray) -> None:
+def skip_empty_lines(part: bytearray) -> None:
     """Remove CRLFs before a request line (RFC 9112 section 2.2: some clients send one after a body)."""
-    while buffer.startswith(CRLF):
-        del buffer[:2]
+    while part.startswith(CRLF):
+        del part[:2]
 
 
-def check_first_octet(buffer: bytearray) -> None:
+def check_first_octet(part: bytearray) -> None:
     """Refuse at once what can never become a request, TLS on a plain port above all."""
-    if buffer and buffer[0] not in _TCHAR and buffer != b"\r":
-        words = "TLS was spoken to a plain HTTP port." if buffer[0] == 0x16 else "The request line is malformed."
+    if part and part[0] not in _TCHAR and part != b"\r":
+        words = "TLS was spoken to a plain HTTP port." if part[0] == 0x16 else "The request line is malformed."
         raise GatewayError(BAD_REQUEST, words)
 
 
@@ -196,18 +215,23 @@ def parse_request_head(raw: bytes, limits: Limits) -> RequestHead:
 
     Raises BAD_REQUEST, VERSION_NOT_SUPPORTED, URI_TOO_LONG or HEADER_FIELDS_TOO_LARGE.
     """
-    lines = raw[:-4].split(CRLF)
     if len(raw) > limits.request_line_bytes or len(raw) > limits.header_line_bytes:
-        check_request_line(len(lines[0]), limits)
-        for line in lines[1:]:
+        first, *others = raw[:-4].split(CRLF)
+        check_request_line(len(first), limits)
+        for line in others:
             check_header_line(len(line), limits)
-    if len(lines) - 1 > limits.headers:
+    start = raw.find(CRLF)
+    method, target, minor = parse_request_line(raw[:start])
+    fields, names, known = _parse_fields(raw, start + 2, BAD_REQUEST)
+    if len(fields) > limits.headers:
         raise too_many_fields(limits)
-    method, target, minor = parse_request_line(lines[0])
-    fields, known = _parse_fields(raw, lines, BAD_REQUEST)
-    head = RequestHead(method, target, minor, fields, known)
-    _check_host(head)
-    return head
+    # RFC 9112 section 3.2: exactly one Host (HTTP/1.0 may do without), and it is a host.
+    hosts = known.get(b"host", ())
+    if len(hosts) != 1 and (hosts or minor == 1):
+        raise GatewayError(BAD_REQUEST, "The request needs exactly one Host header.")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise GatewayError(BAD_REQUEST, "The Host header is not a host with an optional port.")
+    return RequestHead(method, target, minor, fields, names, known)
 
 
 def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
@@ -225,47 +249,30 @@ def parse_request_line(line: bytes) -> tuple[bytes, bytes, int]:
 
 def parse_response_head(raw: bytes) -> ResponseHead:
     """Parse a whole head, its final empty line included. Raises BACKEND_MALFORMED."""
-    lines = raw[:-4].split(CRLF)
-    match = _STATUS_LINE.fullmatch(lines[0])
+    start = raw.find(CRLF)
+    match = _STATUS_LINE.fullmatch(raw, 0, start)
     if match is None:
         raise GatewayError(BACKEND_MALFORMED, "The backend's status line is malformed.")
-    fields, known = _parse_fields(raw, lines, BACKEND_MALFORMED)
-    return ResponseHead(int(match[3]), match[2], 1 if match[1] == b"1" else 0, fields, known)
+    minor, status_line, status = match.groups()
+    return ResponseHead(int(status), status_line, int(minor), *_parse_fields(raw, start + 2, BACKEND_MALFORMED))
 
 
-def _parse_fields(raw: bytes, lines: list[bytes], kind: Kind) -> tuple[Fields, dict[bytes, list[bytes]]]:
-    """Parse the field lines of a head that was split at CRLF; `lines[0]` is its start line.
-
-    Two whole-head checks replace a regular expression a line: every control byte but HTAB must be part of a CRLF, and
-    all names together must be made of tchar.
-    """
-    if len(raw) - len(raw.translate(None, _CONTROLS)) != 2 * (len(lines) + 1):
-        raise GatewayError(kind, "The head contains a control character.")
-    fields: list[tuple[bytes, bytes]] = []
-    names: list[bytes] = []
+def _parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[bytes, ...], dict[bytes, list[bytes]]]:
+    """Parse the field lines of a head from `start` on: fields, their names in lower case, those that somebody reads."""
+    fields = _FIELD_LINES.findall(raw, start)
+    if len(fields) != raw.count(b"\n", start) - 1:
+        raise GatewayError(kind, "A header line is not `name: value`, or contains a control character.")
+    if b" \r\n" in raw or b"\t\r\n" in raw:
+        fields = [(name, value.rstrip(b" \t")) for name, value in fields]
+    names = tuple([name.lower() for name, _ in fields])
     known: dict[bytes, list[bytes]] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(b":")
-        if not colon or not name:
-            raise GatewayError(kind, "A header line is not `name: value`.")
-        value = value.strip(b" \t")
-        names.append(name)
-        fields.append((name, value))
-        lower = name.lower()
-        if lower in _READ:
-            known.setdefault(lower, []).append(value)
-    if b"".join(names).translate(None, _TCHAR):
-        raise GatewayError(kind, "A header name contains a character that is not allowed.")
-    return tuple(fields), known
-
-
-def _check_host(head: RequestHead) -> None:
-    """RFC 9112 section 3.2: exactly one Host (HTTP/1.0 may do without), and it is a host."""
-    hosts = head.known.get(b"host", ())
-    if len(hosts) > 1 or (not hosts and head.minor == 1):
-        raise GatewayError(BAD_REQUEST, "The request needs exactly one Host header.")
-    if hosts and not _HOST.fullmatch(hosts[0]):
-        raise GatewayError(BAD_REQUEST, "The Host header is not a host with an optional port.")
+    for name, (_, value) in zip(names, fields):
+        if name in _READ:
+            if name in known:
+                known[name].append(value)
+            else:
+                known[name] = [value]
+    return tuple(fields), names, known
 
 
 def connection_options(known: Mapping[bytes, Sequence[bytes]]) -> frozenset[bytes]:
@@ -473,7 +480,7 @@ class ChunkedBody:
         self._trailer_bytes += len(line) + 2
         if self._trailer_bytes > _TRAILER_BYTES:
             raise GatewayError(self._kind, "The trailer section is too long.")
-        _parse_fields(CRLF + line + HEAD_END, [b"", line], self._kind)
+        _parse_fields(line + HEAD_END, 0, self._kind)
 
     def ends_at_close(self) -> bool:
         return self.done

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from pathlib import Path
+from dataclasses import asdict
 from urllib.parse import parse_qs
 
 import metrics
@@ -15,12 +15,15 @@ from http1 import RequestHead
 from parts import Parts
 from readiness import DRAINING, READY
 from routes import Route
+from wire import ClientWire
 
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"
 
 
-async def serve(parts: Parts, answer: Answer, head: RequestHead, route: Route, caller: Caller | None) -> None:
+async def serve(
+    parts: Parts, client: ClientWire, answer: Answer, head: RequestHead, route: Route, caller: Caller | None
+) -> None:
     """Answer one of the gateway's own routes."""
     if route.label == "/ping":
         answer.send(200, _TEXT, b"pong\n")
@@ -30,7 +33,7 @@ async def serve(parts: Parts, answer: Answer, head: RequestHead, route: Route, c
     elif route.label == "/metrics":
         send_metrics(parts, answer, head, caller)
     elif route.label == "/usage":
-        await send_usage(parts, answer, head)
+        await send_usage(parts, client, answer, head)
     elif route.label == "/reload":
         send_json(answer, 200, reload(parts))
     else:
@@ -72,23 +75,22 @@ def send_metrics(parts: Parts, answer: Answer, head: RequestHead, caller: Caller
 # --- Usage ---
 
 
-async def send_usage(parts: Parts, answer: Answer, head: RequestHead) -> None:
-    """The ledger's sums for an operator; they are read from the file, off the event loop."""
+async def send_usage(parts: Parts, client: ClientWire, answer: Answer, head: RequestHead) -> None:
+    """The ledger's sums for an operator; they are read off the event loop."""
     query = parse_qs(head.target.partition(b"?")[2].decode("ascii"))
     since, by = query.get("since", ["30d"])[-1], query.get("by", ["key"])[-1]
-    path = parts.config.usage.file
-    if path is None:
-        raise GatewayError(BAD_REQUEST, "USAGE_FILE is empty: usage is kept in memory only.")
-    loop = asyncio.get_running_loop()
     try:
-        rows = await loop.run_in_executor(None, usage_rows, path, since, by, parts.config.usage.gpu_cost_per_hour)
+        first_day = usage.first_day(since, time.time())
+        work = asyncio.get_running_loop().run_in_executor(None, parts.ledger.query, first_day, by)
+        rows = await client.wait_for(work, 0, None)
     except ValueError as error:
         raise GatewayError(BAD_REQUEST, str(error)) from error
-    send_json(answer, 200, {"since": since, "by": by, "rows": rows})
+    send_json(answer, 200, {"since": since, "by": by, "rows": [usage_row(parts, row) for row in rows]})
 
 
-def usage_rows(path: Path, since: str, by: str, cost_per_hour: float | None) -> list[dict[str, object]]:
-    return usage.query(path, since, by, cost_per_hour)
+def usage_row(parts: Parts, row: usage.Usage) -> dict[str, object]:
+    price = parts.config.usage.gpu_cost_per_hour
+    return asdict(row) if price is None else {**asdict(row), "cost": usage.cost(row.gpu_s, price)}
 
 
 # --- Reload ---

@@ -17,13 +17,13 @@ from errors import (
     BACKEND_TIMEOUT,
     BACKEND_UNAVAILABLE,
     GatewayError,
-    PeerGone,
 )
 from http1 import (
     CRLF,
     HOP_BY_HOP,
     Body,
     ChunkedBody,
+    Framing,
     RequestHead,
     ResponseHead,
     connection_options,
@@ -32,7 +32,7 @@ from http1 import (
     response_framing,
     wants_keep_alive,
 )
-from wire import BackendWire, ClientWire, Deadlines
+from wire import BackendWire, ClientWire, Deadlines, Promise
 
 # llama-server closes a connection that has idled for 5 s, and says so itself before its hundredth answer.
 _IDLE_S = 3.5
@@ -68,17 +68,6 @@ class Patience:
     stream_idle_s: float
 
 
-@dataclass
-class Passed:
-    """What became of an exchange: filled as it goes, since an exchange that fails has come some way, too."""
-
-    sent: bool = False  # the request went out to the backend
-    status: int = 0  # the backend's
-    first_byte_s: float = 0.0
-    whole: bool = False
-    error: GatewayError | None = None  # why an answer that had begun is not whole
-
-
 class Pool:
     """Idle connections to the backend, the last used first: the rest age and go."""
 
@@ -98,7 +87,7 @@ class Pool:
 
     def give(self, wire: BackendWire) -> None:
         """Keep a connection whose last answer was read to its end."""
-        wire.rest()
+        wire.rest_idle()
         wire.deadline_s = self._deadlines.now_s + _IDLE_S
         self._idle.append(wire)
 
@@ -127,8 +116,8 @@ def request_bytes(head: RequestHead, body: list[bytes], octets: int, own_fields:
     if b"connection" in head.known:
         dropped = dropped | connection_options(head.known)
     lines = [head.method, b" ", head.target, b" HTTP/1.1\r\n", own_fields]
-    for name, value in head.fields:
-        if name.lower() not in dropped:
+    for (name, value), lower in zip(head.fields, head.names):
+        if lower not in dropped:
             lines += (name, b": ", value, CRLF)
     if octets or head.method not in (b"GET", b"HEAD"):
         lines.append(b"Content-Length: %d\r\n" % octets)
@@ -136,17 +125,24 @@ def request_bytes(head: RequestHead, body: list[bytes], octets: int, own_fields:
     return lines + body
 
 
-async def connected(client: ClientWire, pool: Pool, seconds: float) -> BackendWire:
-    """An idle connection, or a new one that the client has not waited for in vain."""
-    wire = pool.take()
-    if wire is None:
-        wire = await client.run(pool.connect(), seconds, BACKEND_UNAVAILABLE)
-    wire.deadline_s = inf
-    return wire
-
-
 class Relay:
-    """One request to the backend and its answer to the client."""
+    """One request to the backend and its answer to the client; what became of it can be read at any time."""
+
+    __slots__ = (
+        "_answer",
+        "_body",
+        "_client",
+        "_clock",
+        "_finished",
+        "_last",
+        "_meter",
+        "_patience",
+        "error",
+        "first_byte_s",
+        "sent",
+        "status",
+        "whole",
+    )
 
     def __init__(self, client: ClientWire, answer: Answer, patience: Patience, clock: Callable[[], float]) -> None:
         self._client = client
@@ -154,124 +150,122 @@ class Relay:
         self._patience = patience
         self._clock = clock
         self._meter: Meter | None = None
-        self._finished: asyncio.Future[None] | None = None
-        self._body: Body | None = None
         self._last = b""
-        self.passed = Passed()
+        self.sent = False  # the request went out to the backend
+        self.status = 0  # the backend's
+        self.first_byte_s = 0.0
+        self.whole = False
+        self.error: GatewayError | None = None  # why an answer that had begun is not whole
 
     async def run(self, pool: Pool, request: list[bytes], answered: Callable[[ResponseHead], Meter | None]) -> None:
         """Raises GatewayError while nothing has been answered, PeerGone whenever the client has left.
 
         `answered` is called with the final response's head and says who reads the payload.
         """
-        backend = await connected(self._client, pool, self._patience.connect_s)
+        backend = pool.take()
+        if backend is None:
+            backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+        backend.deadline_s = inf
         reusable = False
         try:
-            self.passed.sent = True
-            backend.send(request)
-            head = await self._final_head(backend)
-            self.passed.first_byte_s = self._clock()
+            self.sent = True
+            promise = backend.ask(request)
+            head = parse_response_head(await self._client.wait(promise, self._patience.request_s, BACKEND_TIMEOUT))
+            if head.status < 200:
+                head = await self._after_interim(backend, head)
+            self.status = head.status
+            self.first_byte_s = self._clock()
             self._meter = answered(head)
-            reusable = await self._pass_answer(backend, head)
+            framing = response_framing(head, self._answer.method)
+            self._body = body = response_body(framing)
+            begun = await self._begin(backend, head, framing)
+            self._answer.write(begun + self._take(backend.take_rest()))
+            self.whole = body.done or await self._pass_rest(backend)
+            reusable = body.done and not body.surplus and keeps_alive(head)
         finally:
             self._client.feeder = None
             if reusable and not backend.ended:
                 pool.give(backend)
             else:
                 backend.abort()
-                await asyncio.sleep(0)  # the socket closes in the loop's next round: then the slot is free
 
-    async def _final_head(self, backend: BackendWire) -> ResponseHead:
-        """Wait for the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
+    async def _after_interim(self, backend: BackendWire, head: ResponseHead) -> ResponseHead:
+        """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
         for _ in range(_INTERIM_RESPONSES):
-            raw = await self._client.wait(backend.next_head(), self._patience.request_s, BACKEND_TIMEOUT)
-            head = parse_response_head(raw)
-            if head.status >= 200:
-                self.passed.status = head.status
-                return head
             if head.status == 101:
                 raise GatewayError(BACKEND_MALFORMED, "The backend switched protocols without being asked.")
+            promise = backend.next_head()
+            head = parse_response_head(await self._client.wait(promise, self._patience.request_s, BACKEND_TIMEOUT))
+            if head.status >= 200:
+                return head
         raise GatewayError(BACKEND_MALFORMED, "The backend sent too many interim responses.")
 
     # --- The answer ---
 
-    async def _pass_answer(self, backend: BackendWire, head: ResponseHead) -> bool:
-        """Pass the answer on; return whether the backend's connection is fit for another."""
-        framing = response_framing(head, self._answer.method)
-        body = self._body = response_body(framing)
+    async def _begin(self, backend: BackendWire, head: ResponseHead, framing: Framing) -> bytes:
+        """The head that the client gets; nothing where the gateway has begun the stream and the backend goes on."""
         if not self._answer.started:
-            begun = self._answer.begin_relayed(head, framing)
-        elif self._answer.continues(head, body):
-            begun = b""
-        else:
-            raise await self._refusal(backend, head, body)
-        backend.on_end = self._backend_ended
-        first = backend.pass_to(self._receive)
-        self._answer.write(begun + self._take(first))
-        if not body.done and not await self._pass_rest(backend):
-            return False
-        self.passed.whole = True
-        keeps = wants_keep_alive(head.minor, connection_options(head.known))
-        return keeps and body.done and not body.surplus
+            return self._answer.begin_relayed(head, framing)
+        if self._answer.continues(head, self._body):
+            return b""
+        # The backend refuses a client whose stream has begun: its own error can only become an event.
+        payload = await self._client.run(_collect(backend, self._body), self._patience.request_s, BACKEND_TIMEOUT)
+        raise GatewayError(BACKEND_UNAVAILABLE, backend_message(head, payload))
 
     async def _pass_rest(self, backend: BackendWire) -> bool:
         """Let bytes flow from transport to transport until the body is over; return whether all of it came."""
-        finished = self._finished = asyncio.get_running_loop().create_future()
+        finished: Promise[None] = Promise()
+        self._finished = finished
+        backend.pass_to(self._receive, self._backend_ended)
         if backend.ended:
             self._backend_ended(backend.orderly)
         self._client.feeder = backend
         try:
             await self._client.wait(finished, self._patience.stream_idle_s, BACKEND_TIMEOUT, renewing=True)
         except GatewayError as error:
-            self.passed.error = error
+            self.error = error
             self._answer.truncate(error, at_event=self._at_event(), flush_s=self._patience.stream_idle_s)
             return False
         return True
 
     def _take(self, data: bytes) -> bytes:
         """Measure bytes of the backend's; return what the client gets for them. Raises BACKEND_MALFORMED."""
-        body = self._body
-        assert body is not None  # set before the first byte is taken
-        payload = body.feed(data)
-        if self._meter is not None:
-            self._meter.feed(payload)
-        self._last = payload or self._last
-        return self._answer.encode(body, data, payload)
+        payload = self._body.feed(data)
+        if payload:
+            self._last = payload
+            if self._meter is not None:
+                self._meter.feed(payload)
+        return self._answer.encode(self._body, data, payload)
 
     def _receive(self, data: bytes) -> None:
         """The backend's bytes arrive: the one function that runs for each event of a stream."""
-        finished = self._finished
-        if finished is None or finished.done():
-            return
         try:
             taken = self._take(data)
         except GatewayError as error:
-            finished.set_exception(error)
+            self._finished.fail(error)
             return
         self._client.heard = True
         self._client.write(taken)
-        if self._body.done:  # type: ignore[union-attr]
-            finished.set_result(None)
+        if self._body.done:
+            self._finished.keep(None)
 
     def _backend_ended(self, orderly: bool) -> None:
-        finished = self._finished
-        if finished is None or finished.done():
+        if self._finished.done:
             return
-        if orderly and self._body is not None and self._body.ends_at_close():
+        if orderly and self._body.ends_at_close():
             self._client.write(self._answer.end_of_close_delimited())
-            finished.set_result(None)
+            self._finished.keep(None)
         else:
-            finished.set_exception(GatewayError(BACKEND_UNAVAILABLE, "The backend closed in the middle of its answer."))
+            self._finished.fail(GatewayError(BACKEND_UNAVAILABLE, "The backend closed in the middle of its answer."))
 
     def _at_event(self) -> bool:
         """Whether an event of our own could follow what has been passed."""
         between = not isinstance(self._body, ChunkedBody) or self._body.between_chunks()
         return between and self._last.endswith((b"\n\n", b"\r\n\r\n"))
 
-    async def _refusal(self, backend: BackendWire, head: ResponseHead, body: Body) -> GatewayError:
-        """The backend's own error, read whole, for a client whose stream has begun: it can only become an event."""
-        payload = await self._client.run(_collect(backend, body), self._patience.request_s, BACKEND_TIMEOUT)
-        return GatewayError(BACKEND_UNAVAILABLE, backend_message(head, payload))
+
+def keeps_alive(head: ResponseHead) -> bool:
+    return wants_keep_alive(head.minor, connection_options(head.known))
 
 
 def backend_message(head: ResponseHead, payload: bytes) -> str:
@@ -296,11 +290,10 @@ async def _fetch(pool: Pool, target: bytes, own_fields: bytes) -> tuple[int, byt
     backend.deadline_s = inf
     reusable = False
     try:
-        backend.send([b"GET ", target, b" HTTP/1.1\r\n", own_fields, CRLF])
-        head = parse_response_head(await backend.next_head())
+        head = parse_response_head(await backend.ask([b"GET ", target, b" HTTP/1.1\r\n", own_fields, CRLF]).in_task())
         body = response_body(response_framing(head, b"GET"))
         payload = await _collect(backend, body)
-        reusable = body.done and not body.surplus and wants_keep_alive(head.minor, connection_options(head.known))
+        reusable = body.done and not body.surplus and keeps_alive(head)
         return head.status, payload
     finally:
         if reusable and not backend.ended:
@@ -311,27 +304,21 @@ async def _fetch(pool: Pool, target: bytes, own_fields: bytes) -> tuple[int, byt
 
 async def _collect(backend: BackendWire, body: Body) -> bytes:
     """Read a body whole, up to a bound that no answer meant for the gateway itself comes near."""
-    finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    finished: Promise[None] = Promise()
     collected = bytearray()
 
     def take(data: bytes) -> None:
-        if finished.done():
-            return
         try:
             collected.extend(body.feed(data))
         except GatewayError as error:
-            finished.set_exception(error)
+            finished.fail(error)
             return
         if body.done or len(collected) > _COLLECTED_BYTES:
-            finished.set_result(None)
+            finished.keep(None)
 
-    def ended(orderly: bool) -> None:
-        if not finished.done():
-            finished.set_result(None)
-
-    backend.on_end = ended
-    take(backend.pass_to(take))
+    backend.pass_to(take, lambda orderly: finished.keep(None))
+    take(backend.take_rest())
     if backend.ended:
-        ended(backend.orderly)
-    await finished
+        finished.keep(None)
+    await finished.in_task()
     return bytes(collected)

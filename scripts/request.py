@@ -62,7 +62,6 @@ class Request:
         "_client",
         "_framing",
         "_head",
-        "_heartbeat",
         "_held_bytes",
         "_meter",
         "_parts",
@@ -87,7 +86,6 @@ class Request:
         self._body: RequestBody | None = None
         self._meter: Meter | None = None
         self._relay: Relay | None = None
-        self._heartbeat: Heartbeat | None = None
         self._sent_before = client.sent_bytes
         self.exchange = Exchange(parts.ids.of(head), client.peer, parts.clock(), head)
         keeps = head is not None and wants_keep_alive(head.minor, connection_options(head.known))
@@ -133,7 +131,7 @@ class Request:
         if route.kind.role is Role.OPERATOR and (caller is None or caller.role != "operator"):
             raise GatewayError(ROUTE_NOT_ALLOWED)
         if route.kind.local:
-            await local.serve(self._parts, self.answer, head, route, caller)
+            await local.serve(self._parts, self._client, self.answer, head, route, caller)
             self.exchange.stage = Stage.DONE
             return
         assert caller is not None  # only local routes are public
@@ -141,8 +139,10 @@ class Request:
         if route.needs_body and b"content-length" not in head.known and not framing.chunked:
             raise GatewayError(LENGTH_REQUIRED)
         self._charge(route, caller)
-        await self._read_body(head, framing, expects)
-        await self._admit_and_relay(head, route, caller)
+        body = self._body = RequestBody(framing, self._parts.config.limits)
+        if not body.done:
+            await self._read_body(body, expects)
+        await self._admit_and_relay(head, route, caller, body)
 
     def _identify(self, route: Route, head: RequestHead) -> Caller | None:
         """Who is calling; None only where the route is public. A bad credential on a public route is no credential."""
@@ -181,11 +181,10 @@ class Request:
 
     # --- The body ---
 
-    async def _read_body(self, head: RequestHead, framing: Framing, expects: bool) -> None:
-        body = self._body = RequestBody(framing, self._parts.config.limits)
-        if not body.done:
-            self.exchange.stage = Stage.READING_BODY
-            if expects and not self._client.has_unread:
+    async def _read_body(self, body: RequestBody, expects: bool) -> None:
+        self.exchange.stage = Stage.READING_BODY
+        if not self._client.take_body(body, self._hold):
+            if expects and not body.octets:
                 self._client.write(CONTINUE)
             await self._client.read_body(body, self._parts.config.timeouts.client_body_s, self._hold)
         self.exchange.bytes_in = body.octets
@@ -207,80 +206,81 @@ class Request:
 
     # --- The slot and the backend ---
 
-    async def _admit_and_relay(self, head: RequestHead, route: Route, caller: Caller) -> None:
+    async def _admit_and_relay(self, head: RequestHead, route: Route, caller: Caller, body: RequestBody) -> None:
         parts, exchange = self._parts, self.exchange
         if parts.readiness.state == DEAD:
             raise GatewayError(LOADING, "The backend is down; it is being restarted.")
-        ticket = None
         exchange.queued_s = parts.clock()
+        ticket = None
         if route.kind.slot:
             ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
+            self._start_heartbeat(body, ticket)
         try:
-            if ticket is not None:
-                self._start_heartbeat(ticket)
-            cold_end_s = exchange.queued_s + parts.config.queue.cold_start_wait_s
-            while not await self._try_to_relay(head, route, ticket, cold_end_s):
-                pass
+            while True:
+                if not parts.readiness.ready:
+                    await self._until_ready()
+                if ticket is not None:
+                    if ticket.waiting is not None:
+                        await self._until_admitted(ticket)
+                    exchange.admitted_s = parts.clock()
+                if await self._relay_once(head, route, body):
+                    return
         finally:
-            if self._heartbeat is not None:
-                self._heartbeat.stop()
+            self._client.stop_beating()
             if ticket is not None:
                 parts.last_work_s = parts.clock()
                 self._release(ticket)
 
-    def _start_heartbeat(self, ticket: Ticket) -> None:
-        assert self._body is not None
+    def _start_heartbeat(self, body: RequestBody, ticket: Ticket) -> None:
         interval_s = self._parts.config.queue.sse_heartbeat_s
-        self._heartbeat = Heartbeat(self._client, self.answer, self._body.pieces, interval_s, ticket.position)
-        self._heartbeat.start(self._parts.deadlines.now_s)
+        if interval_s and self.answer.method == b"POST":
+            beat = Heartbeat(self._client, self.answer, body.pieces, interval_s, ticket).beat
+            self._client.beat_s = self._parts.deadlines.now_s + interval_s
+            self._client.on_beat = beat
 
-    async def _try_to_relay(self, head: RequestHead, route: Route, ticket: Ticket | None, cold_end_s: float) -> bool:
-        """Wait for model and slot, then relay; False where the backend has gone back to loading meanwhile."""
-        parts, exchange = self._parts, self.exchange
-        if not parts.readiness.ready:
-            exchange.stage = Stage.QUEUED
-            left_s = cold_end_s - parts.clock()
-            if left_s <= 0:
-                raise GatewayError(LOADING)
-            await self._client.wait(parts.readiness.when_ready(), left_s, LOADING)
-        if ticket is not None and ticket.waiting is not None:
-            exchange.stage = Stage.QUEUED
-            await self._client.wait(ticket.waiting, parts.config.queue.timeout_s, QUEUE_TIMEOUT)
-        if ticket is not None:
-            exchange.admitted_s = parts.clock()
-        try:
-            await self._relay_once(head, route)
-        except GatewayError as error:
-            if error.kind is not BACKEND_UNAVAILABLE or self._relay is None or self._relay.passed.sent:
-                raise
-            parts.readiness.doubt()  # refused by a process that may only be loading: nothing was sent, nothing is lost
-            return False
-        return True
+    async def _until_ready(self) -> None:
+        """The model loads: wait for it, COLD_START_WAIT at most from when the request was ready to go."""
+        self.exchange.stage = Stage.QUEUED
+        left_s = self.exchange.queued_s + self._parts.config.queue.cold_start_wait_s - self._parts.clock()
+        if left_s <= 0:
+            raise GatewayError(LOADING)
+        await self._client.wait_for(self._parts.readiness.when_ready(), left_s, LOADING)
 
-    async def _relay_once(self, head: RequestHead, route: Route) -> None:
+    async def _until_admitted(self, ticket: Ticket) -> None:
+        assert ticket.waiting is not None
+        self.exchange.stage = Stage.QUEUED
+        await self._client.wait_for(ticket.waiting, self._parts.config.queue.timeout_s, QUEUE_TIMEOUT)
+
+    async def _relay_once(self, head: RequestHead, route: Route, body: RequestBody) -> bool:
+        """Relay; False where the backend refused the connection, so that nothing was sent and nothing is lost."""
         parts, exchange = self._parts, self.exchange
-        assert self._body is not None
         exchange.stage = Stage.AWAITING_RESPONSE
-        self._client.limit(parts.config.timeouts.duration_s)
+        if parts.config.timeouts.duration_s:
+            self._client.limit(parts.config.timeouts.duration_s)
         own_fields = b"%bX-Request-Id: %b\r\n" % (parts.backend_fields, exchange.id.encode())
-        request = request_bytes(head, self._body.pieces, self._body.octets, own_fields)
+        request = request_bytes(head, body.pieces, body.octets, own_fields)
         relay = self._relay = Relay(self._client, self.answer, parts.patience, parts.clock)
-        counts = route.kind.slot
-        parts.relaying += counts
+        slots = route.kind.slot
+        parts.relaying += slots
         try:
             await relay.run(parts.pool, request, self._answered)
+        except GatewayError as error:
+            if error.kind is not BACKEND_UNAVAILABLE or relay.sent:
+                raise
+            parts.readiness.doubt()  # the process may only be loading
+            return False
         finally:
-            parts.relaying -= counts
+            parts.relaying -= slots
             self._client.limit(0)
-            exchange.backend_status = relay.passed.status
-            exchange.first_byte_s = relay.passed.first_byte_s
+            exchange.backend_status = relay.status
+            exchange.first_byte_s = relay.first_byte_s
         self._conclude(relay)
+        return True
 
     def _answered(self, head: ResponseHead) -> Meter | None:
         """The backend has answered: nothing needs the request's body any more, and no heartbeat may come between."""
         self.exchange.stage = Stage.STREAMING
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
+        self._client.stop_beating()
         self._let_body_go()
         kind = self.exchange.route.kind
         if kind.metered and head.status == 200 and b"content-encoding" not in head.known:
@@ -288,7 +288,7 @@ class Request:
         return self._meter
 
     def _conclude(self, relay: Relay) -> None:
-        error = relay.passed.error
+        error = relay.error
         if error is None:
             self.exchange.stage = Stage.DONE
         else:
@@ -297,8 +297,8 @@ class Request:
 
     def _release(self, ticket: Ticket) -> None:
         """Free the slot; where the backend was cut short, only once it has let go."""
-        passed = None if self._relay is None else self._relay.passed
-        if passed is not None and passed.sent and not passed.whole:
+        relay = self._relay
+        if relay is not None and relay.sent and not relay.whole:
             self._parts.letting_go.release(ticket)
         else:
             ticket.release()

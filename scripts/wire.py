@@ -1,17 +1,21 @@
 """One peer's byte stream and its timeouts: the only module that touches a socket's bytes.
 
-Connections come from `asyncio.start_server` and `asyncio.open_connection`; a wire then takes its transport over
-(`set_protocol`), so that bytes go from transport to transport without a task, a future or a timer each. What a wire does
-not do: read HTTP (http1 does, over the bytes it is handed), or decide anything about a request.
+Connections come from `asyncio.start_server` and `asyncio.open_connection`; a wire then takes the transport over
+(`set_protocol`), so that bytes go from transport to transport. A client's conversation is a coroutine that its wire
+resumes itself, in the callback in which the awaited bytes arrive: no task, no future and no turn of the loop stand
+between a byte and its answer, and one coarse clock stands for all timers.
+
+What a wire does not do: read HTTP (http1 does, over the bytes it is handed), or decide anything about a request.
 """
 
 import asyncio
 import socket
 import struct
 import time
-from collections.abc import Callable, Coroutine, Iterator
+import types
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from math import inf
-from typing import TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
 from http1 import HEAD_END, HeadScanner, Limits, RequestBody, RequestHead, parse_request_head
@@ -65,11 +69,63 @@ class Deadlines:
             self._timer.cancel()
 
 
+class Promise(Generic[T]):
+    """One result that one conversation waits for. Keeping or breaking it calls `wake`, and so resumes the conversation
+    there and then.
+
+    Whatever comes after the first result is ignored: the one who promised may not know that nobody waits any more.
+    """
+
+    __slots__ = ("_error", "_value", "done", "wake")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.wake: Callable[[], None] | None = None
+        self._error: BaseException | None = None
+
+    def keep(self, value: T) -> None:
+        if not self.done:
+            self.done = True
+            self._value = value
+            if self.wake is not None:
+                self.wake()
+
+    def fail(self, error: BaseException) -> None:
+        if not self.done:
+            self.done = True
+            self._error = error
+            if self.wake is not None:
+                self.wake()
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    async def in_task(self) -> T:
+        """Wait for the promise in a task of asyncio's, which no client's conversation is."""
+        if not self.done:
+            turn = asyncio.Event()
+            self.wake = turn.set
+            await turn.wait()
+        return self.result()
+
+    def settle(self, future: "asyncio.Future[T]") -> None:
+        """Take over what has become of a future of asyncio's (a callback for `add_done_callback`)."""
+        if future.cancelled():
+            self.fail(PeerGone())
+            return
+        error = future.exception()
+        if error is not None:
+            self.fail(error)
+        else:
+            self.keep(future.result())
+
+
 class Wire(asyncio.Protocol):
-    """What both kinds of peer have in common: a transport, a buffer, and somebody whom received bytes go to."""
+    """What both kinds of peer have in common: a transport, and somebody whom received bytes go to."""
 
     __slots__ = (
-        "_buffer",
         "_deadlines",
         "_sink",
         "_writer",
@@ -87,7 +143,6 @@ class Wire(asyncio.Protocol):
         self._writer = writer  # kept, since a StreamWriter that is collected closes its transport
         self.transport = cast(asyncio.Transport, writer.transport)
         self._deadlines = deadlines
-        self._buffer = bytearray()
         self._sink: Callable[[bytes], None] | None = None
         self.on_end: Callable[[bool], None] | None = None  # called once with "was it an orderly close?"
         self.feeder: Wire | None = None  # whose reading pauses while this peer does not read
@@ -98,17 +153,6 @@ class Wire(asyncio.Protocol):
         self.beat_s = inf
         deadlines.add(self)
         self.transport.set_protocol(self)
-
-    # --- Bytes in ---
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = True
-        if self._sink is not None:
-            self._sink(data)
-        else:
-            self._buffer += data
-            if len(self._buffer) > _AHEAD_BYTES:
-                self.transport.pause_reading()
 
     def eof_received(self) -> bool:
         self._end(orderly=True)
@@ -127,11 +171,7 @@ class Wire(asyncio.Protocol):
             if self.on_end is not None:
                 self.on_end(orderly)
 
-    def _receive(self, sink: Callable[[bytes], None]) -> None:
-        self._sink = sink
-        self.transport.resume_reading()
-
-    # --- Bytes out, with the peer's reading speed as the limit ---
+    # --- This peer's reading speed is the limit for the one that feeds it ---
 
     def pause_writing(self) -> None:
         if self.feeder is not None:
@@ -151,8 +191,6 @@ class Wire(asyncio.Protocol):
     def beat(self, now_s: float) -> None:
         """A moment asked for by `beat_s` has come."""
 
-    # --- The end ---
-
     def abort(self) -> None:
         """Close at once; the peer sees a reset or a truncated message, the owner is told nothing more."""
         self.ended = True
@@ -160,9 +198,21 @@ class Wire(asyncio.Protocol):
 
 
 class ClientWire(Wire):
-    """A client's connection. Whatever its request waits for ends when the client leaves or the time is up."""
+    """A client's connection and its conversation. Whatever that waits for ends when the client leaves or time is up."""
 
-    __slots__ = ("_kind", "_limit_s", "_limits", "_pending", "_renewal_s", "_scanner", "on_beat", "peer", "sent_bytes")
+    __slots__ = (
+        "_ahead",
+        "_conversation",
+        "_kind",
+        "_limit_s",
+        "_limits",
+        "_pending",
+        "_renewal_s",
+        "_scanner",
+        "on_beat",
+        "peer",
+        "sent_bytes",
+    )
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, limits: Limits) -> None:
         super().__init__(writer, deadlines)
@@ -170,57 +220,89 @@ class ClientWire(Wire):
         self.peer = str(address[0]) if isinstance(address, tuple) else "local"
         self._limits = limits
         self._scanner = HeadScanner(limits)
-        self._pending: asyncio.Future[object] | None = None
+        self._ahead = b""  # received, and not yet anybody's
+        self._conversation: Coroutine[None, None, None] | None = None
+        self._pending: Promise[Any] | None = None
         self._kind: Kind | None = None
         self._renewal_s = 0.0
         self._limit_s = inf
         self.on_beat: Callable[[float], None] | None = None
         self.sent_bytes = 0
 
+    def data_received(self, data: bytes) -> None:
+        self.heard = True
+        if self._sink is not None:
+            self._sink(data)
+        else:
+            self._ahead += data
+            if len(self._ahead) > _AHEAD_BYTES:
+                self.transport.pause_reading()
+
     def write(self, data: bytes) -> None:
         self.sent_bytes += len(data)
         self.transport.write(data)
 
+    # --- The conversation ---
+
+    def converse(self, conversation: Coroutine[None, None, None]) -> None:
+        """Begin the coroutine that speaks with this client. It may only await what this wire offers."""
+        self._conversation = conversation
+        self.resume()
+
+    def resume(self) -> None:
+        """Go on with the conversation where it waits."""
+        if self._conversation is not None:
+            try:
+                self._conversation.send(None)
+            except StopIteration:
+                self._conversation = None
+
+    def hang_up(self) -> None:
+        """End the conversation where it stands, and the connection."""
+        conversation, self._conversation = self._conversation, None
+        if conversation is not None:
+            conversation.close()
+        self.abort()
+
     # --- Waiting ---
 
-    async def wait(
-        self, future: "asyncio.Future[T]", seconds: float, kind: Kind | None, *, renewing: bool = False
-    ) -> T:
-        """Wait for `future` as long as the client stays, for `seconds` (0 = without end) at most.
+    @types.coroutine
+    def wait(
+        self, promise: Promise[T], seconds: float, kind: Kind | None, *, renewing: bool = False
+    ) -> Generator[None, None, T]:
+        """Wait for `promise` as long as the client stays, for `seconds` (0 = without end) at most.
 
         `renewing`: any activity grants the time anew. Raises PeerGone, GatewayError(kind) when the time is up (with no
-        kind that, too, is PeerGone), or what the future raises.
+        kind that, too, is PeerGone), or what the promise fails with.
         """
         if self.ended:
             raise PeerGone
-        self._pending = cast("asyncio.Future[object]", future)
-        self._kind = kind
-        self._renewal_s = seconds if renewing else 0.0
-        self.heard = False
-        self.deadline_s = min(self._deadlines.now_s + seconds if seconds else inf, self._limit_s)
-        try:
-            return await future
-        finally:
-            self._pending = None
-            self.deadline_s = inf
+        if not promise.done:
+            self._pending = promise
+            self._kind = kind
+            self._renewal_s = seconds if renewing else 0.0
+            self.heard = False
+            deadline_s = self._deadlines.now_s + seconds if seconds else inf
+            self.deadline_s = deadline_s if deadline_s < self._limit_s else self._limit_s
+            promise.wake = self.resume
+            try:
+                yield
+            finally:
+                promise.wake = self._pending = None
+                self.deadline_s = inf
+        return promise.result()
 
-    async def run(self, work: Coroutine[None, None, T], seconds: float, kind: Kind | None) -> T:
-        """As `wait`, for a coroutine; it is cancelled where the wait ends before it does."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+    async def wait_for(self, future: "asyncio.Future[T]", seconds: float, kind: Kind | None) -> T:
+        """As `wait`, for a future of asyncio's."""
+        promise: Promise[T] = Promise()
+        future.add_done_callback(promise.settle)
+        return await self.wait(promise, seconds, kind)
 
-        def hand_over(task: "asyncio.Task[T]") -> None:
-            if future.done() or task.cancelled():
-                return
-            error = task.exception()
-            if error is None:
-                future.set_result(task.result())
-            else:
-                future.set_exception(error)
-
+    async def run(self, work: Coroutine[Any, Any, T], seconds: float, kind: Kind | None) -> T:
+        """As `wait`, for a coroutine of asyncio's; it is cancelled where the wait ends before it does."""
         task = asyncio.ensure_future(work)
-        task.add_done_callback(hand_over)
         try:
-            return await self.wait(future, seconds, kind)
+            return await self.wait_for(task, seconds, kind)
         finally:
             task.cancel()
 
@@ -230,8 +312,8 @@ class ClientWire(Wire):
 
     def interrupt(self, error: Exception) -> None:
         """End what is being waited for, if anything is."""
-        if self._pending is not None and not self._pending.done():
-            self._pending.set_exception(error)
+        if self._pending is not None:
+            self._pending.fail(error)
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)
@@ -251,6 +333,10 @@ class ClientWire(Wire):
         if self.on_beat is not None:
             self.on_beat(now_s)
 
+    def stop_beating(self) -> None:
+        self.on_beat = None
+        self.beat_s = inf
+
     # --- Requests ---
 
     async def read_head(self, idle_s: float, whole_s: float) -> RequestHead:
@@ -258,89 +344,90 @@ class ClientWire(Wire):
 
         Raises PeerGone where the peer sends nothing more, REQUEST_TIMEOUT, or what http1 finds wrong.
         """
-        self._scanner.reset()
-        end = self._scanner.scan(self._buffer) if self._buffer else 0
-        if not end:
-            end = await self._more_head(idle_s, whole_s)
-        raw = bytes(self._buffer[:end])
-        del self._buffer[:end]
-        return parse_request_head(raw, self._limits)
+        scanner = self._scanner
+        raw = scanner.feed(self._ahead) if self._ahead else None
+        if raw is None:
+            promise: Promise[bytes] = Promise()
+            begun = scanner.begun
 
-    async def _more_head(self, idle_s: float, whole_s: float) -> int:
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        begun = bool(self._buffer)
+            def arrived(data: bytes) -> None:
+                nonlocal begun
+                if not begun:
+                    begun = True
+                    self._kind = REQUEST_TIMEOUT
+                    self.deadline_s = self._deadlines.now_s + whole_s
+                try:
+                    head = scanner.feed(data)
+                except GatewayError as error:
+                    promise.fail(error)
+                else:
+                    if head is not None:
+                        self._sink = None
+                        promise.keep(head)
 
-        def arrived(data: bytes) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                self._kind = REQUEST_TIMEOUT
-                self.deadline_s = self._deadlines.now_s + whole_s
-            self._buffer += data
-            if future.done():
-                return
+            self._ahead = b""
+            self._sink = arrived
+            self.transport.resume_reading()
             try:
-                end = self._scanner.scan(self._buffer)
-            except GatewayError as error:
-                future.set_exception(error)
-            else:
-                if end:
-                    future.set_result(end)
-
-        self._receive(arrived)
-        try:
-            if begun:
-                return await self.wait(future, whole_s, REQUEST_TIMEOUT)
-            return await self.wait(future, idle_s, None)
-        finally:
-            self._sink = None
-
-    def skip_body(self, octets: int) -> bool:
-        """Drop a body that nobody will read, if all of it is here already."""
-        if octets > len(self._buffer):
-            return False
-        del self._buffer[:octets]
-        return True
+                if begun:
+                    raw = await self.wait(promise, whole_s, REQUEST_TIMEOUT)
+                else:
+                    raw = await self.wait(promise, idle_s, None)
+            finally:
+                self._sink = None
+        self._ahead = scanner.rest
+        return parse_request_head(raw, self._limits)
 
     @property
     def has_unread(self) -> bool:
-        return bool(self._buffer)
+        """Whether bytes are here that nobody has taken yet."""
+        return bool(self._ahead) or self._scanner.begun
+
+    def take_body(self, body: RequestBody, hold: Callable[[int], None]) -> bool:
+        """Fill `body` from what is here already; return whether that was all of it."""
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            self._feed(body, data, hold)
+        return body.done
 
     async def read_body(self, body: RequestBody, seconds: float, hold: Callable[[int], None]) -> None:
         """Fill `body`, with `seconds` between reads; `hold` is told of every octet kept, and may refuse it.
 
         Raises PeerGone, REQUEST_TIMEOUT, BAD_REQUEST, PAYLOAD_TOO_LARGE, or what `hold` raises.
         """
-        if self._buffer:
-            data = bytes(self._buffer)
-            self._buffer.clear()
-            self._feed(body, data, hold)
-        if not body.done:
-            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        promise: Promise[None] = Promise()
 
-            def arrived(data: bytes) -> None:
-                if future.done():
-                    self._buffer += data
-                    return
-                try:
-                    self._feed(body, data, hold)
-                except GatewayError as error:
-                    future.set_exception(error)
-                else:
-                    if body.done:
-                        future.set_result(None)
-
-            self._receive(arrived)
+        def arrived(data: bytes) -> None:
+            if promise.done:
+                self._ahead += data
+                return
             try:
-                await self.wait(future, seconds, REQUEST_TIMEOUT, renewing=True)
-            finally:
-                self._sink = None
+                self._feed(body, data, hold)
+            except GatewayError as error:
+                promise.fail(error)
+            else:
+                if body.done:
+                    promise.keep(None)
+
+        self._sink = arrived
+        self.transport.resume_reading()
+        try:
+            await self.wait(promise, seconds, REQUEST_TIMEOUT, renewing=True)
+        finally:
+            self._sink = None
 
     def _feed(self, body: RequestBody, data: bytes, hold: Callable[[int], None]) -> None:
         before = body.octets
         body.feed(data)
         hold(body.octets - before)
-        self._buffer += body.surplus
+        self._ahead += body.surplus
+
+    def skip_body(self, octets: int) -> bool:
+        """Drop a body that nobody will read, if all of it is here already."""
+        if octets > len(self._ahead):
+            return False
+        self._ahead = self._ahead[octets:]
+        return True
 
     # --- The end ---
 
@@ -351,7 +438,7 @@ class ClientWire(Wire):
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.abort()
         else:
-            self._buffer.clear()
+            self._ahead = b""
             self.close(unread=False, flush_s=flush_s)
 
     def close(self, *, unread: bool, flush_s: float) -> None:
@@ -361,7 +448,7 @@ class ClientWire(Wire):
         could destroy the answer on its way, so its bytes are discarded for a moment (RFC 9112 section 9.6).
         """
         self.ended = True
-        if not unread and not self._buffer:
+        if not unread and not self._ahead:
             self.deadline_s = self._deadlines.now_s + flush_s if flush_s else inf
             self.transport.close()
             return
@@ -375,82 +462,86 @@ class ClientWire(Wire):
                 self.abort()
 
         self._sink = discard
-        self._buffer.clear()
-        if self.transport.is_closing():
-            return
-        self.transport.resume_reading()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        else:
-            self.transport.close()
+        self._ahead = b""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            else:
+                self.transport.close()
 
 
 class BackendWire(Wire):
     """A connection to the backend. It is abandoned, never repaired: what surprises it aborts it."""
 
-    __slots__ = ("_head", "_head_bytes", "_searched", "born_s", "requests")
+    __slots__ = ("_head", "_head_bytes", "_part", "_rest")
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, head_bytes: int) -> None:
         super().__init__(writer, deadlines)
         self._head_bytes = head_bytes
-        self._head: asyncio.Future[bytes] | None = None
-        self._searched = 0
-        self.requests = 0
-
-    def send(self, pieces: list[bytes]) -> None:
-        self.requests += 1
-        self.transport.writelines(pieces)
+        self._head: Promise[bytes] | None = None
+        self._part = b""
+        self._rest = b""  # what came behind the last head
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
         if self._sink is not None:
             self._sink(data)
         elif self._head is None:
-            self._end(orderly=False)  # it speaks without being asked
-            self.abort()
+            self.abort()  # it speaks without being asked
+        elif self._head.done:
+            self._rest += data
         else:
-            self._buffer += data
-            self._find_head()
+            self._find_head(data)
 
-    def next_head(self) -> "asyncio.Future[bytes]":
+    def ask(self, request: list[bytes]) -> Promise[bytes]:
+        """Send a request; the promise is its response's head."""
+        self.transport.writelines(request)
+        return self.next_head()
+
+    def next_head(self) -> Promise[bytes]:
         """The bytes of the next response head, its empty line included. Fails with BACKEND_UNAVAILABLE or _MALFORMED."""
-        self._head = asyncio.get_running_loop().create_future()
-        self._searched = 0
-        if self._buffer:
-            self._find_head()
+        self._head = Promise()
+        rest = self.take_rest()
+        if rest:
+            self._find_head(rest)
         if self.ended:
             self._cut_before_head()
         return self._head
+
+    def _find_head(self, data: bytes) -> None:
+        assert self._head is not None  # only called while a head is awaited
+        searched = len(self._part)
+        data = self._part + data
+        end = data.find(HEAD_END, max(0, searched - 3))
+        if (end if end >= 0 else len(data)) > self._head_bytes:
+            words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
+            self._head.fail(GatewayError(BACKEND_MALFORMED, words))
+        elif end < 0:
+            self._part = data
+        else:
+            self._part = b""
+            self._rest = data[end + 4 :]
+            self._head.keep(data[: end + 4])
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)
         self._cut_before_head()
 
     def _cut_before_head(self) -> None:
-        if self._head is not None and not self._head.done():
-            self._head.set_exception(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
+        if self._head is not None and not self._head.done:
+            self._head.fail(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
 
-    def _find_head(self) -> None:
-        if self._head is None or self._head.done():
-            return
-        found = self._buffer.find(HEAD_END, max(0, self._searched - 3))
-        self._searched = len(self._buffer)
-        if max(found, 0 if found >= 0 else self._searched) > self._head_bytes:
-            words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
-            self._head.set_exception(GatewayError(BACKEND_MALFORMED, words))
-        elif found >= 0:
-            head = bytes(self._buffer[: found + 4])
-            del self._buffer[: found + 4]
-            self._head.set_result(head)
+    def take_rest(self) -> bytes:
+        """What has come behind the last head so far."""
+        rest, self._rest = self._rest, b""
+        return rest
 
-    def pass_to(self, sink: Callable[[bytes], None]) -> bytes:
-        """From now on every received byte goes to `sink`; what is there already is returned."""
-        self._head = None
+    def pass_to(self, sink: Callable[[bytes], None], on_end: Callable[[bool], None]) -> None:
+        """From now on every received byte goes to `sink`."""
         self._sink = sink
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        return data
+        self.on_end = on_end
 
-    def rest(self) -> None:
+    def rest_idle(self) -> None:
         """Nobody expects bytes any more; any that come abort the connection."""
         self._sink = self._head = self.on_end = None
