@@ -16,9 +16,9 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
 TARGETS = ("direct", "gateway")
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #ffffff; --ink: #1d2126; --soft: #656d78; --line: #e3e4e0;
-  --direct: #2f6fd0; --gateway: #c4560b; }
+  --direct: #2f6fd0; --gateway: #c4560b; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --page: #101317; --card: #181c22; --ink: #e9ebee; --soft: #9aa4b0;
-  --line: #2b313a; --direct: #76a9ff; --gateway: #ff9f5a; } }
+  --line: #2b313a; --direct: #76a9ff; --gateway: #ff9f5a; --bad: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -41,6 +41,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; }
 figcaption { font-size: 0.82rem; margin-bottom: 0.5rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif;
   fill: var(--soft); }
+.bad b { color: var(--bad); }
 .grid { stroke: var(--line); }
 .zero { stroke: var(--soft); }
 .direct { --tone: var(--direct); }
@@ -57,6 +58,7 @@ table { border-collapse: collapse; width: 100%; font-size: 0.85rem; font-variant
 th, td { padding: 0.4rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 500; }
+td:last-child { min-width: 9rem; white-space: normal; }
 th:nth-child(-n + 2), td:nth-child(-n + 2) { text-align: left; }
 ul { padding-left: 1.1rem; max-width: 80ch; }
 """
@@ -293,7 +295,8 @@ def table(cells: Sequence[Summary]) -> str:
 def headline(result: Result) -> str:
     """Say the most important figures first: what the gateway adds, else what the one target does."""
     failed = sum(sum(summary.errors.values()) for summary in result.summaries)
-    last = tile(str(failed), f"of {sum(summary.requests for summary in result.summaries)} requests failed")
+    requests = sum(summary.requests for summary in result.summaries)
+    last = tile(str(failed), f"of {requests} requests failed", " bad" if failed else "")
     if result.overheads:
         first = result.overheads[0]
         title = f"What the gateway adds, {first.kind}, {first.concurrency} at once"
@@ -309,5 +312,5 @@ def headline(result: Result) -> str:
     return f'<h2>{escape(title)}</h2><div class="tiles">{"".join([*shown, last])}</div>'
 
 
-def tile(value: str, what: str) -> str:
-    return f'<div class="tile"><b>{escape(value)}</b><span class="soft">{escape(what)}</span></div>'
+def tile(value: str, what: str, mood: str = "") -> str:
+    return f'<div class="tile{mood}"><b>{escape(value)}</b><span class="soft">{escape(what)}</span></div>'

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -496,3 +497,11 @@ def test_bad_values_are_refused_by_name(argv, capsys):
 def test_a_key_that_no_header_can_carry_is_refused(capsys):
     assert benchmark.main(["--gateway", "http://x"], {"GATEWAY_API_KEY": "a\r\nb"}) == 2
     assert "key for --gateway" in capsys.readouterr().err
+
+
+def test_every_option_is_documented():
+    page = (Path(__file__).parent.parent / "docs" / "BENCHMARK.md").read_text()
+    options = {
+        name for action in benchmark.parser()._actions for name in action.option_strings if name.startswith("--")
+    }
+    assert {name for name in options if f"`{name}" not in page} == {"--help"}
