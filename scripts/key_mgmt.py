@@ -7,7 +7,6 @@ stderr. The exit status is 0 when it is done, 1 when the state of things forbids
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -214,7 +213,7 @@ def hash_key(arguments: argparse.Namespace) -> int:
 
 def show_usage(arguments: argparse.Namespace) -> int:
     try:
-        usage = importlib.import_module("usage")
+        import usage  # noqa: PLC0415 - nothing but this command needs it
     except ModuleNotFoundError as error:
         raise Refused(f"usage needs {error.name}.py beside key_mgmt.py") from None
     path = chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")

@@ -407,12 +407,13 @@ def _sweep(folder: str, name: str) -> None:
 
 def _write_new(path: str, like: os.stat_result, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
+    try:
+        _write_at(descriptor, data, 0)
         os.fchown(descriptor, like.st_uid, like.st_gid)
         os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: str) -> None:

@@ -672,7 +672,7 @@ def test_pitfall_44_a_missing_sibling_is_fatal(tmp_path: Path, missing: str) -> 
     for name in {"auth", "keyfile", "errors"} - {missing}:
         shutil.copy(Path(auth.__file__).with_name(f"{name}.py"), tmp_path)
     command = [sys.executable, "-B", "-c", "import auth"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={})
     assert done.returncode == 1
     assert f"No module named '{missing}'" in done.stderr
 

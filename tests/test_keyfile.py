@@ -1,5 +1,6 @@
 """The keys file: grammar, trust, and rewrites that nothing interrupts halfway."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -65,6 +66,28 @@ def utc(*parts: int) -> datetime:
 )
 def test_a_line_means(line: str, entry: Entry | None) -> None:
     assert keyfile.parse_line(line) == entry
+
+
+def test_a_bare_line_means_no_limits_but_the_gateway_s() -> None:
+    entry = Entry("a", DIGEST, rate_limit=None, expires_at=None, role="infer", parallel=None, priority=0)
+    assert keyfile.parse_line(f"a:{SECRET}") == entry
+    assert entry.tokens_per_day is None
+
+
+@pytest.mark.parametrize(
+    ("parse", "low", "high"),
+    [
+        (keyfile.parse_rate_limit, 0, 10**9),
+        (keyfile.parse_parallel, 1, 10**6),
+        (keyfile.parse_priority, -1000, 1000),
+        (keyfile.parse_tokens_per_day, 1, 10**15 - 1),
+    ],
+)
+def test_a_number_has_two_ends(parse: Callable[[str], int], low: int, high: int) -> None:
+    assert [parse(str(low)), parse(str(high))] == [low, high]
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(Invalid, match=f"is a whole number from {low} to {high}"):
+            parse(str(beyond))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +279,21 @@ def test_read_refuses_what_is_no_regular_file_or_too_large(tmp_path: Path) -> No
             keyfile.read(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         keyfile.read(tmp_path / "missing")
+
+
+def test_no_descriptor_is_left_open(path: Path) -> None:
+    def fail(document: Document) -> None:
+        raise LookupError
+
+    before = os.listdir("/proc/self/fd")
+    keyfile.read(path)
+    keyfile.rewrite(path, append("b"))
+    keyfile.rewrite(path, append("c"), replace=busy)
+    keyfile.rewrite(path.parent / "new", append("a"), create=True)
+    for call in (lambda: keyfile.read(path.parent), lambda: keyfile.rewrite(path, fail)):
+        with contextlib.suppress(OSError, LookupError):
+            call()
+    assert os.listdir("/proc/self/fd") == before
 
 
 # Editing
