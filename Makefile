@@ -10,7 +10,7 @@ COVERAGE_MIN ?= 95
 LAYERS_MIN ?= 100
 ARGS ?=
 # Modules that nothing else can vouch for are covered to the last branch.
-LAYERS_0_AND_1 := errors keyfile metrics logs http1 routes auth admission usage cors
+LAYERS_0_AND_1 := errors keyfile metrics logs meter accept http1 routes auth admission usage cors
 SHELL_FILES = $(shell find scripts tests deploy bench -name '*.sh' 2>/dev/null) .ci/run .ci/venv
 export PYTHON
 

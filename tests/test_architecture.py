@@ -27,9 +27,9 @@ TABLE = {
     "usage": "meter",
     "admission": "errors",
     "cors": "errors http1",
+    # layer 2: the settings, what is known of the backend, and one peer's bytes
     "readiness": "errors",
     "slots": "admission errors",
-    # layer 2: the settings, and one peer's bytes
     "config": "accept http1",
     "wire": "errors http1",
     # layer 3: one exchange
