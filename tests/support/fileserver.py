@@ -24,6 +24,7 @@ class Shelf:
     cuts: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     redirect: str = ""
+    missing: str = ""
     seen: list[str] = field(default_factory=list)
     fields_seen: list[dict[str, str]] = field(default_factory=list)
 
@@ -40,6 +41,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.partition("?")[0].rpartition("/")[2]
         if shelf.redirect and name != "moved.gguf":
             self._head(302, {"Location": shelf.redirect, "Content-Length": "0"})
+        elif name == shelf.missing:
+            self._head(404, {"Content-Length": "0"})
         elif shelf.statuses:
             self._head(shelf.statuses.pop(0), {"Content-Length": "0"})
         else:
