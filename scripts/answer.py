@@ -169,6 +169,6 @@ class Answer:
 
     def truncate(self, error: GatewayError | None, *, at_event: bool, flush_s: float) -> None:
         """End an answer that cannot be completed, so that the client sees that; `error` says why where there is room."""
-        if error is not None and self.is_stream and at_event:
+        if error is not None and self.is_stream and at_event and not self._sized:
             self.send_event(event(error, self.dialect))
         self._client.truncate(reset=not self._sized and not self._chunked, flush_s=flush_s)
