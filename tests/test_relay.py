@@ -190,7 +190,7 @@ async def test_answers_of_an_http_1_0_backend(stack):
         client.send(post())
         response = await client.response()
         assert (response.head[:15], response.body) == (b"HTTP/1.1 200 OK", b"ok")
-    assert len(stack.backend.connections) == 2  # an HTTP/1.0 answer without keep-alive ends its connection
+    assert len(stack.backend.used) == 2  # an HTTP/1.0 answer without keep-alive ends its connection
 
 
 @scenario()
@@ -207,7 +207,7 @@ async def test_pitfall_29_head_is_answered_without_a_body(stack):
         assert (await client.response(b"HEAD")).field(b"content-length") == length
     assert (await client.response()).body == b"pong\n"
     assert {call.raw.split(b" ")[0] for call in stack.backend.calls} == {b"HEAD"}
-    assert len(stack.backend.connections) == 1
+    assert len(stack.backend.used) == 1
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
@@ -221,7 +221,7 @@ async def test_statuses_without_a_body(stack, status):
         response = await client.response()
         assert response.head.startswith(b"HTTP/1.1 " + status + b"\r\n")
         assert (await client.response()).body == b"pong\n"
-    assert len(stack.backend.connections) == 1
+    assert len(stack.backend.used) == 1
 
 
 @scenario()

@@ -264,6 +264,11 @@ class Backend:
             return self.choose(call)
         return self._scripts.popleft() if self._scripts else self.default
 
+    @property
+    def used(self) -> list[Connection]:
+        """The connections that carried requests of clients, each once, in order."""
+        return list(dict.fromkeys(call.connection for call in self.calls))
+
     async def call(self, number: int = 0) -> Call:
         """The request of that number, once it is here."""
         while len(self.calls) <= number:

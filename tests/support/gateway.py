@@ -107,6 +107,7 @@ class Stack:
     # --- Life ---
 
     async def start(self) -> None:
+        self._main = asyncio.current_task()
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.problems.append(context))
         logging.getLogger("gateway").addHandler(self.log)
         await self.backend.listen()
@@ -157,7 +158,7 @@ class Stack:
         parts = self.parts
         left = (parts.gate.active, parts.gate.queued, parts.buffered_bytes, parts.relaying, len(self.backend.open))
         assert left == (0, 0, 0, 0, 0), f"slots, waiters, held bytes, relays, backend connections: {left}"
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        tasks = asyncio.all_tasks() - {asyncio.current_task(), self._main}
         assert not tasks, tasks
         assert not self.problems, self.problems
         bugs = [record.exc_text or record.getMessage() for record in self.log.records if record.exc_info]

@@ -163,7 +163,7 @@ class RawClient(asyncio.Protocol):
         coded, payload, size = bytearray(), bytearray(), -1
         while size:
             line = await self.take_through(b"\r\n")
-            size = int(line, 16)
+            size = int(line.split(b";")[0], 16)
             data = await self.take(size + 2)
             assert data.endswith(b"\r\n")
             coded += line + data

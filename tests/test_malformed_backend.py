@@ -1,0 +1,297 @@
+"""A backend that is cut, reset or talks nonsense, at every byte: one status line, and never a false end."""
+
+import asyncio
+import json
+import re
+
+import pytest
+
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, close, event, reset, send, stall
+from support.gateway import CHAT, Stack, get, post, scenario
+from support.rawclient import RawClient
+
+SIZED = answer(b"0123456789")
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4;x=y\r\n0123\r\n6\r\n456789\r\n0\r\nT: 1\r\n\r\n"
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n0123456789"
+WHOLE = {"sized": SIZED, "chunked": CHUNKED, "close": UNTIL_CLOSE}
+
+EVENTS = [event('{"n": 1}'), event('{"n": 2}'), b"event: x\ndata: 3\r\n\r\n"]
+# The second event comes in two chunks; the third ends with CRLFs, as some servers have it.
+STREAM = STREAM_HEAD + chunk(EVENTS[0]) + chunk(EVENTS[1][:7]) + chunk(EVENTS[1][7:]) + chunk(EVENTS[2]) + LAST_CHUNK
+
+
+async def raw_answer(stack: Stack, raw: bytes = b"") -> tuple[bytes, str]:
+    """All bytes of the answer to one request, and how the connection ended: by itself, or because we asked it to."""
+    client = await stack.client()
+    client.send(raw or post(CHAT, b"{}", b"Connection: close"))
+    data = await client.take_all()
+    client.close()
+    return data, client.ended
+
+
+def verdict(data: bytes) -> tuple[str, bytes]:
+    """`whole`, `cut`, or the status of a refusal; and the payload. Asserts that nothing follows a whole answer."""
+    head, _, rest = data.partition(b"\r\n\r\n")
+    status = re.match(rb"HTTP/1\.1 ([0-9]{3})", head)
+    assert status, data
+    length = re.search(rb"(?im)^Content-Length: ([0-9]+)\r?$", head)
+    if length is not None:
+        payload, whole = rest, len(rest) == int(length[1])
+        assert len(rest) <= int(length[1])
+    else:
+        assert b"\r\nTransfer-Encoding: chunked\r\n" in head, data
+        payload, whole = dechunk(rest)
+    if status[1] == b"200":
+        return ("whole" if whole else "cut"), payload
+    assert whole
+    return status[1].decode(), payload
+
+
+def dechunk(coded: bytes) -> tuple[bytes, bool]:
+    """The payload of a chunked body, and whether it has its end."""
+    payload = b""
+    while coded:
+        size, _, coded = coded.partition(b"\r\n")
+        octets = int(size.partition(b";")[0] or b"0", 16)
+        if octets == 0:
+            return payload, coded == b"\r\n"
+        payload += coded[:octets]
+        coded = coded[octets + 2 :]
+    return payload, False
+
+
+# --- Cut at every byte ---
+
+
+@pytest.mark.parametrize("end", [close, reset])
+@pytest.mark.parametrize("framing", ["sized", "chunked", "close"])
+@scenario()
+async def test_cut_at_every_byte(stack, framing, end):
+    raw = WHOLE[framing]
+    head = raw.index(b"\r\n\r\n") + 4
+    finished = CHUNKED.index(b"0\r\nT") + 3 if framing == "chunked" else len(raw)
+    for octets in range(len(raw)):
+        stack.backend.script(send(raw[:octets]), end())
+        data, ended = await raw_answer(stack)
+        said, payload = verdict(data)
+        assert ended == "fin"
+        if octets < head:
+            assert (said, json.loads(payload)["error"]["code"]) == ("502", "backend_unavailable")
+        elif framing == "close" and end is close:
+            assert (said, payload) == ("whole", raw[head:octets])
+        else:
+            assert said == "cut", (octets, finished, data)
+            assert b"0123456789".startswith(payload)
+    await stack.stop()
+    assert len(stack.lines) == len(raw)
+    assert {line["outcome"] for line in stack.lines[:head]} == {"refused"}
+    outcomes = {(line["outcome"], line["stage"]) for line in stack.lines[head:]}
+    assert outcomes == {("done", "done") if framing == "close" and end is close else ("truncated", "streaming")}
+
+
+@pytest.mark.parametrize("framing", ["sized", "chunked", "close"])
+@scenario()
+async def test_http_1_0_client_sees_a_cut_answer_as_a_reset(stack, framing):
+    """Where the end of the connection is the end of the body, only a reset can tell a cut one."""
+    raw = WHOLE[framing]
+    for octets in range(raw.index(b"\r\n\r\n") + 4, len(raw)):
+        stack.backend.script(send(raw[:octets]), reset())
+        data, ended = await raw_answer(stack, post(minor=0))
+        assert data.count(b"HTTP/1.") <= 1
+        assert ended == ("fin" if framing == "sized" else "reset"), octets
+
+
+# --- Streams cut at every byte ---
+
+
+@pytest.mark.parametrize("end", [close, reset])
+@scenario()
+async def test_stream_cut_at_every_byte_ends_with_one_error_event_or_none(stack, end):
+    head = len(STREAM_HEAD)
+    boundaries = {
+        len(STREAM_HEAD + chunk(EVENTS[0])),
+        STREAM.index(chunk(EVENTS[2])),
+        STREAM.index(LAST_CHUNK),
+    }
+    error = event(json.dumps(unavailable()))
+    for octets in range(head, len(STREAM)):
+        stack.backend.script(send(STREAM[:octets]), end())
+        data, ended = await raw_answer(stack)
+        body = data.partition(b"\r\n\r\n")[2]
+        passed = STREAM[head:octets]
+        if octets in boundaries:
+            assert body == passed + chunk(error)
+        elif octets > STREAM.index(LAST_CHUNK):  # the end had begun: nothing of ours may follow
+            assert passed.startswith(body)
+            assert not body.endswith(LAST_CHUNK)
+        else:
+            assert body == passed
+        assert ended == "fin"
+
+
+def unavailable() -> dict[str, object]:
+    message = "The backend closed in the middle of its answer."
+    return {"error": {"message": message, "type": "api_error", "param": None, "code": "backend_unavailable"}}
+
+
+@pytest.mark.parametrize(
+    ("route", "tail"),
+    [
+        (b"/v1/completions", b'data: {"error": {"message": "'),
+        (b"/v1/messages", b'event: error\ndata: {"type": "error", "error": {"message": "'),
+        (b"/v1/responses", b'event: error\ndata: {"type": "error", "code": "backend_unavailable", "message": "'),
+    ],
+)
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+@scenario()
+async def test_error_event_speaks_the_routes_dialect(stack, route, tail, framing):
+    plain = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n\r\n"
+    sent = STREAM_HEAD + chunk(EVENTS[0]) if framing == "chunked" else plain + EVENTS[0]
+    stack.backend.script(send(sent), reset())
+    client = await stack.client()
+    client.send(post(route))
+    await client.take_through(chunk(EVENTS[0]))
+    last = await client.take_all()
+    size, _, payload = last.partition(b"\r\n")
+    assert payload.startswith(tail)
+    assert payload.endswith(b"\n\n\r\n")
+    assert len(payload) == int(size, 16) + 2
+
+
+@scenario()
+async def test_sized_stream_gets_no_event_that_its_length_has_no_room_for(stack):
+    raw = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 99\r\n\r\n" + EVENTS[0]
+    stack.backend.script(send(raw), reset())
+    data, _ = await raw_answer(stack)
+    assert data.partition(b"\r\n\r\n")[2] == EVENTS[0]
+
+
+@scenario()
+async def test_http_1_0_stream_ends_with_the_error_event(stack):
+    stack.backend.script(send(STREAM_HEAD + chunk(EVENTS[0])), close())
+    client = await stack.client()
+    client.send(post(minor=0))
+    await client.take_through(EVENTS[0])
+    data = await client.take_all()
+    assert data in (b"", event(json.dumps(unavailable())))  # a reset may destroy what it overtakes
+    assert client.ended == "reset"
+
+
+# --- Garbage ---
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"\r", b"\n", b"\xff", b":", b"HTTP/1.1 200 OK\r\n\r\n"])
+@pytest.mark.parametrize("framing", ["sized", "chunked", "close"])
+@scenario()
+async def test_garbage_at_every_byte(stack, framing, garbage):
+    raw = WHOLE[framing]
+    payload_starts = raw.index(b"\r\n\r\n") + 4
+    for octets in range(len(raw)):
+        stack.backend.script(send(raw[:octets] + garbage + raw[octets + 1 :]), close())
+        client = await stack.client()
+        client.send(post(CHAT, b"{}", b"Connection: close"))
+        data = await client.take_all()
+        said, payload = verdict(data)
+        assert (said in ("whole", "cut", "502"), data[:5], data.count(b"HTTP/1.1 502")) == (
+            True,
+            b"HTTP/",
+            said == "502",
+        )
+        if octets >= payload_starts and framing != "chunked":
+            assert payload[: octets - payload_starts] == raw[payload_starts:octets]
+
+
+MALFORMED_HEADS = [
+    b"HTTP/1.1 20 OK\r\n\r\n",
+    b"HTTP/1.1 2000 OK\r\n\r\n",
+    b"HTTP/1.1 099 No\r\n\r\n",
+    b"HTTP/1.1  200 OK\r\n\r\n",
+    b"HTTP/1.2 200 OK\r\n\r\n",
+    b"HTTP/2 200\r\n\r\n",
+    b"http/1.1 200 OK\r\n\r\n",
+    b"\r\nHTTP/1.1 200 OK\r\n\r\n",
+    b"ICY 200 OK\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA : b\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA: b\r\n folded\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA: b\rc\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nA: b\0c\r\n\r\n",
+    b"HTTP/1.1 200 OK\nA: b\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    b"HTTP/1.1 200 OK\r\nContent-Length: +1\r\n\r\na",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x1\r\na\r\n0\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("head", MALFORMED_HEADS)
+@scenario()
+async def test_malformed_head_is_a_502_and_the_client_may_go_on(stack, head):
+    stack.backend.script(send(head), stall())
+    client = await stack.client()
+    client.send(post() + post())
+    response = await client.response()
+    assert (response.status, response.code) == (502, "backend_malformed")
+    assert (await client.response()).body == HELLO
+    assert len(stack.backend.used) == 2  # the one that talked nonsense is not used again
+    await (await stack.backend.call()).gone.wait()
+
+
+@scenario(MAX_RESPONSE_HEADER_SIZE="100")
+async def test_both_sides_of_the_response_head_limit(stack):
+    def head(octets: int) -> bytes:
+        start = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nA: "
+        return start + b"a" * (octets - len(start))
+
+    stack.backend.script(send(head(100) + b"\r\n\r\n"))
+    assert (await stack.ask(post())).status == 200
+    for raw in (head(101) + b"\r\n\r\n", head(101)):  # and it need not end
+        stack.backend.script(send(raw), stall())
+        assert (await stack.ask(post())).code == "backend_malformed"
+
+
+@pytest.mark.parametrize("nonsense", [b"zz\r\n", b"5\r\nabcdeXX", b"5\nabcde\r\n", b"5" + b";" * 2000 + b"\r\n"])
+@scenario()
+async def test_malformed_chunk_in_a_stream_is_an_error_event_and_the_end(stack, nonsense):
+    heard = asyncio.Event()
+    stack.backend.script(send(STREAM_HEAD + chunk(EVENTS[0])), stall(heard), send(nonsense), stall())
+    client = await stack.client()
+    client.send(post())
+    await client.take_through(chunk(EVENTS[0]))
+    heard.set()
+    rest = await client.take_all()
+    assert not rest.endswith(LAST_CHUNK)
+    assert rest == b"" or b"backend_malformed" in rest
+    await (await stack.backend.call()).gone.wait()
+
+
+@scenario()
+async def test_more_than_was_announced_is_not_passed(stack):
+    stack.backend.script(send(answer(HELLO) + answer(b"a second answer")))
+    stack.backend.script(send(CHUNKED + b"HTTP/1.1 200 OK\r\n\r\n"))
+    client = await stack.client()
+    client.send(post() + post() + get(b"/ping"))
+    assert (await client.response()).body == HELLO
+    assert (await client.response()).body == b"0123456789"
+    assert (await client.response()).body == b"pong\n"
+    assert not client.received
+    assert len(stack.backend.used) == 2
+
+
+@scenario()
+async def test_bytes_that_nobody_asked_for_end_the_connection(stack):
+    later = asyncio.Event()
+    stack.backend.script(send(answer()), stall(later), send(b"HTTP/1.1 408 Request Timeout\r\n\r\n"), stall())
+    client: RawClient = await stack.client()
+    client.send(post())
+    await client.response()
+    later.set()
+    await stack.backend.used[0].gone.wait()
+    client.send(post())
+    assert (await client.response()).body == HELLO
+    assert len(stack.backend.used) == 2
