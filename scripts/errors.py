@@ -1,7 +1,7 @@
 """Every answer that the gateway gives on its own behalf, as data.
 
-One catalogue of kinds, one exception that carries a kind to the one place that answers, one envelope a dialect. What the
-backend answers, its errors included, never comes through here.
+One catalogue of kinds, one exception that carries a kind to the one place that answers, one envelope a dialect. What
+the backend answers, its errors included, never comes through here.
 """
 
 import enum
@@ -53,9 +53,7 @@ INVALID_API_KEY = Kind(401, "invalid_api_key", "authentication_error", "Missing 
 ROUTE_NOT_ALLOWED = Kind(403, "route_not_allowed", "permission_error", "This route is not allowed for this API key.")
 KEY_SUSPENDED = Kind(403, "key_suspended", "permission_error", "This API key is suspended.")
 ROUTE_NOT_FOUND = Kind(404, "route_not_found", "invalid_request_error", "There is no such route.")
-METHOD_NOT_ALLOWED = Kind(
-    405, "method_not_allowed", "invalid_request_error", "The route does not support this method."
-)
+METHOD_NOT_ALLOWED = Kind(405, "method_not_allowed", "invalid_request_error", "The route does not support this method.")
 REQUEST_TIMEOUT = Kind(
     408, "request_timeout", "invalid_request_error", "The request did not arrive in time.", closes=True
 )
@@ -85,7 +83,12 @@ QUEUE_TIMEOUT = Kind(503, "queue_timeout", "overloaded_error", "No slot became f
 LOADING = Kind(503, "loading", "overloaded_error", "The model is not ready.", retry_after_s=10)
 DRAINING = Kind(503, "draining", "overloaded_error", "The gateway is shutting down.", retry_after_s=5, closes=True)
 TOO_MANY_CONNECTIONS = Kind(
-    503, "too_many_connections", "overloaded_error", "The gateway has too many connections.", retry_after_s=2, closes=True
+    503,
+    "too_many_connections",
+    "overloaded_error",
+    "The gateway has too many connections.",
+    retry_after_s=2,
+    closes=True,
 )
 MEMORY_FULL = Kind(
     503, "memory_full", "overloaded_error", "Too many request bodies are held at once.", retry_after_s=2, closes=True

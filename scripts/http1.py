@@ -1,8 +1,8 @@
 """HTTP/1.1 grammar, framing and field rules over bytes (RFC 9110, RFC 9112). No I/O, nothing here ever awaits.
 
-Strict by decision: CRLF only (no bare LF or CR), no folded lines, origin-form targets only (and `*` for OPTIONS), exactly
-one Host, at most one Content-Length of digits or one Transfer-Encoding that is exactly `chunked`. Whatever two parsers
-could read in two ways is refused.
+Strict by decision: CRLF only (no bare LF or CR), no folded lines, origin-form targets only (and `*` for OPTIONS),
+exactly one Host, at most one Content-Length of digits or one Transfer-Encoding that is exactly `chunked`. Whatever two
+parsers could read in two ways is refused.
 """
 
 import re
@@ -31,12 +31,14 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # RFC 9110 section 5.6.2. A dict of fields would lose order and duplicates, and with them what the client said.
 _TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-# One field line (RFC 9110 section 5.5: no control character but HTAB). Anchored at both ends, so that as many matches as
-# there are lines means that every byte of every line was matched.
-_FIELD_LINES = re.compile(rb"^(" + _TOKEN + rb"):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
+# One field line (RFC 9110 section 5.5: no control character but HTAB). Anchored at both ends, so that as many matches
+# as there are lines means that every byte of every line was matched. Blanks beyond the usual one stay with the value:
+# could two parts of the pattern take them, a long run of them would be tried in a quadratic number of ways.
+_FIELD_LINES = re.compile(rb"^(" + _TOKEN + rb"): ?([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])")  # `#` is no part of a target
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?)")
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~%!$&'()*+,;=\-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_NAME = rb"[A-Za-z0-9._~!$&'()*+,;=\-]*"  # RFC 3986 section 3.2.2, with percent-encoded octets between
+_HOST = re.compile(rb"(?:" + _NAME + rb"(?:%[0-9A-Fa-f]{2}" + _NAME + rb")*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _DIGITS = re.compile(rb"[0-9]{1,19}")
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 _EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
@@ -48,7 +50,8 @@ _TRAILER_BYTES = 8192
 # The fields that somebody in the gateway reads; `known` indexes these and no others.
 _READ = frozenset(
     b"host content-length transfer-encoding connection expect content-type content-encoding authorization x-api-key"
-    b" api-key origin access-control-request-method access-control-request-headers x-request-id accept keep-alive".split()
+    b" api-key origin access-control-request-method access-control-request-headers x-request-id accept"
+    b" keep-alive".split()
 )
 # RFC 9110 section 7.6.1, and the fields that this gateway frames or answers itself.
 HOP_BY_HOP = frozenset(
@@ -144,6 +147,8 @@ class HeadScanner:
         if self._searched == 0:
             skip_empty_lines(part)
             check_first_octet(part)
+            if part == b"\r":  # half of an empty line
+                return None
         end = part.find(HEAD_END, max(0, self._searched - 3))
         if end >= 0:
             head, self.rest = bytes(part[: end + 4]), bytes(part[end + 4 :])
@@ -204,7 +209,8 @@ def check_header_line(octets: int, limits: Limits) -> None:
 
 
 def too_many_fields(limits: Limits) -> GatewayError:
-    return GatewayError(HEADER_FIELDS_TOO_LARGE, f"The request has more than MAX_HEADERS ({limits.headers}) header lines.")
+    words = f"The request has more than MAX_HEADERS ({limits.headers}) header lines."
+    return GatewayError(HEADER_FIELDS_TOO_LARGE, words)
 
 
 # --- Heads ---
@@ -262,12 +268,13 @@ def _parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[byt
     fields = _FIELD_LINES.findall(raw, start)
     if len(fields) != raw.count(b"\n", start) - 1:
         raise GatewayError(kind, "A header line is not `name: value`, or contains a control character.")
-    if b" \r\n" in raw or b"\t\r\n" in raw:
-        fields = [(name, value.rstrip(b" \t")) for name, value in fields]
+    if b"  " in raw or b" \r\n" in raw or b"\t" in raw:
+        fields = [(name, value.strip(b" \t")) for name, value in fields]
     names = tuple([name.lower() for name, _ in fields])
     known: dict[bytes, list[bytes]] = {}
-    for name, (_, value) in zip(names, fields):
+    for at, name in enumerate(names):
         if name in _READ:
+            value = fields[at][1]
             if name in known:
                 known[name].append(value)
             else:
@@ -276,11 +283,15 @@ def _parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[byt
 
 
 def connection_options(known: Mapping[bytes, Sequence[bytes]]) -> frozenset[bytes]:
-    """The members of Connection, in lower case (RFC 9110 section 7.6.1)."""
+    """The members of Connection, in lower case (RFC 9110 section 7.6.1): fields not to be passed on.
+
+    Content-Length is never one of them: without it the next reader would look for another end of the body.
+    """
     values = known.get(b"connection")
     if values is None:
         return frozenset()
-    return frozenset(member.strip(b" \t").lower() for value in values for member in value.split(b","))
+    members = frozenset(member.strip(b" \t").lower() for value in values for member in value.split(b","))
+    return members - {b"content-length"}
 
 
 def wants_keep_alive(minor: int, options: frozenset[bytes]) -> bool:
@@ -325,11 +336,12 @@ def response_framing(head: ResponseHead, method: bytes) -> Framing:
     coded = head.known.get(b"transfer-encoding")
     sized = head.known.get(b"content-length")
     length = None if sized is None else _content_length(sized, BACKEND_MALFORMED)
-    if coded is not None and (sized is not None or head.minor == 0 or len(coded) != 1 or coded[0].lower() != b"chunked"):
+    chunked = coded is not None and len(coded) == 1 and coded[0].lower() == b"chunked"
+    if coded is not None and (not chunked or sized is not None or head.minor == 0):
         raise GatewayError(BACKEND_MALFORMED, "The backend's Transfer-Encoding is ambiguous.")
     if method == b"HEAD" or head.status in (204, 304):  # step 1
         return NO_BODY
-    if coded is not None:
+    if chunked:
         return CHUNKED
     return Framing(length=length)  # step 6, or step 8 where there is none
 
@@ -341,7 +353,8 @@ def _content_length(values: Sequence[bytes], kind: Kind) -> int:
 
 
 def too_large(limits: Limits) -> GatewayError:
-    return GatewayError(PAYLOAD_TOO_LARGE, f"The request body exceeds MAX_REQUEST_BODY_SIZE ({limits.body_bytes} octets).")
+    words = f"The request body exceeds MAX_REQUEST_BODY_SIZE ({limits.body_bytes} octets)."
+    return GatewayError(PAYLOAD_TOO_LARGE, words)
 
 
 # --- Bodies: they consume and count ---
@@ -392,16 +405,28 @@ class ChunkedBody:
     end of the last chunk's size line. Whoever passes them on ends the body with one CRLF of its own once `done`.
     """
 
-    __slots__ = ("_kind", "_left", "_limits", "_line", "_state", "_trailer_bytes", "done", "passable", "surplus")
+    __slots__ = (
+        "_kind",
+        "_left",
+        "_limits",
+        "_line",
+        "_octets",
+        "_state",
+        "_trailer_bytes",
+        "done",
+        "passable",
+        "surplus",
+    )
 
     _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
 
     def __init__(self, kind: Kind = BACKEND_MALFORMED, limits: Limits | None = None) -> None:
-        """`kind` is raised for bytes that are no chunked body; with `limits` no chunk may exceed a request's body."""
+        """`kind` is raised for bytes that are no chunked body; `limits` bound the sum of the chunks' sizes."""
         self._kind = kind
         self._limits = limits
         self._state = self._SIZE
         self._left = 0  # octets of the chunk that are still to come
+        self._octets = 0  # of all chunks announced, where they are limited
         self._line = b""
         self._trailer_bytes = 0
         self.passable = 0
@@ -410,7 +435,7 @@ class ChunkedBody:
 
     def feed(self, data: bytes) -> bytes:
         """Take received bytes and return the payload among them. Raises the kind given, or PAYLOAD_TOO_LARGE."""
-        if self._state == self._SIZE and not self._line:
+        if self._state == self._SIZE and not self._line and self._limits is None:
             # What a stream consists of: one event, one chunk, one read.
             match = _PLAIN_CHUNK_LINE.match(data)
             if match is not None:
@@ -446,7 +471,8 @@ class ChunkedBody:
         self._line += data[at:end]
         if self._state == self._DATA_END and not CRLF.startswith(self._line):
             raise GatewayError(self._kind, "A chunk's data is not followed by CRLF.")
-        if len(self._line) > (_TRAILER_BYTES if self._state == self._TRAILER else _CHUNK_LINE_BYTES):
+        room = _TRAILER_BYTES - self._trailer_bytes if self._state == self._TRAILER else _CHUNK_LINE_BYTES
+        if len(self._line) > room:
             raise GatewayError(self._kind, "A line of the chunked coding is too long.")
         if newline >= 0:
             line, self._line = self._line, b""
@@ -472,14 +498,14 @@ class ChunkedBody:
         if match is None:
             raise GatewayError(self._kind, "A chunk size line is malformed.")
         self._left = int(match[1], 16)
-        if self._limits is not None and self._left > self._limits.body_bytes:
-            raise too_large(self._limits)
+        if self._limits is not None:
+            self._octets += self._left
+            if self._octets > self._limits.body_bytes:
+                raise too_large(self._limits)
         self._state = self._DATA if self._left else self._TRAILER
 
     def _take_trailer(self, line: bytes) -> None:
         self._trailer_bytes += len(line) + 2
-        if self._trailer_bytes > _TRAILER_BYTES:
-            raise GatewayError(self._kind, "The trailer section is too long.")
         _parse_fields(line + HEAD_END, 0, self._kind)
 
     def ends_at_close(self) -> bool:
@@ -502,10 +528,9 @@ def response_body(framing: Framing) -> Body:
 class RequestBody:
     """A request body, collected whole: its payload, however it was framed, as the pieces in which it came."""
 
-    __slots__ = ("_body", "_limits", "octets", "pieces")
+    __slots__ = ("_body", "octets", "pieces")
 
     def __init__(self, framing: Framing, limits: Limits) -> None:
-        self._limits = limits
         self._body = ChunkedBody(BAD_REQUEST, limits) if framing.chunked else SizedBody(framing.length or 0)
         self.pieces: list[bytes] = []
         self.octets = 0
@@ -523,8 +548,6 @@ class RequestBody:
         payload = self._body.feed(data)
         if payload:
             self.octets += len(payload)
-            if self.octets > self._limits.body_bytes:
-                raise too_large(self._limits)
             self.pieces.append(payload)
 
 
