@@ -35,6 +35,10 @@ _NOT_PASSED = HOP_BY_HOP | {
 }
 
 
+def field_lines(fields: Fields) -> bytes:
+    return b"".join([b"%b: %b\r\n" % field for field in fields])
+
+
 def is_event_stream(head: ResponseHead) -> bool:
     types = head.known.get(b"content-type")
     return types is not None and types[0].lower().startswith(b"text/event-stream")
@@ -58,10 +62,11 @@ class Answer:
         "status",
     )
 
-    def __init__(self, client: ClientWire, *, method: bytes, minor: int, keep_alive: bool) -> None:
+    def __init__(self, client: ClientWire, fields: bytes, *, method: bytes, minor: int, keep_alive: bool) -> None:
+        """`fields` are lines that the head will carry whatever the answer is: request id, CORS."""
         self._client = client
         self._minor = minor
-        self._fields = b""
+        self._fields = fields
         self._chunked = self._sized = self._verbatim = False
         self.method = method
         self.keep_alive = keep_alive
@@ -70,10 +75,9 @@ class Answer:
         self.is_stream = False  # a text/event-stream, whose events may end with one of ours
         self.status = 0
 
-    def add(self, fields: Fields) -> None:
-        """Fields that the head will carry whatever the answer is: request id, CORS, rate limits."""
-        for name, value in fields:
-            self._fields += name + b": " + value + CRLF
+    def add_lines(self, lines: bytes) -> None:
+        """More field lines that the head will carry."""
+        self._fields += lines
 
     # --- Heads ---
 
@@ -150,7 +154,7 @@ class Answer:
             lines.append(f"Content-Type: {content_type.decode()}\r\n")
         if status != HTTPStatus.NO_CONTENT:
             lines.append(f"Content-Length: {len(payload)}\r\n")
-        self.add(fields)
+        self.add_lines(field_lines(fields))
         head = self._begin(status, "".join(lines).encode())
         self.write(head if self.method == b"HEAD" else head + payload)
 

@@ -189,6 +189,13 @@ class Quota(NamedTuple):
     remaining: int
     reset_s: float
 
+    def lines(self) -> bytes:
+        """The same as field lines, ready to be sent; the window is a minute, whole, after a request that was counted."""
+        return (
+            b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %b\r\n"
+            % (self.limit, self.remaining, serialize_duration(self.reset_s))
+        )
+
     def fields(self) -> Fields:
         return (
             (b"x-ratelimit-limit-requests", b"%d" % self.limit),

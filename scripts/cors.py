@@ -11,9 +11,10 @@ from http1 import RequestHead
 
 _TOKENS = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*,[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+)*")
 _EXPOSED = (
-    b"x-request-id, retry-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests,"
-    b" x-ratelimit-reset-requests"
+    b"x-request-id, retry-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
 )
+_EXPOSE: Fields = ((b"Access-Control-Expose-Headers", _EXPOSED),)
+_ANY: Fields = ((b"Access-Control-Allow-Origin", b"*"), *_EXPOSE)
 _VARY: Fields = ((b"Vary", b"Origin"),)
 _PREFLIGHT_MAX_AGE_S = b"600"
 
@@ -24,17 +25,18 @@ class Cors:
     def __init__(self, origins: tuple[str, ...]) -> None:
         self._any = "*" in origins
         self._origins = frozenset(origin.encode() for origin in origins)
+        self.on = bool(origins)
 
     def fields(self, head: RequestHead | None) -> Fields:
         """What every answer to this request carries, errors included. `head` is None where none could be read."""
-        if not self._origins:
+        if not self.on:
             return ()
+        if self._any:
+            return _ANY  # whoever asks: a cache may hand the answer on, and no Vary tells it not to
         origin = None if head is None else head.known.get(b"origin")
-        if origin is None or len(origin) != 1 or not (self._any or origin[0] in self._origins):
-            return () if self._any else _VARY
-        allowed = b"*" if self._any else origin[0]
-        fields = ((b"Access-Control-Allow-Origin", allowed), (b"Access-Control-Expose-Headers", _EXPOSED))
-        return fields if self._any else fields + _VARY
+        if origin is None or len(origin) != 1 or origin[0] not in self._origins:
+            return _VARY
+        return ((b"Access-Control-Allow-Origin", origin[0]), *_EXPOSE, *_VARY)
 
     def preflight(self, head: RequestHead) -> Fields:
         """What an OPTIONS answer adds: the method and the header names asked for, echoed if they are tokens.

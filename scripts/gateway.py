@@ -38,7 +38,6 @@ class Gateway:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
-        self._public_only: set[ClientWire] = set()
         self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
         self._server: asyncio.Server | None = None
@@ -75,49 +74,44 @@ class Gateway:
                 del self._idle[client]
                 client.interrupt(PeerGone())
                 return
-        self._public_only.add(newcomer)
+        self._parts.public_only.add(newcomer)
 
     async def _serve(self, client: ClientWire) -> None:
         """Serve one connection's requests, in order."""
+        parts = self._parts
+        timeouts = parts.config.timeouts
+        idle_s = timeouts.client_header_s
         try:
-            if len(self._public_only) > _PUBLIC_ONLY_CONNECTIONS and client in self._public_only:
-                self._refuse(client, GatewayError(TOO_MANY_CONNECTIONS))
-                return
-            timeouts = self._parts.config.timeouts
-            idle_s = timeouts.client_header_s
-            while await self._serve_one(client, idle_s):
+            if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and client in parts.public_only:
+                raise GatewayError(TOO_MANY_CONNECTIONS)
+            while True:
+                self._idle[client] = None
+                head = await client.read_head(idle_s, timeouts.client_header_s)
+                del self._idle[client]
+                request = Request(parts, client, head)
+                parts.exchanges[client] = request.exchange
+                if not await request.run(head):
+                    request.close()
+                    return
+                parts.exchanges[client] = None
                 idle_s = timeouts.keepalive_s
-        finally:
-            self._idle.pop(client, None)
-            self._public_only.discard(client)
-            del self._parts.exchanges[client]
-            if self._parts.draining and not self._parts.exchanges:
-                self._empty.set()
-
-    async def _serve_one(self, client: ClientWire, idle_s: float) -> bool:
-        """Read and serve one request; return whether another may follow."""
-        self._idle[client] = None
-        try:
-            head = await client.read_head(idle_s, self._parts.config.timeouts.client_header_s)
-        except PeerGone:
-            self._leave(client)
-            return False
         except GatewayError as error:
             self._refuse(client, error)
-            return False
+        except PeerGone:
+            self._leave(client)
         finally:
-            self._idle.pop(client, None)
-        request = Request(self._parts, client, head, public_only=client in self._public_only)
-        self._parts.exchanges[client] = request.exchange
-        if await request.run():
-            self._parts.exchanges[client] = None
-            return True
-        request.close()
-        return False
+            self._forget(client)
+
+    def _forget(self, client: ClientWire) -> None:
+        self._idle.pop(client, None)
+        self._parts.public_only.discard(client)
+        del self._parts.exchanges[client]
+        if self._parts.draining and not self._parts.exchanges:
+            self._empty.set()
 
     def _refuse(self, client: ClientWire, error: GatewayError) -> None:
         """Answer what never became a request."""
-        request = Request(self._parts, client, None, public_only=False)
+        request = Request(self._parts, client, None)
         request.refuse(error)
         request.finish()
         request.close()
@@ -125,7 +119,7 @@ class Gateway:
     def _leave(self, client: ClientWire) -> None:
         """A connection ends between requests, or its client left in the middle of a head."""
         if client.has_unread:
-            request = Request(self._parts, client, None, public_only=False)
+            request = Request(self._parts, client, None)
             request.cancel()
             request.finish()
         client.abort()

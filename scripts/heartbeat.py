@@ -7,43 +7,26 @@ early; one that did gets its head and a comment line each interval until the bac
 import json
 from collections.abc import Sequence
 
-from admission import Ticket
 from answer import Answer
 from errors import Dialect
-from wire import ClientWire
 
 _ANTHROPIC_PING = b'event: ping\ndata: {"type": "ping"}\n\n'
 
 
-class Heartbeat:
-    """What a client's wire calls each interval until the backend answers."""
+def sign_of_life(answer: Answer, body: Sequence[bytes], position: int) -> bool:
+    """Send one, beginning the stream if need be; False where the request did not ask for a stream.
 
-    __slots__ = ("_answer", "_body", "_client", "_interval_s", "_ticket")
-
-    def __init__(
-        self, client: ClientWire, answer: Answer, body: Sequence[bytes], interval_s: float, ticket: Ticket
-    ) -> None:
-        self._client = client
-        self._answer = answer
-        self._body = body
-        self._interval_s = interval_s
-        self._ticket = ticket
-
-    def beat(self, now_s: float) -> None:
-        if not self._answer.started:
-            if not asks_for_stream(self._body):
-                self._client.stop_beating()
-                return
-            self._answer.begin_stream()
-        self._client.beat_s = now_s + self._interval_s
-        self._answer.send_event(self._sign())
-
-    def _sign(self) -> bytes:
-        if self._answer.dialect is Dialect.ANTHROPIC:
-            return _ANTHROPIC_PING
-        if self._ticket.waiting is None or self._ticket.waiting.done():
-            return b": waiting\n\n"
-        return b": queued %d\n\n" % self._ticket.position()
+    `position` is the request's place in the queue, 0 where it waits for something else.
+    """
+    if not answer.started:
+        if not asks_for_stream(body):
+            return False
+        answer.begin_stream()
+    if answer.dialect is Dialect.ANTHROPIC:
+        answer.send_event(_ANTHROPIC_PING)
+    else:
+        answer.send_event(b": queued %d\n\n" % position if position else b": waiting\n\n")
+    return True
 
 
 def asks_for_stream(body: Sequence[bytes]) -> bool:

@@ -66,6 +66,7 @@ def health_of(parts: Parts) -> dict[str, object]:
 
 
 def send_metrics(parts: Parts, answer: Answer, head: RequestHead, caller: Caller | None) -> None:
+    parts.observer.flush()
     fmt = metrics.negotiate(b", ".join(head.known.get(b"accept", ())))
     operator = caller is not None and caller.role == "operator"
     page = metrics.render(parts.operator_registry if operator else parts.registry, fmt)
@@ -80,6 +81,7 @@ async def send_usage(parts: Parts, client: ClientWire, answer: Answer, head: Req
     query = parse_qs(head.target.partition(b"?")[2].decode("ascii"))
     since, by = query.get("since", ["30d"])[-1], query.get("by", ["key"])[-1]
     try:
+        parts.observer.flush()
         first_day = usage.first_day(since, time.time())
         work = asyncio.get_running_loop().run_in_executor(None, parts.ledger.query, first_day, by)
         rows = await client.wait_for(work, 0, None)

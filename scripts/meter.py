@@ -342,4 +342,4 @@ class Meter:
         if self._size > HEAD_BYTES + TAIL_BYTES:
             return _told(_last_members(self._rest) or _first_members(self._head))
         text = self._head + self._rest
-        return _told(_parse(text) or _last_members(text) or _first_members(text))
+        return _told(_last_members(text)) or _told(_parse(text) or _first_members(text))

@@ -30,7 +30,7 @@ class Parts:
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.clock = clock
-        self.deadlines = Deadlines(clock)
+        self.deadlines = Deadlines(clock, lambda: self.observer.flush())
         own = config.auth
         self.routes = Routes(
             allow_paths=own.allow_paths, admin_routes=own.admin_routes, metrics_auth=own.metrics_auth
@@ -38,6 +38,7 @@ class Parts:
         self.cors = Cors(config.cors_origins)
         self.keys = auth.KeyStore(own.keys_file, own.max_requests_per_minute)
         self.rates = auth.Rates(clock)
+        self.auth_enabled = own.enabled
         self.anonymous = auth.ANONYMOUS_OPERATOR if own.admin_routes else auth.ANONYMOUS
         self.gate = Gate(config.queue.max_concurrent or 1, config.queue.max_size, clock)
         self.gate.hold()
@@ -53,11 +54,12 @@ class Parts:
             Counter("gateway_keys_reload_total", "Reloads of the keys file, by result.", ("result",))
         )
         self.access_log = logs.AccessLog(config.log.access_file) if config.log.access_file else None
-        self.observer = Observer(self.metrics, self.access_log, as_json=config.log.format == "json", clock=time.time)
+        self.observer = Observer(self.metrics, self.ledger, self.access_log, as_json=config.log.format == "json")
         self.ids = RequestIds()
         self.letting_go = LettingGo(self.fetch, lambda: self.relaying)
         self.readiness = Readiness(self._source(), self._prepare, self._backend_changed)
         self.exchanges: dict[ClientWire, Exchange | None] = {}  # every open connection, and what it is about just now
+        self.public_only: set[ClientWire] = set()  # connections beyond MAX_CONNECTIONS
         self.buffered_bytes = 0
         self.relaying = 0  # requests that the backend works on and whose clients still want them
         self.last_work_s = clock()
@@ -114,6 +116,7 @@ class Parts:
 
     async def close(self) -> None:
         self.deadlines.stop()
+        self.observer.flush()
         self.pool.close()
         await self.letting_go.close()
         self.ledger.close()

@@ -77,6 +77,7 @@ class Pool:
         self._deadlines = deadlines
         self._head_bytes = response_head_bytes
         self._idle: list[BackendWire] = []
+        self._resting: list[BackendWire] = []
 
     def take(self) -> BackendWire | None:
         while self._idle:
@@ -86,10 +87,20 @@ class Pool:
         return None
 
     def give(self, wire: BackendWire) -> None:
-        """Keep a connection whose last answer was read to its end."""
+        """Keep a connection whose last answer was read to its end.
+
+        It rests for a turn of the loop: llama-server closes behind every streamed answer without having said so, and
+        that must be seen before another request is sent there.
+        """
         wire.rest_idle()
         wire.deadline_s = self._deadlines.now_s + _IDLE_S
-        self._idle.append(wire)
+        if not self._resting:
+            asyncio.get_running_loop().call_soon(self._end_rest)
+        self._resting.append(wire)
+
+    def _end_rest(self) -> None:
+        self._idle += self._resting
+        self._resting.clear()
 
     async def connect(self) -> BackendWire:
         """Open a connection. Raises BACKEND_UNAVAILABLE."""
@@ -105,6 +116,7 @@ class Pool:
         return wire
 
     def close(self) -> None:
+        self._end_rest()
         for wire in self._idle:
             wire.abort()
         self._idle.clear()
@@ -130,6 +142,7 @@ class Relay:
 
     __slots__ = (
         "_answer",
+        "_answered",
         "_body",
         "_client",
         "_clock",
@@ -144,9 +157,18 @@ class Relay:
         "whole",
     )
 
-    def __init__(self, client: ClientWire, answer: Answer, patience: Patience, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        client: ClientWire,
+        answer: Answer,
+        answered: Callable[[ResponseHead], Meter | None],
+        patience: Patience,
+        clock: Callable[[], float],
+    ) -> None:
+        """`answered` is called with the final response's head and says who reads the payload."""
         self._client = client
         self._answer = answer
+        self._answered = answered
         self._patience = patience
         self._clock = clock
         self._meter: Meter | None = None
@@ -157,14 +179,23 @@ class Relay:
         self.whole = False
         self.error: GatewayError | None = None  # why an answer that had begun is not whole
 
-    async def run(self, pool: Pool, request: list[bytes], answered: Callable[[ResponseHead], Meter | None]) -> None:
+    async def run(self, pool: Pool, request: list[bytes], *, repeatable: bool) -> None:
         """Raises GatewayError while nothing has been answered, PeerGone whenever the client has left.
 
-        `answered` is called with the final response's head and says who reads the payload.
+        A request that missed a kept connection by a hair is sent again on a new one, if it is safe to repeat.
         """
-        backend = pool.take()
-        if backend is None:
-            backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+        backend = pool.take() or await self._connect(pool)
+        try:
+            await self._run_on(backend, pool, request)
+        except GatewayError:
+            if not (repeatable and backend.was_stale()):
+                raise
+            await self._run_on(await self._connect(pool), pool, request)
+
+    async def _connect(self, pool: Pool) -> BackendWire:
+        return await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+
+    async def _run_on(self, backend: BackendWire, pool: Pool, request: list[bytes]) -> None:
         backend.deadline_s = inf
         reusable = False
         try:
@@ -175,10 +206,13 @@ class Relay:
                 head = await self._after_interim(backend, head)
             self.status = head.status
             self.first_byte_s = self._clock()
-            self._meter = answered(head)
+            self._meter = self._answered(head)
             framing = response_framing(head, self._answer.method)
             self._body = body = response_body(framing)
-            begun = await self._begin(backend, head, framing)
+            if not self._answer.started:
+                begun = self._answer.begin_relayed(head, framing)
+            else:
+                begun = await self._go_on(backend, head)
             self._answer.write(begun + self._take(backend.take_rest()))
             self.whole = body.done or await self._pass_rest(backend)
             reusable = body.done and not body.surplus and keeps_alive(head)
@@ -202,13 +236,11 @@ class Relay:
 
     # --- The answer ---
 
-    async def _begin(self, backend: BackendWire, head: ResponseHead, framing: Framing) -> bytes:
-        """The head that the client gets; nothing where the gateway has begun the stream and the backend goes on."""
-        if not self._answer.started:
-            return self._answer.begin_relayed(head, framing)
+    async def _go_on(self, backend: BackendWire, head: ResponseHead) -> bytes:
+        """Go on with a stream that the gateway has begun: it has its head."""
         if self._answer.continues(head, self._body):
             return b""
-        # The backend refuses a client whose stream has begun: its own error can only become an event.
+        # The backend refuses what the client has been promised: its own error can only become an event.
         payload = await self._client.run(_collect(backend, self._body), self._patience.request_s, BACKEND_TIMEOUT)
         raise GatewayError(BACKEND_UNAVAILABLE, backend_message(head, payload))
 
@@ -265,6 +297,8 @@ class Relay:
 
 
 def keeps_alive(head: ResponseHead) -> bool:
+    if head.minor == 1 and b"connection" not in head.known:
+        return True
     return wants_keep_alive(head.minor, connection_options(head.known))
 
 

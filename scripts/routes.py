@@ -1,7 +1,8 @@
 """The table of llama-server's and the gateway's own routes: class, role, slot, metric label.
 
-The table is an allow-list: a path that is not in it, spelt exactly so, is refused, since new routes appear in llama-server
-every month. ALLOW_PATHS adds to it, never past what is blocked. Labels come from here, never from a target.
+The table is an allow-list: a path that is not in it, spelt exactly so, is refused, since new routes appear in
+llama-server every month. ALLOW_PATHS adds to it, never past what is blocked. Labels come from here, never from a
+target.
 """
 
 import enum
@@ -34,12 +35,14 @@ class RouteClass:
     local: bool = False  # the gateway answers
     changing: bool = False  # needs ADMIN_ROUTES
     blocked: bool = False  # refused, whoever asks
+    repeatable: bool = False  # asking twice does no harm
 
 
-INFERENCE = RouteClass("inference", Role.INFER, slot=True, rated=True, metered=True)
-CHEAP = RouteClass("cheap", Role.INFER, rated=True)
-CONTROL = RouteClass("control", Role.INFER, rated=True)
-OPERATOR_READING = RouteClass("operator, reading", Role.OPERATOR)
+INFERENCE = RouteClass("inference", Role.INFER, slot=True, rated=True, metered=True, repeatable=True)
+ALLOWED = RouteClass("allowed", Role.INFER, slot=True, rated=True, metered=True)
+CHEAP = RouteClass("cheap", Role.INFER, rated=True, repeatable=True)
+CONTROL = RouteClass("control", Role.INFER)
+OPERATOR_READING = RouteClass("operator, reading", Role.OPERATOR, repeatable=True)
 OPERATOR_CHANGING = RouteClass("operator, changing", Role.OPERATOR, changing=True)
 BLOCKED = RouteClass("blocked", Role.INFER, blocked=True)
 PUBLIC = RouteClass("public", Role.PUBLIC, local=True)
@@ -62,11 +65,10 @@ class Route:
     detail: str = ""
     allow: bytes = b""
 
-    def check(self) -> None:
-        """Raise the refusal, if there is one."""
-        if self.refusal is not None:
-            fields = ((b"Allow", self.allow),) if self.allow else ()
-            raise GatewayError(self.refusal, self.detail, fields=fields)
+    def error(self) -> GatewayError:
+        """The refusal, as an error of its own."""
+        assert self.refusal is not None
+        return GatewayError(self.refusal, self.detail, fields=((b"Allow", self.allow),) if self.allow else ())
 
 
 _BODY_INFERENCE = (
@@ -104,26 +106,29 @@ TABLE: tuple[tuple[str, str, RouteClass], ...] = (
 )
 # These, and all below them: they run tools, reach other hosts, or answer by conversation instead of by key.
 BLOCKED_PATHS = ("/tools", "/cors-proxy", "/predict", "/v1/stream", "/v1/streams")
+# ALLOW_PATHS opens nothing below an operator's path: llama-server takes /slots/0x for slot 0.
+_BELOW_OPERATOR = tuple({f"{path}/".encode() for _, path, kind in TABLE if kind.role is Role.OPERATOR})
 
 _SLOT_ACTION = re.compile(rb"/slots/[0-9]{1,9}")
+_UNICODE_ESCAPE = re.compile(rb"%[uU]([0-9A-Fa-f]{4})")  # llama-server's HTTP library takes %u0074 for t
+_PATH_END = re.compile(rb"[\x00?#]")
 _ALLOWED_METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"))
 
 PREFLIGHT = Route("OPTIONS", PUBLIC)
 UNROUTED = Route("none", UNKNOWN)  # the label of a request whose head could not be read
 _NOT_FOUND = Route("unknown", UNKNOWN, refusal=ROUTE_NOT_FOUND)
-_OTHER = Route("other", INFERENCE)
+_OTHER = Route("other", ALLOWED)
 
 
 class Routes:
     """The table with this deployment's additions: ALLOW_PATHS, METRICS_AUTH_ENABLED and ADMIN_ROUTES."""
 
     def __init__(self, *, allow_paths: tuple[str, ...] = (), admin_routes: bool = False, metrics_auth: bool = False):
-        self._allow_paths = allow_paths
+        self._allow_paths = tuple(pattern.replace("[", "[[]") for pattern in allow_paths)  # only `*` is special
         self._exact: dict[bytes, dict[bytes, Route]] = {}
         for method, path, kind in TABLE:
-            if path == "/metrics" and metrics_auth:
-                kind = replace(PUBLIC, role=Role.INFER)
-            self._add(method, _route(path, kind, admin_routes))
+            private = metrics_auth and path == "/metrics"
+            self._add(method, _route(path, replace(kind, role=Role.INFER) if private else kind, admin_routes))
         self._canonical = frozenset(self._exact)
 
     def _add(self, method: str, route: Route) -> None:
@@ -152,17 +157,24 @@ class Routes:
         return replace(first, refusal=METHOD_NOT_ALLOWED, detail="", allow=allow, needs_body=False)
 
     def _find_unlisted(self, method: bytes, path: bytes) -> Route:
-        canonical = canonical_path(path)
+        segments = decoded_segments(path)
+        canonical = canonical_path(segments)
         for blocked in BLOCKED_PATHS:
             if canonical == blocked.encode() or canonical.startswith(blocked.encode() + b"/"):
                 return Route(blocked, BLOCKED, refusal=ROUTE_NOT_ALLOWED, detail="This route is blocked.")
-        allowed = any(fnmatchcase(path.decode("latin-1"), pattern) for pattern in self._allow_paths)
         # Another spelling of a listed path would reach the backend's route past that route's own policy.
-        if not allowed or canonical in self._canonical or _SLOT_ACTION.fullmatch(canonical):
+        listed = canonical in self._canonical or canonical.startswith(_BELOW_OPERATOR)
+        if listed or not self._allows(path, climbs=b".." in segments):
             return _NOT_FOUND
         if method not in _ALLOWED_METHODS:
             return replace(_OTHER, refusal=METHOD_NOT_ALLOWED, allow=b", ".join(sorted(_ALLOWED_METHODS)))
         return _OTHER
+
+    def _allows(self, path: bytes, *, climbs: bool) -> bool:
+        """Whether ALLOW_PATHS lets the path in. Where one that climbs comes out, no pattern but `*` can tell."""
+        if climbs:
+            return "*" in self._allow_paths
+        return any(fnmatchcase(path.decode("latin-1"), pattern) for pattern in self._allow_paths)
 
     def __iter__(self) -> Iterator[tuple[str, Route]]:
         return ((method.decode(), route) for methods in self._exact.values() for method, route in methods.items())
@@ -183,16 +195,25 @@ def _dialect(path: str) -> Dialect:
     return Dialect.RESPONSES if path.endswith("/responses") else Dialect.OPENAI
 
 
-def canonical_path(path: bytes) -> bytes:
-    """The path that a lenient server might take this one for: decoded, lower case, no empty or dot segments."""
+def decoded_segments(path: bytes) -> list[bytes]:
+    """The segments that a lenient server might see: decoded to the end, lower case, without parameters."""
     for _ in range(4):
-        decoded = unquote_to_bytes(path)
+        decoded = unquote_to_bytes(_UNICODE_ESCAPE.sub(_unescape, path))
         if decoded == path:
             break
         path = decoded
+    path = _PATH_END.split(path.lower().replace(b"\\", b"/"), maxsplit=1)[0]
+    return [segment.partition(b";")[0] for segment in path.split(b"/")]
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    return chr(int(match[1], 16)).encode("utf-8", "replace")
+
+
+def canonical_path(segments: list[bytes]) -> bytes:
+    """The path that a lenient server might take these for: no empty ones, dots resolved."""
     kept: list[bytes] = []
-    for segment in path.lower().replace(b"\\", b"/").partition(b"\0")[0].split(b"/"):
-        name = segment.partition(b";")[0]
+    for name in segments:
         if name == b"..":
             del kept[-1:]
         elif name not in (b"", b"."):

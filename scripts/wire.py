@@ -35,8 +35,9 @@ class Deadlines:
 
     TICK_S = 0.25
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, each_tick: Callable[[], None] | None = None) -> None:
         self._clock = clock
+        self._each_tick = each_tick
         self._wires: set[Wire] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.now_s = clock()
@@ -58,6 +59,8 @@ class Deadlines:
                 wire.expire(now_s)
             if wire.beat_s <= now_s:
                 wire.beat(now_s)
+        if self._each_tick is not None:
+            self._each_tick()
 
     def start(self) -> None:
         """Tick from now on, until `stop`."""
@@ -96,6 +99,10 @@ class Promise(Generic[T]):
             self._error = error
             if self.wake is not None:
                 self.wake()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
 
     def result(self) -> T:
         if self._error is not None:
@@ -383,12 +390,13 @@ class ClientWire(Wire):
         """Whether bytes are here that nobody has taken yet."""
         return bool(self._ahead) or self._scanner.begun
 
-    def take_body(self, body: RequestBody, hold: Callable[[int], None]) -> bool:
-        """Fill `body` from what is here already; return whether that was all of it."""
-        if self._ahead:
-            data, self._ahead = self._ahead, b""
-            self._feed(body, data, hold)
-        return body.done
+    def take_sized_body(self, octets: int) -> bytes | None:
+        """A body of so many octets, if all of it is here already."""
+        ahead = self._ahead
+        if len(ahead) < octets:
+            return None
+        self._ahead = ahead[octets:]
+        return ahead[:octets]
 
     async def read_body(self, body: RequestBody, seconds: float, hold: Callable[[int], None]) -> None:
         """Fill `body`, with `seconds` between reads; `hold` is told of every octet kept, and may refuse it.
@@ -409,9 +417,11 @@ class ClientWire(Wire):
                 if body.done:
                     promise.keep(None)
 
+        ahead, self._ahead = self._ahead, b""
         self._sink = arrived
         self.transport.resume_reading()
         try:
+            arrived(ahead)
             await self.wait(promise, seconds, REQUEST_TIMEOUT, renewing=True)
         finally:
             self._sink = None
@@ -421,13 +431,6 @@ class ClientWire(Wire):
         body.feed(data)
         hold(body.octets - before)
         self._ahead += body.surplus
-
-    def skip_body(self, octets: int) -> bool:
-        """Drop a body that nobody will read, if all of it is here already."""
-        if octets > len(self._ahead):
-            return False
-        self._ahead = self._ahead[octets:]
-        return True
 
     # --- The end ---
 
@@ -474,7 +477,7 @@ class ClientWire(Wire):
 class BackendWire(Wire):
     """A connection to the backend. It is abandoned, never repaired: what surprises it aborts it."""
 
-    __slots__ = ("_head", "_head_bytes", "_part", "_rest")
+    __slots__ = ("_head", "_head_bytes", "_part", "_rest", "reused")
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, head_bytes: int) -> None:
         super().__init__(writer, deadlines)
@@ -482,6 +485,7 @@ class BackendWire(Wire):
         self._head: Promise[bytes] | None = None
         self._part = b""
         self._rest = b""  # what came behind the last head
+        self.reused = False
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
@@ -500,14 +504,13 @@ class BackendWire(Wire):
         return self.next_head()
 
     def next_head(self) -> Promise[bytes]:
-        """The bytes of the next response head, its empty line included. Fails with BACKEND_UNAVAILABLE or _MALFORMED."""
-        self._head = Promise()
-        rest = self.take_rest()
-        if rest:
-            self._find_head(rest)
+        """The next response head, its empty line included. Fails with BACKEND_UNAVAILABLE or BACKEND_MALFORMED."""
+        self._head = promise = Promise[bytes]()
+        if self._rest:
+            self._find_head(self.take_rest())
         if self.ended:
             self._cut_before_head()
-        return self._head
+        return promise
 
     def _find_head(self, data: bytes) -> None:
         assert self._head is not None  # only called while a head is awaited
@@ -545,3 +548,9 @@ class BackendWire(Wire):
     def rest_idle(self) -> None:
         """Nobody expects bytes any more; any that come abort the connection."""
         self._sink = self._head = self.on_end = None
+        self.reused = True
+
+    def was_stale(self) -> bool:
+        """Whether it was closed in an orderly way before it had said anything in answer to a request: as a server does
+        with a connection that it has kept open long enough, and that a request has just missed."""
+        return self.reused and self.orderly and not self._part and self._head is not None and self._head.failed
