@@ -553,10 +553,3 @@ class RequestBody:
 
 def encode_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
-
-
-# --- Serializing ---
-
-
-def serialize_head(start_line: bytes, fields: Sequence[tuple[bytes, bytes]]) -> bytes:
-    return b"\r\n".join([start_line, *[name + b": " + value for name, value in fields], b"\r\n"])
