@@ -187,6 +187,11 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writable.set()
 
+    @property
+    def can_write(self) -> bool:
+        """Whether the gateway still takes what is sent."""
+        return self._writable.is_set()
+
     async def write(self, data: bytes) -> None:
         await self._writable.wait()
         if self.gone.is_set():

@@ -212,6 +212,7 @@ class Stack:
 
     def counted(self, name: str, *labels: str) -> float:
         """A counter's value."""
+        self.parts.observer.flush()
         return float(getattr(self.parts.metrics, name).value(labels))
 
     def logged(self) -> list[str]:
