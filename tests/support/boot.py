@@ -60,6 +60,7 @@ class Boot:
         scripts: Path = SCRIPTS,
         by_shell: bool = False,
         before: Sequence[str] = (),
+        after: Sequence[str] = (),
         orders: Mapping[str, str] | Sequence[str] = (),
     ) -> None:
         self.folder = tmp_path
@@ -84,7 +85,7 @@ class Boot:
         self.env = {name: value for name, value in self.env.items() if value != UNSET}
         self._scripts = scripts
         self._argv = [str(scripts / "start.sh")] if by_shell else [sys.executable, str(scripts / "supervisor.py")]
-        self._argv = [*before, *self._argv]
+        self._argv = [*before, *self._argv, *after]
         self.lines: list[str] = []
         self._news = threading.Condition()
 

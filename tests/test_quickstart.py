@@ -1,0 +1,148 @@
+"""`make run`: one command, one key, one curl that works; and one line where it does not."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import config
+import quickstart
+from probes import Address
+from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
+
+LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
+
+
+class Run(Boot):
+    """start.sh --quickstart in an empty folder; what it listens on is the environment's, as for any boot."""
+
+    def __init__(self, tmp_path: Path, **settings: str) -> None:
+        super().__init__(tmp_path, {**LOCAL, **settings}, by_shell=True, after=["--quickstart"])
+
+    @property
+    def curl(self) -> list[str]:
+        (line,) = [line for line in self.lines if line.startswith("  curl ")]
+        return shlex.split(line)
+
+
+def test_one_command_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("no curl here")
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        assert run.lines[0].startswith("No model is set")
+        assert "the built-in mock answers" in run.lines[0]
+        (key,) = re.findall(r"is shown this once: (\S+)", run.output)
+        assert f"Ready: http://127.0.0.1:{run.env['PORT']} " in run.output
+        done = subprocess.run(run.curl, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        assert '"choices"' in done.stdout
+        assert key not in (tmp_path / "data" / "api_keys.txt").read_text()
+        pids = run.family()
+        run.signal(signal.SIGINT)
+        assert run.end() == 0
+        assert "Traceback" not in run.output
+        assert [command_line(pid) for pid in pids if alive(pid)] == []
+
+
+def test_the_second_time_the_key_is_not_made_again(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "api_keys.txt").write_text("mine:sk-0123456789abcdef\n")
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        run.await_line("YOUR_KEY is in force already; for another: python3 .*key_mgmt.py --file")
+        assert "is shown this once" not in run.output
+        assert run.stop() == 0
+
+
+def test_with_a_model_it_is_the_real_thing(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin" / "llama-server", sys.executable, str(SUPPORT / "stub_llama.py"))
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with Run(tmp_path, MODEL_PATH=str(tmp_path / "m.gguf"), PATH=path) as run:
+        run.await_line("^  curl ")
+        assert len(run.starts) == 1
+        assert "mock" not in run.output
+        assert run.stop() == 0
+
+
+def test_twice_at_once_is_one_line(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        ports = {name: run.env[name] for name in ("PORT", "PORT_HEALTH", "PORT_BACKEND")}
+        with Run(tmp_path, **ports) as again:
+            assert again.end() == 5
+        assert re.fullmatch(r"run: PORT: cannot listen on 127.0.0.1 port \d+: it is taken .*", again.output)
+        assert run.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "words"),
+    [
+        ({"AUTH_ENABLED": "ture"}, 2, r"run: AUTH_ENABLED: .*"),
+        ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: .*/dev/null/x/api_keys.txt.*Not a directory"),
+        ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: / cannot be read: .*"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path: Path, settings: dict[str, str], status: int, words: str) -> None:
+    with Run(tmp_path, **settings) as run:
+        assert run.end() == status
+    assert re.fullmatch(words, run.output)
+
+
+def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
+    with Run(tmp_path, MOCK_BACKEND="false") as run:
+        assert run.end() == 3
+    assert "Ready" not in run.output
+    assert "no model is set" in run.output
+
+
+def test_a_wrong_llama_bin_is_no_wish_for_the_mock(tmp_path: Path) -> None:
+    given = {"DATA_DIR": str(tmp_path), "MODEL_PATH": "/m.gguf"}
+    assert quickstart.why_mock(config.load_config({**given, "LLAMA_BIN": "/none"})) == ""
+
+
+def test_no_llama_server_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "bin"
+    path.mkdir()
+    for tool in ("bash", "dirname", "env", "sh"):
+        (path / tool).symlink_to(shutil.which(tool) or "/bin/false")
+    program(path / "python3", sys.executable)
+    with Run(tmp_path, MODEL_PATH="/m.gguf", PATH=str(path)) as run:
+        run.await_line("^  curl ")
+        assert run.lines[0].startswith("No llama-server was found")
+        assert run.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "curl"),
+    [
+        (
+            {},
+            Address("0.0.0.0", 8000),
+            "  curl http://127.0.0.1:8000/v1/chat/completions -H 'Authorization: Bearer K' -H",
+        ),
+        ({"AUTH_ENABLED": "no"}, Address("::", 1), "  curl http://[::1]:1/v1/chat/completions -H 'Content-Type"),
+        ({"AUTH_ENABLED": "no"}, Address("h", 1, True), "  curl -k https://h:1/v1/chat/completions -H 'Content-Type"),
+    ],
+)
+def test_the_curl_goes_where_the_gateway_is(settings: dict[str, str], address: Address, curl: str) -> None:
+    text = quickstart.invitation(config.load_config({"DATA_DIR": "/d", **settings}), address, "K")
+    assert text.splitlines()[1].startswith(curl)
+
+
+def test_a_file_that_cannot_be_trusted_is_left_alone(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    assert not quickstart.has_keys(keys)
+    keys.write_text("# nobody yet\n")
+    assert not quickstart.has_keys(keys)
+    keys.write_bytes(b"\xff\xfe not text\n")
+    assert quickstart.has_keys(keys)
+    keys.write_text("me:sk-0123456789abcdef\n")
+    assert quickstart.has_keys(keys)
