@@ -36,12 +36,12 @@ TABLE = {
     "exchange": "errors http1 logs metrics routes usage",
     "answer": "errors http1 wire",
     "heartbeat": "admission answer errors wire",
-    "relay": "answer errors http1 wire usage",
+    "relay": "answer errors http1 wire",
     # layer 4: the gateway put together
     "parts": "admission auth config cors exchange logs metrics readiness relay routes slots usage wire",
     "local": "answer auth errors http1 metrics parts readiness routes usage wire",
     "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
-    "gateway": "config errors exchange logs metrics parts request wire",
+    "gateway": "config errors exchange logs parts request wire",
     # the boot
     "probes": "",
     "processes": "",
@@ -67,7 +67,7 @@ TABLE = {
     "benchmark": "bench_client bench_html bench_report bench_stats",
     "mock_wire": "",
     "mock_backend": "mock_wire",
-    "quickstart": "config keyfile",
+    "quickstart": "config keyfile llama preflight probes",
 }
 
 MODULES = sorted(path.stem for path in SCRIPTS.glob("*.py"))
