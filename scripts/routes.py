@@ -7,7 +7,6 @@ target.
 
 import enum
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from urllib.parse import unquote_to_bytes
@@ -175,9 +174,6 @@ class Routes:
         if climbs:
             return "*" in self._allow_paths
         return any(fnmatchcase(path.decode("latin-1"), pattern) for pattern in self._allow_paths)
-
-    def __iter__(self) -> Iterator[tuple[str, Route]]:
-        return ((method.decode(), route) for methods in self._exact.values() for method, route in methods.items())
 
 
 def _route(path: str, kind: RouteClass, admin_routes: bool) -> Route:
