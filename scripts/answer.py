@@ -85,7 +85,7 @@ class Answer:
         """The head for a relayed response; `write` sends it together with the first of the body."""
         dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
         lines = [b"HTTP/1.1 ", head.status_line, CRLF]
-        for (name, value), lower in zip(head.fields, head.names):
+        for (name, value), lower in zip(head.fields, head.names, strict=True):
             if lower not in dropped:
                 lines += (name, b": ", value, CRLF)
         self.is_stream = is_event_stream(head)
@@ -97,7 +97,9 @@ class Answer:
         """Begin an event stream before the backend has said anything."""
         self.is_stream = True
         self._frame(UNTIL_CLOSE)
-        self.write(self._begin(200, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n"))
+        self.write(
+            self._begin(200, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n")
+        )
 
     def _frame(self, framing: Framing) -> None:
         """Decide the client's framing: HTTP/1.0 has no chunks, so a body of unknown length ends with the connection."""
@@ -172,7 +174,7 @@ class Answer:
         self.send(error.kind.status, b"application/json", envelope(error, self.dialect), fields)
 
     def truncate(self, error: GatewayError | None, *, at_event: bool, flush_s: float) -> None:
-        """End an answer that cannot be completed, so that the client sees that; `error` says why where there is room."""
+        """End an answer that cannot be completed, visibly; `error` says why where there is room."""
         if error is not None and self.is_stream and at_event and not self._sized:
             self.send_event(event(error, self.dialect))
         self._client.truncate(reset=not self._sized and not self._chunked, flush_s=flush_s)

@@ -190,11 +190,12 @@ class Quota(NamedTuple):
     reset_s: float
 
     def lines(self) -> bytes:
-        """The same as field lines, ready to be sent; the window is a minute, whole, after a request that was counted."""
+        """The same as field lines, ready to be sent."""
         return (
-            b"x-ratelimit-limit-requests: %d\r\nx-ratelimit-remaining-requests: %d\r\nx-ratelimit-reset-requests: %b\r\n"
-            % (self.limit, self.remaining, serialize_duration(self.reset_s))
-        )
+            b"x-ratelimit-limit-requests: %d\r\n"
+            b"x-ratelimit-remaining-requests: %d\r\n"
+            b"x-ratelimit-reset-requests: %b\r\n"
+        ) % (self.limit, self.remaining, serialize_duration(self.reset_s))
 
     def fields(self) -> Fields:
         return (

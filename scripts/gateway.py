@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import config
 import logs
@@ -68,7 +67,7 @@ class Gateway:
         client.converse(self._serve(client))
 
     def _make_room(self, newcomer: ClientWire) -> None:
-        """At the bound, the connection that has idled longest goes; where none idles, the newcomer may only be public."""
+        """At the bound, the connection that has idled longest goes; where none idles, the newcomer is for public routes."""
         for client in self._idle:
             if not client.has_unread:
                 del self._idle[client]
@@ -204,7 +203,9 @@ async def serve(settings: Config) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The gateway in front of one llama-server.")
-    parser.add_argument("--check-config", action="store_true", help="print every setting and where it comes from, then exit")
+    parser.add_argument(
+        "--check-config", action="store_true", help="print every setting and where it comes from, then exit"
+    )
     arguments = parser.parse_args(argv)
     if arguments.check_config:
         return config.check_config(os.environ, sys.stdout)

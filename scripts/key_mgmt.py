@@ -318,12 +318,8 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 
 def _print(text: str) -> int:
-    try:
-        print(text, end="", flush=True)
-    except OSError:
-        # The interpreter would try once more at its end, and complain in its own words.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+    # Flushed here, where a failure can be told; at the interpreter's end it would be a traceback.
+    print(text, end="", flush=True)
     return 0
 
 

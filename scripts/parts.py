@@ -30,11 +30,9 @@ class Parts:
     def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.clock = clock
-        self.deadlines = Deadlines(clock, lambda: self.observer.flush())
+        self.deadlines = Deadlines(clock, self._each_tick)
         own = config.auth
-        self.routes = Routes(
-            allow_paths=own.allow_paths, admin_routes=own.admin_routes, metrics_auth=own.metrics_auth
-        )
+        self.routes = Routes(allow_paths=own.allow_paths, admin_routes=own.admin_routes, metrics_auth=own.metrics_auth)
         self.cors = Cors(config.cors_origins)
         self.keys = auth.KeyStore(own.keys_file, own.max_requests_per_minute)
         self.rates = auth.Rates(clock)
@@ -73,6 +71,9 @@ class Parts:
 
     def uptime_s(self) -> float:
         return self.clock() - self._started_s
+
+    def _each_tick(self) -> None:
+        self.observer.flush()
 
     # --- Numbers that are read when somebody looks ---
 

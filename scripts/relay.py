@@ -23,7 +23,6 @@ from http1 import (
     HOP_BY_HOP,
     Body,
     ChunkedBody,
-    Framing,
     RequestHead,
     ResponseHead,
     connection_options,
@@ -128,7 +127,7 @@ def request_bytes(head: RequestHead, body: list[bytes], octets: int, own_fields:
     if b"connection" in head.known:
         dropped = dropped | connection_options(head.known)
     lines = [head.method, b" ", head.target, b" HTTP/1.1\r\n", own_fields]
-    for (name, value), lower in zip(head.fields, head.names):
+    for (name, value), lower in zip(head.fields, head.names, strict=True):
         if lower not in dropped:
             lines += (name, b": ", value, CRLF)
     if octets or head.method not in (b"GET", b"HEAD"):

@@ -267,6 +267,7 @@ class Request:
             parts.readiness.doubt()  # the process may only be loading
             return False
         finally:
+            self._client.limit(0)
             parts.relaying -= route.kind.slot
             exchange.backend_status = relay.status
             exchange.first_byte_s = relay.first_byte_s
@@ -290,7 +291,7 @@ class Request:
         """Free the slot; where the backend was cut short, only once it has let go."""
         relay = self._relay
         if relay is not None and relay.sent and not relay.whole:
-            self._parts.letting_go.release(ticket)
+            self._parts.letting_go.release(ticket, streamed=self.answer.is_stream)
         else:
             ticket.release()
 

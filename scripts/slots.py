@@ -10,9 +10,11 @@ from errors import GatewayError
 
 Fetch = Callable[[bytes], Awaitable[tuple[int, bytes]]]
 
-# llama-server looks for a disconnect about once a second.
-_LET_GO_S = 5.0
-_STEP_S = 0.2
+_LET_GO_S = 6.0
+# llama-server sees that a stream's reader has left at its next token. A reader of a whole answer it misses only after a
+# second in which nobody got a result, and an answer to GET /slots is one: asked more often, it would never look.
+_STREAM_STEP_S = 0.2
+_STEP_S = 1.2
 _MOST_SLOTS = 4096
 
 
@@ -52,23 +54,29 @@ class LettingGo:
         self._held: list[Ticket] = []
         self._task: asyncio.Task[None] | None = None
         self._tells = True
+        self._patient = False  # one of the cancelled requests did not stream
 
     def forget(self) -> None:
         """A new backend may tell what the old one did not."""
         self._tells = True
 
-    def release(self, ticket: Ticket) -> None:
+    def release(self, ticket: Ticket, *, streamed: bool) -> None:
         """Release the slot of a cancelled request as soon as the backend has let go of it."""
         if not self._tells:
             ticket.release()
             return
         self._held.append(ticket)
+        self._patient = self._patient or not streamed
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def _watch(self) -> None:
+        waited_s = 0.0
         try:
-            for _ in range(int(_LET_GO_S / _STEP_S)):
+            while self._held and waited_s < _LET_GO_S:
+                step_s = _STEP_S if self._patient else _STREAM_STEP_S
+                await asyncio.sleep(step_s)
+                waited_s += step_s
                 busy = await busy_slots(self._fetch)
                 if busy is None:
                     self._tells = False
@@ -76,10 +84,8 @@ class LettingGo:
                 orphans = max(0, busy - self._relaying())
                 while len(self._held) > orphans:
                     self._held.pop(0).release()
-                if not self._held:
-                    return
-                await asyncio.sleep(_STEP_S)
         finally:
+            self._patient = False
             while self._held:
                 self._held.pop().release()
 

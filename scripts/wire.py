@@ -35,7 +35,9 @@ class Deadlines:
 
     TICK_S = 0.25
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, each_tick: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, each_tick: Callable[[], None] | None = None
+    ) -> None:
         self._clock = clock
         self._each_tick = each_tick
         self._wires: set[Wire] = set()
