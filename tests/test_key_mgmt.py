@@ -480,6 +480,22 @@ def test_what_makes_no_sense_is_status_2_and_changes_nothing(
     assert path.read_text() == f"a:{OLD}\n"
 
 
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("--expires", "a duration is 1 to 5 digits and d, h or m, like 30d, 24h or 60m"),
+        ("--rate-limit", "the rate limit is a whole number from 0 to 1000000000"),
+        ("--name", "a key id is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter, a digit or _"),
+    ],
+)
+def test_pitfall_42_a_complaint_says_what_is_right_and_repeats_nothing(
+    path: Path, run: Callable[..., Answer], option: str, complaint: str
+) -> None:
+    answer = run("generate", "--name", "a", option, "!9999999999d")
+    assert answer.err.endswith(f"error: argument {option}: {complaint}\n")
+    assert "!9999999999d" not in answer.err
+
+
 @pytest.mark.parametrize("words", [["list"], ["check"], ["remove", "--name", "a"], ["rotate", "--name", "a"]])
 def test_a_file_that_is_not_there_is_status_1(path: Path, run: Callable[..., Answer], words: list[str]) -> None:
     answer = run(*words)

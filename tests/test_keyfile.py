@@ -285,7 +285,7 @@ def test_no_descriptor_is_left_open(path: Path) -> None:
     def fail(document: Document) -> None:
         raise LookupError
 
-    before = os.listdir("/proc/self/fd")
+    before = os.listdir("/dev/fd")
     keyfile.read(path)
     keyfile.rewrite(path, append("b"))
     keyfile.rewrite(path, append("c"), replace=busy)
@@ -293,7 +293,7 @@ def test_no_descriptor_is_left_open(path: Path) -> None:
     for call in (lambda: keyfile.read(path.parent), lambda: keyfile.rewrite(path, fail)):
         with contextlib.suppress(OSError, LookupError):
             call()
-    assert os.listdir("/proc/self/fd") == before
+    assert os.listdir("/dev/fd") == before
 
 
 # Editing
