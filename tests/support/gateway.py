@@ -25,6 +25,7 @@ from parts import Parts
 from support.backend import Backend
 from support.clock import Clock
 from support.rawclient import PATIENCE_S, RawClient, Response
+from wire import ClientWire
 
 KEY = b"sk-alice-0123456789abcdef"
 OPERATOR_KEY = b"sk-olga-0123456789abcdef"
@@ -139,7 +140,7 @@ class Stack:
         self._stopped = True
         for client in self._clients:
             client.close()
-        await until(lambda: not self.parts.exchanges, "no connection is left")
+        await until(lambda: not self.parts.exchanges and not self.open_clients, "no connection is left")
         await until(lambda: not self.parts.gate.active, "no slot is held")
         await self._close()
         self._check_nothing_left()
@@ -172,6 +173,11 @@ class Stack:
         client = await RawClient.connect(self.port, **names)
         self._clients.append(client)
         return client
+
+    @property
+    def open_clients(self) -> list[ClientWire]:
+        """Every connection with a client, those included that only wait for their last bytes to be taken."""
+        return [wire for wire in self.parts.deadlines if isinstance(wire, ClientWire)]
 
     async def ask(self, raw: bytes) -> Response:
         """One request on a connection of its own."""
