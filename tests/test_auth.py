@@ -564,6 +564,8 @@ def test_pitfall_39_the_fields_are_openai_s() -> None:
         (b"x-ratelimit-remaining-requests", b"59"),
         (b"x-ratelimit-reset-requests", b"1m0s"),
     )
+    for quota in (Quota(60, 59, 60.0), Quota(1, 0, 0.35)):
+        assert quota.lines() == b"".join(b"%b: %b\r\n" % field for field in quota.fields())
 
 
 @pytest.mark.parametrize(
