@@ -5,8 +5,10 @@ requests or writes an access line, so that the two always agree and refusals are
 """
 
 import json
+import logging
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
@@ -17,6 +19,8 @@ from metrics import Counter, Histogram, Registry
 from routes import UNROUTED, Route
 from usage import Ledger, Meter, Tokens
 
+log = logging.getLogger("gateway")
+
 _SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._~+/=:@-]{0,127}")
 # Answered to nobody: what logs and counters say of a client that left before it was answered, as nginx has it.
 CLIENT_CLOSED_REQUEST = 499
@@ -26,6 +30,8 @@ GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1
 TOKENS_PER_SECOND = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 5120.0, 10240.0)
 CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
+NO_KEY = "-"
+TOKEN_TYPES = ("prompt", "cached", "completion")
 _BATCH = 512
 NO_TOKENS = Tokens(0, 0, 0, 0.0, 0.0)
 
@@ -77,7 +83,7 @@ class Exchange:
     started_s: float
     head: RequestHead | None = None
     route: Route = UNROUTED
-    key_id: str = "-"
+    key_id: str = NO_KEY
     stage: str = Stage.READING_HEAD
     outcome: str = Outcome.DONE
     status: int = 0
@@ -120,6 +126,60 @@ class Metrics:
         self.rate_limited = counter("rate_limited_total", "Requests refused for their key's rate or quota.")
 
 
+class KeyCounts:
+    """What each key has used since the gateway started: for operators, since ids of keys are nobody else's business."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._counts: dict[str, list[int]] = {}
+        registry.register(Counter("gateway_key_requests_total", "Requests, by key.", ("key",), read=self._requests))
+        registry.register(Counter("gateway_key_tokens_total", "Tokens, by key.", ("key", "type"), read=self._tokens))
+
+    def add(self, key_id: str, tokens: Tokens | None) -> None:
+        counts = self._counts.get(key_id)
+        if counts is None:
+            counts = self._counts[key_id] = [0, 0, 0, 0]
+        counts[0] += 1
+        if tokens is not None:
+            counts[1] += tokens.prompt
+            counts[2] += tokens.cached
+            counts[3] += tokens.completion
+
+    def _requests(self) -> dict[tuple[str, ...], float]:
+        return {(key_id,): counts[0] for key_id, counts in self._counts.items()}
+
+    def _tokens(self) -> dict[tuple[str, ...], float]:
+        return {
+            (key_id, kind): count
+            for key_id, counts in self._counts.items()
+            for kind, count in zip(TOKEN_TYPES, counts[1:], strict=True)
+        }
+
+
+class Strangers:
+    """Tells in the log who came without a valid key, in so few lines that a flood cannot fill it."""
+
+    LINES = 10
+    WINDOW_S = 60.0
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began_s = clock()
+        self._count = 0
+
+    def note(self, exchange: Exchange) -> None:
+        self._count += 1
+        if self._count <= self.LINES:
+            log.warning("no valid key: %s for %s (request %s)", exchange.peer, exchange.route.label, exchange.id)
+
+    def sum_up(self) -> None:
+        """Once a window, say how many lines it did not get."""
+        now_s = self._clock()
+        if now_s - self._began_s >= self.WINDOW_S:
+            if self._count > self.LINES:
+                log.warning("no valid key: %d more requests in the last minute", self._count - self.LINES)
+            self._began_s, self._count = now_s, 0
+
+
 class Observer:
     """Counts every exchange once, charges its key once and writes its access line once.
 
@@ -127,8 +187,19 @@ class Observer:
     accounts, and a batch costs half of what the same requests cost one by one.
     """
 
-    def __init__(self, metrics: Metrics, ledger: Ledger, access_log: AccessLog | None, *, as_json: bool) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        keys: KeyCounts,
+        ledger: Ledger,
+        access_log: AccessLog | None,
+        *,
+        as_json: bool,
+        clock: Callable[[], float],
+    ) -> None:
         self._metrics = metrics
+        self._keys = keys
+        self._strangers = Strangers(clock)
         self._ledger = ledger
         self._access_log = access_log
         self._line = json_line if as_json else text_line
@@ -141,13 +212,16 @@ class Observer:
 
     def flush(self) -> None:
         """Count all that have ended by now."""
+        self._strangers.sum_up()
         ended, self._ended = self._ended, []
         for exchange in ended:
             self._count(exchange)
             if exchange.meter is not None:
                 self._count_tokens(exchange, exchange.meter)
-            if exchange.route.kind.metered and exchange.key_id != "-":
-                self._ledger.record(exchange.key_id, exchange.tokens, exchange.outcome)
+            if exchange.key_id != NO_KEY:
+                self._keys.add(exchange.key_id, exchange.tokens)
+                if exchange.route.kind.metered:
+                    self._ledger.record(exchange.key_id, exchange.tokens, exchange.outcome)
             if self._access_log is not None:
                 self._access_log.write(self._line(exchange))
 
@@ -163,11 +237,12 @@ class Observer:
         if exchange.outcome is Outcome.CANCELLED:
             metrics.cancelled.inc((exchange.stage,))
         if exchange.error is not None:
-            self._count_refusal(exchange.error.kind)
+            self._count_refusal(exchange, exchange.error.kind)
 
-    def _count_refusal(self, kind: Kind) -> None:
+    def _count_refusal(self, exchange: Exchange, kind: Kind) -> None:
         if kind is INVALID_API_KEY:
             self._metrics.unauthorized.inc()
+            self._strangers.note(exchange)
         elif kind in (RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED):
             self._metrics.rate_limited.inc()
         elif kind is QUEUE_FULL:

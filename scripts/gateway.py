@@ -67,7 +67,7 @@ class Gateway:
         client.converse(self._serve(client))
 
     def _make_room(self, newcomer: ClientWire) -> None:
-        """At the bound, the connection that has idled longest goes; where none idles, the newcomer is for public routes."""
+        """At the bound the connection that has idled longest goes; where none idles, the newcomer has public routes."""
         for client in self._idle:
             if not client.has_unread:
                 del self._idle[client]

@@ -31,6 +31,8 @@ async def serve(
         health = health_of(parts)
         send_json(answer, 200 if health["state"] == READY else 503, health)
     elif route.label == "/metrics":
+        if parts.backend_page.due:
+            await client.run(parts.backend_page.renew(), 0, None)
         send_metrics(parts, answer, head, caller)
     elif route.label == "/usage":
         await send_usage(parts, client, answer, head)

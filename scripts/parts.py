@@ -10,9 +10,10 @@ from pathlib import Path
 import auth
 import logs
 from admission import Gate
+from backend_page import BackendPage
 from config import Config
 from cors import Cors
-from exchange import Exchange, Metrics, Observer, RequestIds
+from exchange import Exchange, KeyCounts, Metrics, Observer, RequestIds
 from metrics import Counter, Gauge, Registry
 from readiness import READY, Probe, Readiness, StateFile
 from relay import Patience, Pool, fetch
@@ -46,13 +47,20 @@ class Parts:
         self.patience = Patience(timeouts.connect_s, timeouts.request_s, timeouts.stream_idle_s)
         self.ledger = Ledger(config.usage.file, time.time)
         self.registry = Registry()
-        self.operator_registry = self.registry
+        self.operator_registry = Registry(self.registry)
         self.metrics = Metrics(self.registry)
         self.reloads = self.registry.register(
             Counter("gateway_keys_reload_total", "Reloads of the keys file, by result.", ("result",))
         )
         self.access_log = logs.AccessLog(config.log.access_file) if config.log.access_file else None
-        self.observer = Observer(self.metrics, self.ledger, self.access_log, as_json=config.log.format == "json")
+        self.observer = Observer(
+            self.metrics,
+            KeyCounts(self.operator_registry),
+            self.ledger,
+            self.access_log,
+            as_json=config.log.format == "json",
+            clock=clock,
+        )
         self.ids = RequestIds()
         self.letting_go = LettingGo(self.fetch, lambda: self.relaying)
         self.readiness = Readiness(self._source(), self._prepare, self._backend_changed)
@@ -64,6 +72,7 @@ class Parts:
         self.last_backend_byte_s = clock()
         self.draining = False
         self.drain: Callable[[], None] = lambda: None  # the gateway's, once there is one
+        self.backend_page = BackendPage(self.fetch, config.usage.metrics_backend_s, clock)
         self.tls = tls_context(config)
         self.version = version()
         self._started_s = clock()
@@ -86,6 +95,11 @@ class Parts:
         gauge("connections", "Open client connections.", lambda: len(self.exchanges))
         gauge("backend_up", "1 while the backend is ready to serve.", lambda: self.readiness.ready)
         gauge("uptime_seconds", "Since the gateway started.", self.uptime_s)
+        access_log = self.access_log
+        if access_log is not None:
+            words = "Access lines that a slow or full disk did not take."
+            self.registry.register(Counter("gateway_access_log_dropped_total", words, read=lambda: access_log.dropped))
+        self.registry.register(self.backend_page.borrowed)
 
     # --- Keys and certificates ---
 
@@ -95,11 +109,9 @@ class Parts:
         self.reloads.inc(("ok" if result.ok else "failed",))
         for complaint in result.complaints:
             log.warning("keys: %s", complaint)
-        if not self.config.auth.enabled:
-            log.warning("AUTH_ENABLED=false: whoever reaches this port may use the model")
-        elif result.ok:
+        if result.ok:
             log.info("keys: %d in force", result.keys)
-        else:
+        elif self.auth_enabled:
             log.error("keys: %s; the last good keys stay (%d)", result.reason, result.keys)
         if self.access_log is not None:
             self.access_log.reopen()

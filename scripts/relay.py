@@ -214,7 +214,8 @@ class Relay:
                 begun = await self._go_on(backend, head)
             self._answer.write(begun + self._take(backend.take_rest()))
             self.whole = body.done or await self._pass_rest(backend)
-            reusable = body.done and not body.surplus and keeps_alive(head)
+            # llama-server closes behind a stream, whatever its head says, and not always before the next request.
+            reusable = body.done and not body.surplus and keeps_alive(head) and not isinstance(body, ChunkedBody)
         finally:
             self._client.feeder = None
             if reusable and not backend.ended:

@@ -30,15 +30,16 @@ TABLE = {
     # layer 2: the settings, what is known of the backend, and one peer's bytes
     "readiness": "errors",
     "slots": "admission errors",
+    "backend_page": "errors metrics",
     "config": "accept http1",
     "wire": "errors http1",
     # layer 3: one exchange
     "exchange": "errors http1 logs metrics routes usage",
     "answer": "errors http1 wire",
-    "heartbeat": "admission answer errors wire",
+    "heartbeat": "answer errors",
     "relay": "answer errors http1 wire",
     # layer 4: the gateway put together
-    "parts": "admission auth config cors exchange logs metrics readiness relay routes slots usage wire",
+    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage wire",
     "local": "answer auth errors http1 metrics parts readiness routes usage wire",
     "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
     "gateway": "config errors exchange logs parts request wire",
