@@ -103,7 +103,7 @@ class Request:
             self.refuse(GatewayError(INTERNAL_ERROR))
         finally:
             self.finish()
-        return self.answer.keep_alive and not self._client.ended and (not self._unread or self._skip_body())
+        return self.answer.keep_alive and not self._client.ended
 
     async def _serve(self, head: RequestHead) -> None:
         exchange, parts = self.exchange, self._parts
@@ -114,6 +114,7 @@ class Request:
         route = exchange.route = parts.routes.find(head.method, head.target)
         self.answer.dialect = route.dialect
         if route is PREFLIGHT:
+            self._skip_body()
             self.answer.send(204, b"", b"", parts.cors.preflight(head))
             exchange.stage = Stage.DONE
             return
@@ -123,6 +124,7 @@ class Request:
         if route.kind.role is Role.OPERATOR and (caller is None or caller.role != "operator"):
             raise GatewayError(ROUTE_NOT_ALLOWED)
         if route.kind.local:
+            self._skip_body()
             await local.serve(parts, self._client, self.answer, head, route, caller)
             exchange.stage = Stage.DONE
             return
@@ -204,10 +206,14 @@ class Request:
         self._held_bytes = 0
         self._pieces.clear()
 
-    def _skip_body(self) -> bool:
-        """Drop a body that nobody reads, if all of it is here already; else the connection cannot go on."""
-        length = None if self._framing is None else self._framing.length
-        return length is not None and self._client.take_sized_body(length) is not None
+    def _skip_body(self) -> None:
+        """Drop a body that nobody reads, if all of it is here already; else the answer is this connection's last."""
+        if self._unread:
+            length = None if self._framing is None else self._framing.length
+            if length is not None and self._client.take_sized_body(length) is not None:
+                self._unread = False
+            else:
+                self.answer.keep_alive = False
 
     # --- The slot and the backend ---
 
@@ -323,6 +329,8 @@ class Request:
             self.cancel()
         else:
             exchange.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
+            if not error.kind.closes:
+                self._skip_body()
             self.answer.send_error(error)
 
     def cancel(self) -> None:
