@@ -14,6 +14,7 @@ import inspect
 import json
 import logging
 import ssl
+import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ olga:{OPERATOR_KEY.decode()}:1000000 role=operator
 """
 CHAT = b"/v1/chat/completions"
 SCENARIO_S = 60.0
+
+Setting = str | Callable[[Path], str]
 
 DEFAULTS = {
     "HOST": "127.0.0.1",
@@ -92,7 +95,7 @@ class Unseen(logging.Handler):
 class Stack:
     """The gateway, its backend, its clients, and what it has written down."""
 
-    def __init__(self, folder: Path, settings: dict[str, str], clock: Callable[[], float]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], clock: Callable[[], float]) -> None:
         self.folder = folder
         self.settings = settings
         self.clock = clock
@@ -115,6 +118,7 @@ class Stack:
         if not self.keys_file.exists():
             self.keys_file.write_text(self.settings.pop("KEYS", KEYS))
         self.set_state(self.settings.pop("STATE", "ready"))
+        made = {name: value(self.folder) if callable(value) else value for name, value in self.settings.items()}
         environ = {
             **DEFAULTS,
             "PORT_BACKEND": str(self.backend.port),
@@ -122,7 +126,7 @@ class Stack:
             "AUTH_KEYS_FILE": str(self.keys_file),
             "STATE_FILE": str(self.state_file),
             "ACCESS_LOG": str(self.access_file),
-            **self.settings,
+            **made,
         }
         self.parts = Parts(
             load_config({name: value for name, value in environ.items() if value != "unset"}), self.clock
@@ -226,8 +230,14 @@ class Stack:
         return [record.getMessage() for record in self.log.records]
 
 
-def scenario(clock: Callable[[], Callable[[], float]] = Clock, **settings: str) -> Callable[..., Callable[..., None]]:
-    """Make a test of a coroutine function whose first parameter is a Stack; others come from pytest as ever."""
+def scenario(
+    clock: Callable[[], Callable[[], float]] = Clock, **settings: Setting
+) -> Callable[..., Callable[..., None]]:
+    """Make a test of a coroutine function whose first parameter is a Stack; others come from pytest as ever.
+
+    A setting may be a function of the scenario's folder. KEYS and STATE are what the keys file and the state file say
+    at first; `unset` stands for no setting at all.
+    """
 
     def decorate(play: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         @functools.wraps(play)
@@ -250,6 +260,15 @@ async def _play(play: Callable[..., Awaitable[None]], stack: Stack, names: dict[
     finally:
         if not stack._stopped:
             await stack._close()
+
+
+def make_certificate(folder: Path, name: str = "server") -> Path:
+    """Write NAME.crt and NAME.key, self-signed, with the openssl command; return the former's path."""
+    certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
+    words = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
+    words += " -addext subjectAltName=DNS:localhost"
+    subprocess.run([*words.split(), "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    return certificate
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:

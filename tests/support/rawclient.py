@@ -63,7 +63,7 @@ class RawClient(asyncio.Protocol):
     async def connect(
         cls, port: int, *, tls: ssl.SSLContext | None = None, receive_buffer: int = 0, host: str = "127.0.0.1"
     ) -> "RawClient":
-        sock = socket.socket()
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         sock.setblocking(False)
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
