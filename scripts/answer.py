@@ -35,6 +35,16 @@ _NOT_PASSED = HOP_BY_HOP | {
 }
 
 
+def relayed_lines(head: ResponseHead) -> bytes:
+    """The status line and the field lines of a backend's response that go on to the client, in order and case."""
+    dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
+    lines = [b"HTTP/1.1 ", head.status_line, CRLF]
+    for (name, value), lower in zip(head.fields, head.names, strict=True):
+        if lower not in dropped:
+            lines += (name, b": ", value, CRLF)
+    return b"".join(lines)
+
+
 def field_lines(fields: Fields) -> bytes:
     return b"".join([b"%b: %b\r\n" % field for field in fields])
 
@@ -81,17 +91,12 @@ class Answer:
 
     # --- Heads ---
 
-    def begin_relayed(self, head: ResponseHead, framing: Framing) -> bytes:
+    def begin_relayed(self, head: ResponseHead, lines: bytes, framing: Framing) -> bytes:
         """The head for a relayed response; `write` sends it together with the first of the body."""
-        dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
-        lines = [b"HTTP/1.1 ", head.status_line, CRLF]
-        for (name, value), lower in zip(head.fields, head.names, strict=True):
-            if lower not in dropped:
-                lines += (name, b": ", value, CRLF)
         self.is_stream = is_event_stream(head)
         self._frame(framing)
         self._verbatim = framing.chunked and self._chunked
-        return self._begin(head.status, b"".join(lines))
+        return self._begin(head.status, lines)
 
     def begin_stream(self) -> None:
         """Begin an event stream before the backend has said anything."""

@@ -39,7 +39,6 @@ _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?)")
 _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=\-]*"  # RFC 3986 section 3.2.2, with percent-encoded octets between
 _HOST = re.compile(rb"(?:" + _NAME + rb"(?:%[0-9A-Fa-f]{2}" + _NAME + rb")*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_DIGITS = re.compile(rb"[0-9]{1,19}")
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 _EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:" + _EXTENSION + rb")*")
@@ -347,7 +346,7 @@ def response_framing(head: ResponseHead, method: bytes) -> Framing:
 
 
 def _content_length(values: Sequence[bytes], kind: Kind) -> int:
-    if len(values) != 1 or not _DIGITS.fullmatch(values[0]):
+    if len(values) != 1 or not values[0].isdigit() or len(values[0]) > 19:  # of bytes: isdigit knows ASCII alone
         raise GatewayError(kind, "Content-Length must be one number of at most 19 digits.")
     return int(values[0])
 

@@ -104,7 +104,7 @@ def _told(answer: Mapping[str, Any]) -> Tokens | None:
 def _parse(text: bytes) -> Mapping[str, Any]:
     """Return the members of a JSON object; none of anything else. A model may nest deeper than Python recurses."""
     try:
-        return _members(json.loads(text))
+        return _members(json.loads(text.decode()))  # of bytes, json would first guess at their encoding
     except (ValueError, RecursionError):
         return {}
 

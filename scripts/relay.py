@@ -8,10 +8,11 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 from typing import Protocol
 
-from answer import Answer
+from answer import Answer, relayed_lines
 from errors import (
     BACKEND_MALFORMED,
     BACKEND_TIMEOUT,
@@ -136,6 +137,16 @@ def request_bytes(head: RequestHead, body: list[bytes], octets: int, own_fields:
     return lines + body
 
 
+@lru_cache(maxsize=128)
+def read_head(raw: bytes) -> tuple[ResponseHead, bytes]:
+    """Parse a response's head, and serialize what of it goes on to the client. Raises BACKEND_MALFORMED.
+
+    llama-server's heads differ in their length at most, and those of its streams not even in that.
+    """
+    head = parse_response_head(raw)
+    return head, relayed_lines(head)
+
+
 class Relay:
     """One request to the backend and its answer to the client; what became of it can be read at any time."""
 
@@ -183,55 +194,55 @@ class Relay:
 
         A request that missed a kept connection by a hair is sent again on a new one, if it is safe to repeat.
         """
-        backend = pool.take() or await self._connect(pool)
-        try:
-            await self._run_on(backend, pool, request)
-        except GatewayError:
-            if not (repeatable and backend.was_stale()):
-                raise
-            await self._run_on(await self._connect(pool), pool, request)
+        backend = pool.take()
+        while True:
+            if backend is None:
+                backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+            backend.deadline_s = inf
+            reusable = False
+            try:
+                self.sent = True
+                raw = await self._client.wait(backend.ask(request), self._patience.request_s, BACKEND_TIMEOUT)
+                reusable = await self._pass_answer(backend, raw)
+                return
+            except GatewayError:
+                if not (repeatable and backend.was_stale()):
+                    raise
+            finally:
+                self._client.feeder = None
+                if reusable and not backend.ended:
+                    pool.give(backend)
+                else:
+                    backend.abort()
+            backend = None
 
-    async def _connect(self, pool: Pool) -> BackendWire:
-        return await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+    async def _pass_answer(self, backend: BackendWire, raw: bytes) -> bool:
+        """Pass the answer on, from its head; return whether the connection is fit for another."""
+        head, lines = read_head(raw)
+        if head.status < 200:
+            head, lines = await self._after_interim(backend, head)
+        self.status = head.status
+        self.first_byte_s = self._clock()
+        self._meter = self._answered(head)
+        framing = response_framing(head, self._answer.method)
+        self._body = body = response_body(framing)
+        if not self._answer.started:
+            begun = self._answer.begin_relayed(head, lines, framing)
+        else:
+            begun = await self._go_on(backend, head)
+        self._answer.write(begun + self._take(backend.take_rest()))
+        self.whole = body.done or await self._pass_rest(backend)
+        return body.done and not body.surplus and keeps_alive(head)
 
-    async def _run_on(self, backend: BackendWire, pool: Pool, request: list[bytes]) -> None:
-        backend.deadline_s = inf
-        reusable = False
-        try:
-            self.sent = True
-            promise = backend.ask(request)
-            head = parse_response_head(await self._client.wait(promise, self._patience.request_s, BACKEND_TIMEOUT))
-            if head.status < 200:
-                head = await self._after_interim(backend, head)
-            self.status = head.status
-            self.first_byte_s = self._clock()
-            self._meter = self._answered(head)
-            framing = response_framing(head, self._answer.method)
-            self._body = body = response_body(framing)
-            if not self._answer.started:
-                begun = self._answer.begin_relayed(head, framing)
-            else:
-                begun = await self._go_on(backend, head)
-            self._answer.write(begun + self._take(backend.take_rest()))
-            self.whole = body.done or await self._pass_rest(backend)
-            # llama-server closes behind a stream, whatever its head says, and not always before the next request.
-            reusable = body.done and not body.surplus and keeps_alive(head) and not isinstance(body, ChunkedBody)
-        finally:
-            self._client.feeder = None
-            if reusable and not backend.ended:
-                pool.give(backend)
-            else:
-                backend.abort()
-
-    async def _after_interim(self, backend: BackendWire, head: ResponseHead) -> ResponseHead:
+    async def _after_interim(self, backend: BackendWire, head: ResponseHead) -> tuple[ResponseHead, bytes]:
         """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
         for _ in range(_INTERIM_RESPONSES):
             if head.status == 101:
                 raise GatewayError(BACKEND_MALFORMED, "The backend switched protocols without being asked.")
-            promise = backend.next_head()
-            head = parse_response_head(await self._client.wait(promise, self._patience.request_s, BACKEND_TIMEOUT))
+            raw = await self._client.wait(backend.next_head(), self._patience.request_s, BACKEND_TIMEOUT)
+            head, lines = read_head(raw)
             if head.status >= 200:
-                return head
+                return head, lines
         raise GatewayError(BACKEND_MALFORMED, "The backend sent too many interim responses.")
 
     # --- The answer ---

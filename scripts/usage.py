@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
+from operator import add
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -180,7 +181,7 @@ def _add(batch: Batch, address: Address, row: Sequence[float]) -> None:
     if held is None:
         batch[address] = list(row)
     else:
-        batch[address] = [a + b for a, b in zip(held, row, strict=True)]
+        batch[address] = list(map(add, held, row))
 
 
 def _sqlite() -> ModuleType | None:

@@ -507,7 +507,8 @@ class BackendWire(Wire):
 
     def next_head(self) -> Promise[bytes]:
         """The next response head, its empty line included. Fails with BACKEND_UNAVAILABLE or BACKEND_MALFORMED."""
-        self._head = promise = Promise[bytes]()
+        promise: Promise[bytes] = Promise()
+        self._head = promise
         if self._rest:
             self._find_head(self.take_rest())
         if self.ended:
