@@ -232,7 +232,8 @@ class Relay:
             begun = await self._go_on(backend, head)
         self._answer.write(begun + self._take(backend.take_rest()))
         self.whole = body.done or await self._pass_rest(backend)
-        return body.done and not body.surplus and keeps_alive(head)
+        # llama-server closes behind a stream, whatever its head says, and not always before the next request.
+        return body.done and not body.surplus and keeps_alive(head) and not isinstance(body, ChunkedBody)
 
     async def _after_interim(self, backend: BackendWire, head: ResponseHead) -> tuple[ResponseHead, bytes]:
         """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""

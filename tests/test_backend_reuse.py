@@ -1,0 +1,20 @@
+"""Which connections to the backend carry a second request."""
+
+import pytest
+
+from support.backend import LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send
+from support.gateway import Stack, post, scenario
+
+STREAM = STREAM_HEAD + chunk(event('{"a": 1}')) + chunk(event("[DONE]")) + LAST_CHUNK
+
+
+@pytest.mark.parametrize(
+    ("raw", "connections"), [(STREAM, 2), (answer(), 1)], ids=["after a stream", "after a sized answer"]
+)
+@scenario()
+async def test_a_connection_is_used_again_only_after_a_sized_answer(stack: Stack, raw: bytes, connections: int) -> None:
+    """llama-server closes behind a stream without having said so: a request sent meanwhile would be lost."""
+    for _ in range(2):
+        stack.backend.script(send(raw))
+        assert (await stack.ask(post())).status == 200
+    assert len({id(call.connection) for call in stack.backend.calls}) == connections
