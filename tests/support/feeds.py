@@ -189,7 +189,7 @@ class Relayed:
             return self.error.kind.code
         if self._head is None or self.body is None:
             return "more"
-        words = [self._head.status_line.decode(), *told_fields(self._head)]
+        words = [self._head.status_line.decode("latin-1"), *told_fields(self._head)]
         if self.payload:
             words.append(told_octets(self.payload))
         if not self.body.done:

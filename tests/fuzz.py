@@ -1,0 +1,247 @@
+"""Throw seeded random bytes at everything that reads what strangers send: what `make fuzz` runs.
+
+    python3 tests/fuzz.py [--rounds 20000] [--seed 0]
+
+Round N uses the seed N, so that a failure is told with the one number that repeats it. test_fuzz.py runs the same
+checks for a moment. Whatever is found here becomes a corpus file.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS.parent / "scripts")]
+
+import routes  # noqa: E402
+from cors import Cors  # noqa: E402
+from errors import CATALOGUE, Dialect, GatewayError, envelope, event  # noqa: E402
+from http1 import CRLF, ChunkedBody, Limits, RequestHead, parse_request_head  # noqa: E402
+from support.feeds import FEEDS, Relayed, read_requests, read_response  # noqa: E402
+
+LIMITS = Limits(request_line_bytes=120, header_line_bytes=80, headers=6, body_bytes=40)
+CODES = {kind.code for kind in CATALOGUE if kind.status in (400, 413, 414, 417, 431, 505)}
+FRAGMENTS = (
+    *b"GET POST OPTIONS HTTP/1.1 HTTP/1.0 HTTP/2.0 / * /v1/models ?a=b # Host Host: : , ; = \\ chunked gzip".split(),
+    *b"Content-Length: Transfer-Encoding: Connection: Expect: 100-continue keep-alive X-A: 1;a=b x-a:b 200".split(),
+    *b"204 OK close 0 1 5 -1 +5 0x5 a A f ffffffffffffffff 99999999999999999999".split(),
+    *(b'"', b" ", b"\t", b"\r\n", b"\r\n\r\n", b"\r", b"\n", b"\0", b"\x7f", b"\xe9", b"0\r\n\r\n", b"5\r\nhello\r\n"),
+)
+GET_HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
+TOKEN = b"!#$%&'*+-.^_`|~09AZaz"
+TEXT = bytes(octet for octet in range(256) if octet == 0x09 or (octet >= 0x20 and octet != 0x7F))
+LABELS = {path for _, path, _ in routes.TABLE} | set(routes.BLOCKED_PATHS) | {"unknown", "other", "OPTIONS"}
+TABLES = [
+    routes.Routes(allow_paths=allow, admin_routes=admin) for allow in ((), ("*",), ("/x/*",)) for admin in (False, True)
+]
+
+
+# --- Random input ---
+
+
+@cache
+def corpus(folder: str) -> list[bytes]:
+    return [path.read_bytes().partition(b"\n")[2] for path in sorted((TESTS / "corpus" / folder).glob("*.http"))]
+
+
+def some(choose: random.Random, alphabet: Sequence[int], most: int, least: int = 0) -> bytes:
+    return bytes(choose.choices(alphabet, k=choose.randint(least, most)))
+
+
+def noise(choose: random.Random) -> bytes:
+    return choose.randbytes(choose.randint(0, 100))
+
+
+def words(choose: random.Random) -> bytes:
+    return b"".join(choose.choices(FRAGMENTS, k=choose.randint(1, 30)))
+
+
+def mutated(choose: random.Random, *folders: str) -> bytes:
+    """A corpus file with a few octets changed, cut out, put in, doubled, or another file's end."""
+    raw = bytearray(choose.choice(corpus(choose.choice(folders))))
+    for _ in range(choose.randint(1, 4)):
+        start = choose.randint(0, len(raw))
+        end = min(len(raw), start + choose.randint(0, 8))
+        other = choose.choice(corpus(choose.choice(folders)))[start:]
+        new = (b"", choose.choice(FRAGMENTS), choose.randbytes(1), bytes(raw[start:end] * 2), other)
+        raw[start:end] = choose.choice(new)
+    return bytes(raw)
+
+
+def torn(choose: random.Random, raw: bytes) -> list[bytes]:
+    cuts = sorted(choose.choices(range(len(raw) + 1), k=choose.randint(0, 6)))
+    return [raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True)]
+
+
+# --- What must hold ---
+
+
+def check_requests(choose: random.Random, raw: bytes) -> None:
+    """Any bytes are requests, a refusal or unfinished, and the same ones however they come."""
+    seen = [read_requests(feed(raw), LIMITS) for feed in FEEDS.values()]
+    seen.append(read_requests(torn(choose, raw), LIMITS))
+    first = seen[0]
+    for reader in seen:
+        assert (reader.heads, reader.payloads) == (first.heads, first.payloads)
+        assert (reader.error is None, reader.waits) == (first.error is None, first.waits)
+        assert reader.error is None or (reader.error.kind.code in CODES and reader.error.kind.closes)
+    for head, payload in zip(first.heads, first.payloads, strict=True):
+        check_head(head)
+        assert len(payload) <= LIMITS.body_bytes
+        assert parse_request_head(serialized(head), Limits()) == head
+
+
+def check_head(head: RequestHead) -> None:
+    """What was accepted can be passed on: no octet in it ends a line, and every limit was kept."""
+    assert re.fullmatch(rb"[!-~]+", head.method + head.target)
+    assert len(head.fields) == len(head.names) <= LIMITS.headers
+    for (name, value), lower in zip(head.fields, head.names, strict=True):
+        assert name.lower() == lower
+        assert re.fullmatch(rb"[!-9;-~]+", name)
+        assert not re.search(rb"[\x00-\x08\x0a-\x1f\x7f]|^[ \t]|[ \t]$", value)
+        assert len(name) + 1 + len(value) <= LIMITS.header_line_bytes
+        assert lower not in head.known or value in head.known[lower]
+
+
+def serialized(head: RequestHead) -> bytes:
+    lines = [b"%b %b HTTP/1.%d" % head[:3], *(b"%b: %b" % field for field in head.fields), b"", b""]
+    return CRLF.join(lines)
+
+
+def check_response(choose: random.Random, raw: bytes) -> None:
+    """Any bytes are a response, malformed or unfinished, however they come; what is passed on carries the payload."""
+    method = choose.choice((b"GET", b"HEAD"))
+    whole = read_response([raw], method)
+    for pieces in [*(feed(raw) for feed in FEEDS.values()), torn(choose, raw)]:
+        relayed = read_response(pieces, method)
+        assert relayed.told() == whole.told()
+        assert relayed.error is not None or relayed.payload == whole.payload
+        check_passed(relayed)
+
+
+def check_passed(relayed: Relayed) -> None:
+    if isinstance(relayed.body, ChunkedBody):
+        again = ChunkedBody()
+        assert again.feed(relayed.passed + CRLF if relayed.body.done else relayed.passed) == relayed.payload
+        assert again.done == relayed.body.done
+
+
+def check_good_head(choose: random.Random, raw: bytes) -> None:
+    """Whatever fits the grammar is accepted, and comes out as it went in."""
+    fields = [(some(choose, TOKEN, 6, 1), some(choose, TEXT, 12).strip(b" \t")) for _ in range(choose.randint(0, 5))]
+    blanks = (b"", b" ", b"\t ", b"   ")
+    lines = [b"%b:%b%b%b" % (name, choose.choice(blanks), value, choose.choice(blanks)) for name, value in fields]
+    head = parse_request_head(CRLF.join([GET_HEAD[:-2], *lines, b"", b""]), LIMITS)
+    assert list(head.fields) == [(b"Host", b"a"), *fields]
+    check_head(head)
+
+
+def check_good_chunks(choose: random.Random, raw: bytes) -> None:
+    """Whatever fits the grammar of chunked coding is taken, and its payload is the same however it comes."""
+    pieces = [raw[at : at + 7] for at in range(0, len(raw), 7)]
+    extensions = (b"", b";a", b' ;\ta="\\"\r;"'.replace(b"\r", b""), b";a = b;c")
+    forms = (b"%x", b"%X", b"00%x")
+    coded = b"".join(
+        b"%b%b\r\n%b\r\n" % (choose.choice(forms) % len(piece), choose.choice(extensions), piece) for piece in pieces
+    )
+    coded += choose.choice((b"0\r\n\r\n", b"000;a=b\r\n\r\n", b"0\r\nX-A: 1\r\nX-B:\r\n\r\n"))
+    relayed = Relayed(b"GET")
+    for piece in torn(choose, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + coded + b"more"):
+        relayed.feed(piece)
+    assert relayed.error is None
+    assert relayed.body is not None
+    assert relayed.body.done
+    assert (relayed.payload, relayed.body.surplus) == (raw, b"more")
+    check_passed(relayed)
+
+
+def check_route(choose: random.Random, raw: bytes) -> None:
+    """Any target has a route, with a label from the table; past the table only what ALLOW_PATHS names goes on."""
+    target = b"/" + bytes(octet for octet in raw if 0x21 <= octet <= 0x7E and octet != 0x23)
+    for table in TABLES:
+        route = table.find(choose.choice((b"GET", b"POST", b"OPTIONS", b"TRACE")), target)
+        assert route.label in LABELS
+        if route.refusal is not None:
+            assert isinstance(route.error(), GatewayError)
+
+
+def check_cors(choose: random.Random, raw: bytes) -> None:
+    """Nothing is echoed that was not listed or is no token, and never a line end."""
+    value = raw.translate(None, bytes(range(32)) + b"\x7f")[:40]
+    names = (b"Origin", b"Access-Control-Request-Method", b"Access-Control-Request-Headers")
+    lines = [b"%b: %b" % (name, choose.choice((value, b"https://a.example"))) for name in names]
+    head = parse_request_head(CRLF.join([GET_HEAD[:-2], *lines, b"", b""]), LIMITS)
+    for cors in (Cors(("https://a.example",)), Cors(("*",))):
+        for name, told in cors.fields(head) + cors.preflight(head):
+            assert name != b"Access-Control-Allow-Origin" or told in (b"*", b"https://a.example")
+            assert re.fullmatch(rb"[ \t!#$%&'*+,\-.^_`|~0-9A-Za-z:/]+", told)
+
+
+def check_envelope(choose: random.Random, raw: bytes) -> None:
+    """Any detail makes one JSON object and one event."""
+    error = GatewayError(choose.choice(CATALOGUE), raw.decode("latin-1"))
+    for dialect in Dialect:
+        assert json.loads(envelope(error, dialect))["error"]["message"] == error.message
+        assert event(error, dialect).count(b"\n\n") == 1
+        assert b"\r" not in event(error, dialect)
+
+
+SOURCES: tuple[Callable[[random.Random], bytes], ...] = (
+    noise,
+    words,
+    lambda choose: GET_HEAD + words(choose),
+    lambda choose: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + words(choose),
+    lambda choose: mutated(choose, "accepted", "refused"),
+    lambda choose: mutated(choose, "responses"),
+)
+CHECKS = (
+    check_requests,
+    check_response,
+    check_good_head,
+    check_good_chunks,
+    check_route,
+    check_cors,
+    check_envelope,
+)
+
+
+def run_round(seed: int) -> None:
+    """One input from each source through every check. An AssertionError, or any other, is a finding."""
+    choose = random.Random(seed)
+    for source in SOURCES:
+        raw = source(choose)
+        for check in CHECKS:
+            check(choose, raw)
+
+
+def finding(seed: int) -> str:
+    """What a round finds: nothing, or where it came from."""
+    try:
+        run_round(seed)
+    except Exception:
+        return f"{traceback.format_exc()}\nAgain: python3 tests/fuzz.py --rounds 1 --seed {seed}"
+    return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Throw seeded random bytes at the parsers.")
+    parser.add_argument("--rounds", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0, help="the first round's; one more for each further round")
+    arguments = parser.parse_args(argv)
+    for seed in range(arguments.seed, arguments.seed + arguments.rounds):
+        if found := finding(seed):
+            print(found, file=sys.stderr)
+            return 1
+    print(f"{arguments.rounds} rounds of {len(SOURCES)} inputs and {len(CHECKS)} checks: nothing found")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
