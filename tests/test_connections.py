@@ -38,15 +38,35 @@ async def test_pitfall_31_one_connection_each_for_many_requests(stack):
 
 
 @scenario()
-async def test_connection_that_carried_a_chunked_answer_is_not_used_again(stack):
-    """llama-server closes it, though it does not say so."""
+async def test_connection_closed_behind_an_answer_is_not_used_again(stack):
+    """llama-server does so behind every stream, though it does not say so."""
     client = await stack.client()
     for number in range(3):
-        stack.backend.script(send(STREAM_HEAD + chunk(b"%d" % number) + LAST_CHUNK))
+        stack.backend.script(send(STREAM_HEAD + chunk(b"%d" % number) + LAST_CHUNK), close())
         client.send(post())
         assert (await client.response()).body == b"%d" % number
     assert len(stack.backend.used) == 3
-    await asyncio.wait_for(stack.backend.used[0].gone.wait(), 10)
+
+
+@scenario()
+async def test_request_that_missed_a_kept_connection_is_sent_again(stack):
+    """A kept connection is closed instead of answered: only a new one can tell whether the backend is there."""
+    client = await stack.client()
+    assert (await stack.ask(post())).status == 200
+    stack.backend.script(close())
+    stack.backend.script(send(answer(b"again")))
+    client.send(post())
+    assert (await client.response()).body == b"again"
+    assert len(stack.backend.used) == 2
+
+
+@scenario()
+async def test_request_that_a_new_connection_did_not_answer_is_not_sent_again(stack):
+    client = await stack.client()
+    stack.backend.script(close())
+    client.send(post())
+    assert (await client.response()).status == 502
+    assert len(stack.backend.used) == 1
 
 
 @scenario()
