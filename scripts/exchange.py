@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 
-from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED, GatewayError, Kind
+from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED, Kind
 from http1 import RequestHead
 from logs import AccessLog, timestamp
 from metrics import Counter, Histogram, Registry
@@ -88,7 +88,7 @@ class Exchange:
     outcome: str = Outcome.DONE
     status: int = 0
     backend_status: int = 0
-    error: GatewayError | None = None
+    refusal: Kind | None = None
     bytes_in: int = 0
     bytes_out: int = 0
     queued_s: float = 0.0
@@ -236,8 +236,8 @@ class Observer:
             metrics.queue_wait.observe(exchange.admitted_s - exchange.queued_s)
         if exchange.outcome is Outcome.CANCELLED:
             metrics.cancelled.inc((exchange.stage,))
-        if exchange.error is not None:
-            self._count_refusal(exchange, exchange.error.kind)
+        if exchange.refusal is not None:
+            self._count_refusal(exchange, exchange.refusal)
 
     def _count_refusal(self, exchange: Exchange, kind: Kind) -> None:
         if kind is INVALID_API_KEY:

@@ -322,7 +322,7 @@ class Request:
     def refuse(self, error: GatewayError) -> None:
         """Answer with an error of the gateway's own. It gives back what the key's rate was charged."""
         exchange = self.exchange
-        exchange.error = error
+        exchange.refusal = error.kind
         if self._caller is not None:
             self._parts.rates.give_back(self._caller)
         if self._client.ended:
@@ -346,6 +346,7 @@ class Request:
         exchange.ended_at = time.time()
         exchange.status = self.answer.status if self.answer.started else CLIENT_CLOSED_REQUEST
         exchange.bytes_out = self._client.sent_bytes - self._sent_before
+        self._relay = None  # it knows this request: the two would keep each other from being freed at once
         parts.observer.observe(exchange)
 
     def close(self) -> None:

@@ -36,8 +36,8 @@ debug_shell() {
   if [[ -t 0 ]]; then
     exec bash
   fi
+  trap 'kill $(jobs -p) || true; exit 0' TERM INT
   sleep infinity &
-  trap 'kill $! || true; exit 0' TERM INT
   wait $!
 }
 
