@@ -410,6 +410,7 @@ class ChunkedBody:
         "_limits",
         "_line",
         "_octets",
+        "_sound",
         "_state",
         "_trailer_bytes",
         "done",
@@ -428,6 +429,7 @@ class ChunkedBody:
         self._octets = 0  # of all chunks announced, where they are limited
         self._line = b""
         self._trailer_bytes = 0
+        self._sound = True
         self.passable = 0
         self.done = False
         self.surplus = b""
@@ -447,6 +449,7 @@ class ChunkedBody:
 
     def _feed_any(self, data: bytes) -> bytes:
         payload: list[bytes] = []
+        self._sound = False  # unless the end is reached
         at = self.passable = 0
         while at < len(data) and not self.done:
             if self._state == self._DATA:
@@ -461,6 +464,7 @@ class ChunkedBody:
             if self._state != self._TRAILER:
                 self.passable = at
         self.surplus = data[at:]
+        self._sound = True
         return payload[0] if len(payload) == 1 else b"".join(payload)
 
     def _feed_line(self, data: bytes, at: int) -> int:
@@ -511,8 +515,8 @@ class ChunkedBody:
         return self.done
 
     def between_chunks(self) -> bool:
-        """Whether the next byte passed on would begin a chunk."""
-        return self._state == self._SIZE and not self._line
+        """Whether the next byte passed on would begin a chunk. It would not where the last ones fed were refused."""
+        return self._sound and self._state == self._SIZE and not self._line
 
 
 Body = SizedBody | ChunkedBody | UnboundedBody

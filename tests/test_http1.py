@@ -356,6 +356,15 @@ def test_where_a_chunk_could_begin() -> None:
     assert starts == [raw, b"1\r\na\r\n0\r\n\r\n", b"0\r\n\r\n"]
 
 
+def test_no_chunk_begins_where_a_refused_read_left_off() -> None:
+    """Half a chunk was passed on; the read that brought its other half brought a fault, and was not passed on."""
+    body = ChunkedBody()
+    assert body.feed(b"6\r\nab\n\n") == b"ab\n\n"
+    with pytest.raises(GatewayError):
+        body.feed(b"\n\n\r\nno size\r\n")
+    assert not body.between_chunks()
+
+
 def test_only_a_whole_body_may_end_with_its_connection() -> None:
     sized, chunked, unbounded = SizedBody(2), ChunkedBody(), UnboundedBody()
     for body in (sized, chunked, unbounded):
