@@ -1,0 +1,287 @@
+"""The backend loads, dies, comes back and refuses: what is held, what is refused, and what /health says of it."""
+
+import asyncio
+
+import pytest
+
+from support.backend import HELLO, STREAM_HEAD, answer, send, stall
+from support.gateway import CHAT, OPERATOR_KEY, Stack, get, post, scenario, until
+
+
+async def held(stack: Stack, number: int) -> list:
+    """That many clients, each with a request that waits for the backend."""
+    clients = [await stack.client() for _ in range(number)]
+    for each, client in enumerate(clients):
+        client.send(post(CHAT, b"%d" % each))
+    await until(lambda: stack.parts.gate.queued == number)
+    return clients
+
+
+async def health(stack: Stack) -> tuple[int, str]:
+    response = await stack.ask(get(b"/health", key=None))
+    return response.status, response.json["state"]
+
+
+# --- The supervisor's state file ---
+
+
+@scenario(STATE="loading")
+async def test_requests_are_held_while_the_model_loads_and_none_is_lost(stack):
+    clients = await held(stack, 100)
+    assert not stack.backend.connections
+    await stack.turn("ready")
+    for client in clients:
+        assert (await client.response()).body == HELLO
+    assert sorted(int(call.body) for call in stack.backend.calls) == list(range(100))
+
+
+@scenario(STATE="loading")
+async def test_cheap_and_operator_routes_are_held_as_well(stack):
+    client, other = await stack.client(), await stack.client()
+    client.send(get(b"/v1/models"))
+    other.send(get(b"/slots", key=OPERATOR_KEY))
+    await until(lambda: len(stack.parts.exchanges) == 2)
+    await stack.turn("ready")
+    assert (await client.response()).status == 200
+    assert (await other.response()).status == 200
+
+
+@scenario(STATE="loading", COLD_START_WAIT="300")
+async def test_holding_has_an_end(stack):
+    client, other = await held(stack, 2)
+    stack.advance(299)
+    late = await stack.client()
+    late.send(post())
+    await until(lambda: stack.parts.gate.queued == 3)
+    stack.advance(1)
+    for each in (client, other):
+        response = await each.response()
+        assert (response.status, response.code, response.field(b"retry-after")) == (503, "loading", b"10")
+    await stack.turn("ready")
+    assert (await late.response()).status == 200
+    assert len(stack.backend.calls) == 1
+
+
+@scenario(STATE="loading", COLD_START_WAIT="0")
+async def test_holding_may_be_switched_off(stack):
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (503, "loading")
+
+
+@scenario(STATE="loading", MAX_QUEUE_SIZE="2")
+async def test_queue_is_bounded_while_the_model_loads(stack):
+    clients = await held(stack, 2)
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (503, "queue_full")
+    assert int(response.field(b"retry-after")) >= 1
+    await stack.turn("ready")
+    for client in clients:
+        assert (await client.response()).status == 200
+    assert stack.counted("queue_rejections") == 1
+
+
+@scenario()
+async def test_pitfall_33_health_says_what_is_so_without_asking_the_backend(stack):
+    assert await health(stack) == (200, "ready")
+    for state in ("loading", "draining", "ready"):
+        await stack.turn(state)
+        assert await health(stack) == (200 if state == "ready" else 503, state)
+    for _ in range(50):
+        await health(stack)
+    assert stack.backend.connections == []
+
+
+@scenario()
+async def test_pitfall_47_a_dead_backend_is_told_at_once(stack):
+    await stack.turn("dead")
+    assert await health(stack) == (503, "dead")
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (503, "loading")
+    assert int(response.field(b"retry-after")) >= 1
+    assert (await stack.ask(get(b"/ping", key=None))).status == 200
+    await stack.turn("ready")
+    assert (await stack.ask(post())).status == 200
+
+
+@scenario(STATE="loading")
+async def test_who_is_held_when_the_backend_dies_waits_for_its_restart(stack):
+    clients = await held(stack, 3)
+    await stack.turn("dead")
+    await stack.turn("loading")
+    await stack.turn("ready")
+    for client in clients:
+        assert (await client.response()).status == 200
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"state": "confused"}', '{"state": 1}'])
+@scenario()
+async def test_state_file_that_says_nothing_changes_nothing(stack, text):
+    stack.state_file.write_text(text)
+    await asyncio.wait_for(stack.parts.readiness._source.look(), 10)
+    assert (await stack.ask(post())).status == 200
+    stack.state_file.unlink()
+    assert await stack.parts.readiness._source.look() == "ready"
+
+
+# --- A connection that is refused ---
+
+
+@scenario()
+async def test_refused_connection_means_loading_and_loses_nothing(stack):
+    stack.backend.refuse()
+    clients = [await stack.client() for _ in range(20)]
+    for number, client in enumerate(clients):
+        client.send(post(CHAT, b"%d" % number))
+    await until(lambda: stack.parts.readiness.state == "loading")
+    assert await health(stack) == (503, "loading")
+    await stack.backend.listen()
+    for client in clients:
+        assert (await client.response()).body == HELLO
+    assert sorted(int(call.body) for call in stack.backend.calls) == list(range(20))
+
+
+@scenario(COLD_START_WAIT="60")
+async def test_refused_connection_has_the_same_end(stack):
+    stack.backend.refuse()
+    client = await stack.client()
+    client.send(post())
+    await until(lambda: stack.parts.readiness.state == "loading")
+    stack.advance(60)
+    response = await client.response()
+    assert (response.status, response.code) == (503, "loading")
+
+
+@scenario()
+async def test_connections_of_the_old_backend_are_not_used_for_the_new_one(stack):
+    assert (await stack.ask(post())).status == 200
+    await stack.turn("loading")
+    await asyncio.wait_for(stack.backend.used[0].gone.wait(), 10)
+    await stack.turn("ready")
+    assert (await stack.ask(post())).status == 200
+    assert len(stack.backend.used) == 2
+
+
+@scenario()
+async def test_request_that_was_sent_is_not_sent_twice(stack):
+    """The backend may have done the work; only a connection that never took the request is tried again."""
+    stack.backend.script(send(b"HTTP/1.1 2"), stall())
+    client = await stack.client()
+    client.send(post())
+    call = await stack.backend.call()
+    call.connection.transport.abort()
+    assert (await client.response()).status == 502
+    assert len(stack.backend.calls) == 1
+
+
+# --- Without a state file: one probe in the background ---
+
+
+@scenario(STATE_FILE="unset", COLD_START_WAIT="60", MAX_CONCURRENT_REQUESTS="auto")
+async def test_probe_waits_for_the_backend_learns_its_slots_and_sees_it_die(stack):
+    assert await health(stack) == (503, "loading")
+    stack.backend.own[b"/props"] = answer(b'{"total_slots": 3}')
+    await until(lambda: stack.parts.readiness.ready)
+    assert stack.parts.gate.slots == 3
+    probes = len(stack.backend.probes)
+    for _ in range(50):
+        assert await health(stack) == (200, "ready")
+        assert (await stack.ask(post())).status == 200
+    assert len(stack.backend.probes) <= probes + 1
+    for connection in stack.backend.connections:
+        connection.transport.abort()
+    stack.backend.refuse()
+    client = await stack.client()
+    client.send(post())
+    await until(lambda: stack.parts.readiness.state == "loading")
+    stack.parts.readiness.doubt()  # look at once
+    stack.advance(61)
+    assert (await client.response()).code == "loading"
+    await until(lambda: stack.parts.readiness.state == "dead")
+    assert await health(stack) == (503, "dead")
+    stack.backend.own[b"/props"] = answer(b'{"total_slots": 5}')
+    await stack.backend.listen()
+    await until(lambda: stack.parts.readiness.ready)
+    assert stack.parts.gate.slots == 5
+    assert (await stack.ask(post())).status == 200
+
+
+@pytest.mark.parametrize("loading", [answer(b"{}", b"503 Service Unavailable"), b"nonsense\r\n\r\n", b""])
+@scenario(STATE_FILE="unset", HEALTH_TIMEOUT="0.05")
+async def test_probe_that_hears_anything_but_200_goes_on_asking(stack, loading):
+    """An answer that does not come within HEALTH_TIMEOUT is none."""
+    stack.backend.own[b"/health"] = loading
+    asked = len(stack.backend.probes)
+    stack.parts.readiness.doubt()
+    await until(lambda: len(stack.backend.probes) > asked + 1)
+    assert stack.parts.readiness.state == "loading"
+    stack.backend.own[b"/health"] = answer(b"{}")
+    stack.parts.readiness.doubt()
+    await until(lambda: stack.parts.readiness.ready)
+
+
+@pytest.mark.parametrize(
+    ("props", "slots"),
+    [
+        (answer(b'{"total_slots": 4}'), 4),
+        (answer(b'{"total_slots": 0}'), 1),
+        (answer(b'{"total_slots": true}'), 1),
+        (answer(b'{"total_slots": "4"}'), 1),
+        (answer(b"[4]"), 1),
+        (answer(b"no json"), 1),
+        (answer(b"{}", b"404 Not Found"), 1),
+        (answer(b"[" * 100000), 1),
+    ],
+)
+@scenario(STATE="loading", MAX_CONCURRENT_REQUESTS="auto")
+async def test_slots_are_what_props_says_before_the_first_request(stack, props, slots):
+    stack.backend.own[b"/props"] = props
+    clients = await held(stack, 6)
+    for _ in clients:
+        stack.backend.script(stall())
+    await stack.turn("ready")
+    await stack.backend.call(slots - 1)
+    assert (stack.parts.gate.slots, stack.parts.gate.active, stack.parts.gate.queued) == (slots, slots, 6 - slots)
+
+
+# --- A slot is free when the backend has let go of it ---
+
+
+def busy(number: int) -> bytes:
+    slots = [b'{"is_processing": true}'] * number + [b'{"is_processing": false}']
+    return answer(b"[" + b", ".join(slots) + b"]")
+
+
+@pytest.mark.parametrize("begun", [b"", STREAM_HEAD], ids=["silent", "streaming"])
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_pitfall_16_slot_is_held_until_the_backend_lets_go(stack, begun):
+    stack.backend.own[b"/slots"] = busy(1)
+    stack.backend.script(send(begun), stall())
+    client, other = await stack.client(), await stack.client()
+    client.send(post())
+    call = await stack.backend.call()
+    if begun:
+        await client.take_through(b"\r\n\r\n")
+    other.send(post(CHAT, b"next"))
+    await until(lambda: stack.parts.gate.queued == 1)
+    client.reset()
+    await asyncio.wait_for(call.gone.wait(), 10)
+    await until(lambda: stack.backend.probes.count(b"/slots") == 1)
+    assert (stack.parts.gate.active, len(stack.backend.calls)) == (1, 1)
+    stack.backend.own[b"/slots"] = busy(0)
+    assert (await other.response()).status == 200
+
+
+@pytest.mark.parametrize(
+    "slots", [answer(b"{}"), answer(b"[1]"), answer(b"", b"501 Not Implemented"), b"nonsense\r\n\r\n"]
+)
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_where_slots_does_not_tell_it_is_asked_once(stack, slots):
+    stack.backend.own[b"/slots"] = slots
+    for number in range(3):
+        stack.backend.script(send(STREAM_HEAD), stall())
+        client = await stack.client()
+        client.send(post(CHAT, b"%d" % number))
+        await client.take_through(b"\r\n\r\n")
+        client.reset()
+    assert (await stack.ask(post())).status == 200
+    assert stack.backend.probes.count(b"/slots") == 1
