@@ -18,6 +18,7 @@ import model_files
 from config import Model
 from model_download import Download, ModelError, Origin
 from model_files import Found, obtain, parts_of, place
+from support.boot import FOR_COVERAGE
 from support.fileserver import Shelf, serve
 
 GGUF = b"GGUF" + bytes(range(256)) * 40
@@ -374,7 +375,7 @@ def test_two_workers_on_one_volume_fetch_once(tmp_path: Path) -> None:
     shelf = Shelf(GGUF)
     with serve(shelf) as url, model_download.sole_writer(tmp_path / "m.gguf.part"):
         (tmp_path / "result").touch()
-        environ = {"PATH": os.environ["PATH"], "DATA_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path)}
+        environ = {**FOR_COVERAGE, "PATH": os.environ["PATH"], "DATA_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path)}
         worker = subprocess.Popen(
             [sys.executable, model_files.__file__, str(tmp_path / "result")],
             env={**environ, "MODEL_URL": f"{url}/m.gguf"},
@@ -389,6 +390,15 @@ def test_two_workers_on_one_volume_fetch_once(tmp_path: Path) -> None:
         assert worker.wait(10) == 0
     assert shelf.seen == []
     assert json.loads((tmp_path / "result").read_text()) == {"path": str(tmp_path / "m.gguf"), "bytes": len(GGUF)}
+
+
+def test_a_volume_without_locks_is_written_to_all_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        # A descriptor that no lock can be had on, as on some network volumes.
+        with os.fdopen(os.open(tmp_path / "file", os.O_PATH), "rb") as no_locks:
+            assert model_download._lock(no_locks)
+        assert "the models' volume has no file locks" in caplog.text
+        assert model_download._lock(file)
 
 
 def test_a_lock_on_a_removed_file_keeps_nobody_out(tmp_path: Path) -> None:
@@ -424,7 +434,7 @@ def test_what_neither_side_tells_cannot_differ() -> None:
 
 
 def run(tmp_path: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
-    env = {"PATH": os.environ["PATH"], "DATA_DIR": str(tmp_path), **environ}
+    env = {**FOR_COVERAGE, "PATH": os.environ["PATH"], "DATA_DIR": str(tmp_path), **environ}
     argv = [sys.executable, model_files.__file__, str(tmp_path / "result")]
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=30, check=False)
 

@@ -14,7 +14,8 @@ import pytest
 import config
 import quickstart
 from probes import Address
-from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
+from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, free_ports, program
+from support.fileserver import Shelf, serve
 
 LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
 
@@ -118,6 +119,35 @@ def test_no_llama_server_is_said(tmp_path: Path) -> None:
         run.await_line("^  curl ")
         assert run.lines[0].startswith("No llama-server was found")
         assert run.stop() == 0
+
+
+def test_the_parts_in_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = tmp_path / "new" / "keys"
+    environ = {"DATA_DIR": str(tmp_path), "AUTH_KEYS_FILE": str(keys), "HOST": "127.0.0.1"}
+    port, port_health, port_backend = free_ports(3)
+    environ |= {
+        "PORT": str(port),
+        "PORT_HEALTH": str(port_health),
+        "PORT_BACKEND": str(port_backend),
+        "GATEWAY_PORT": "",
+    }
+    env, _, key = quickstart.prepare(environ)
+    assert env["MOCK_BACKEND"] == "true"
+    assert "GATEWAY_PORT" not in env
+    assert key
+    assert key in capsys.readouterr().out
+    assert quickstart.prepare(env)[2] is None
+    assert quickstart.prepare({**environ, "AUTH_ENABLED": "no"})[2] is None
+    with pytest.raises(quickstart.Hopeless):
+        quickstart.first_key(Path("/dev/null/keys"))
+
+
+def test_it_is_announced_when_it_is_ready_and_not_when_it_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart.announce(-1, Address("127.0.0.1", 1), "Ready")
+    assert capsys.readouterr().out == ""
+    with serve(Shelf(statuses=[503])) as url:
+        quickstart.announce(os.getppid(), Address("127.0.0.1", int(url.rpartition(":")[2])), "Ready")
+    assert capsys.readouterr().out == "Ready\n"
 
 
 @pytest.mark.parametrize(

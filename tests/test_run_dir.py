@@ -26,6 +26,21 @@ def test_folder_and_key_are_the_owners_alone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fails_later_does_not_end_what_serves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "run"
+    state = StateFile(folder / "state.json", lambda: datetime(2026, 1, 1, tzinfo=timezone.utc))
+    with pytest.raises(FileNotFoundError):
+        state.tell("loading", "starting")
+    folder.mkdir()
+    assert state.tell("loading", "starting")
+    (folder / "state.json").unlink()
+    folder.rmdir()
+    assert not state.tell("ready", "serving")
+    assert "the state file cannot be written" in caplog.text
+    folder.mkdir()
+    assert state.tell("ready", "serving")
+
+
 def test_each_boot_has_a_key_of_its_own_unless_one_is_given(tmp_path: Path) -> None:
     keys = [RunDir([tmp_path]).write_key(given) for given in (None, None, "gateway-given")]
     assert keys[2] == "gateway-given"

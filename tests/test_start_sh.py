@@ -21,7 +21,19 @@ from pathlib import Path
 
 import pytest
 
-from support.boot import PATIENCE_S, SCRIPTS, SUPPORT, UNSET, Boot, alive, ask, command_line, program, scripts_with
+from support.boot import (
+    FOR_COVERAGE,
+    PATIENCE_S,
+    SCRIPTS,
+    SUPPORT,
+    UNSET,
+    Boot,
+    alive,
+    ask,
+    command_line,
+    program,
+    scripts_without,
+)
 from support.fileserver import Shelf, serve
 from support.together import together
 
@@ -229,8 +241,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_pitfall_44_a_missing_sibling_is_fatal(tmp_path: Path) -> None:
-    scripts = scripts_with(tmp_path)
-    (scripts / "auth.py").unlink()
+    scripts = scripts_without("auth.py", tmp_path)
     with Boot(tmp_path, {"MOCK_BACKEND": "true"}, scripts=scripts, by_shell=True) as boot:
         assert boot.end() == 5
         assert "the gateway ended with exit status 1 before it answered: it cannot start" in boot.output
@@ -497,7 +508,11 @@ def test_an_old_python3_is_passed_over(tmp_path: Path) -> None:
 def test_the_gpu_is_reported(tmp_path: Path, tool: str, body: str, words: str) -> None:
     path = tools(tmp_path / "bin", **{tool: body, "python3": f'exec {sys.executable} "$@"'})
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "gpu.py")], env={"PATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, str(SCRIPTS / "gpu.py")],
+        env={**FOR_COVERAGE, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, words in done.stdout) == (0, True)
 

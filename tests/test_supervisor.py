@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from support.boot import PATIENCE_S, SUPPORT, Boot, alive, command_line, scripts_with
+from support.boot import PATIENCE_S, Boot, alive, command_line
 from support.together import together
 
 GGUF = b"GGUF" + bytes(1000)
@@ -28,11 +28,10 @@ WEDGE = {"WEDGE_TIMEOUT": "1.5", "HEALTH_TIMEOUT": "1"}
 
 @dataclass(frozen=True)
 class Place:
-    """A scenario's folder, a model in it as settings, and the scripts with support.stub_gateway in them."""
+    """A scenario's folder, and a model in it as settings."""
 
     folder: Path
     model: dict[str, str]
-    stub: Path
 
 
 Scenario = Callable[[Place], None]
@@ -116,7 +115,7 @@ def pitfall_01_a_load_is_bounded_by_the_process_being_alive(place: Place) -> Non
     with Boot(
         place.folder,
         {**place.model, **WEDGE},
-        scripts=place.stub,
+        stub_gateway=True,
         orders=["loading", "deaf"],
     ) as boot:
         boot.await_line("llama-server started")
@@ -132,7 +131,7 @@ def pitfall_01_a_load_is_bounded_by_the_process_being_alive(place: Place) -> Non
 @scenario
 def a_load_may_be_bounded_by_the_clock(place: Place) -> None:
     settings = {**place.model, "MODEL_LOAD_TIMEOUT": "0.3", "MAX_RESTARTS": "0"}
-    with Boot(place.folder, settings, scripts=place.stub, orders=["loading"]) as boot:
+    with Boot(place.folder, settings, stub_gateway=True, orders=["loading"]) as boot:
         assert boot.end() == 4
         assert "did not load within 0.3 s (MODEL_LOAD_TIMEOUT)" in boot.output
         assert_nothing_left(boot, [])
@@ -143,7 +142,7 @@ def a_load_may_be_bounded_by_the_clock(place: Place) -> None:
 
 @scenario
 def pitfall_03_llama_servers_pid_is_its_own(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_ready()
         pid = boot.starts[0]["pid"]
         assert boot.state == {"state": "ready", "since": boot.state["since"], "detail": "serving", "backend_pid": pid}
@@ -155,7 +154,7 @@ def pitfall_03_llama_servers_pid_is_its_own(place: Place) -> None:
 def the_environment_is_scrubbed_and_no_secret_is_on_a_command_line(place: Place) -> None:
     key = "gateway-" + "k" * 43
     given = {"AIP_MODE": "PREDICTION", "LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_API_KEY": "x", "BACKEND_API_KEY": key}
-    with Boot(place.folder, {**place.model, **given, "HF_TOKEN": "hf"}, scripts=place.stub) as boot:
+    with Boot(place.folder, {**place.model, **given, "HF_TOKEN": "hf"}, stub_gateway=True) as boot:
         boot.await_ready()
         environ = boot.starts[0]["environ"]
         assert not environ.keys() & given.keys()
@@ -171,7 +170,7 @@ def the_environment_is_scrubbed_and_no_secret_is_on_a_command_line(place: Place)
 def a_key_file_of_the_operators_stays(place: Place) -> None:
     mine = place.folder / "mine.key"
     mine.write_text("gateway-" + "k" * 43 + "\n")
-    with Boot(place.folder, {**place.model, "BACKEND_API_KEY_FILE": str(mine)}, scripts=place.stub) as boot:
+    with Boot(place.folder, {**place.model, "BACKEND_API_KEY_FILE": str(mine)}, stub_gateway=True) as boot:
         boot.await_ready()
         assert boot.key_file.read_text() == mine.read_text()
         assert boot.stop() == 0
@@ -181,7 +180,7 @@ def a_key_file_of_the_operators_stays(place: Place) -> None:
 
 @scenario
 def pitfall_09_the_key_is_checked_on_a_route_that_is_not_public(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_line("asks for its key, as it should")
         boot.order("open")
         os.kill(boot.state["backend_pid"], signal.SIGKILL)
@@ -191,7 +190,7 @@ def pitfall_09_the_key_is_checked_on_a_route_that_is_not_public(place: Place) ->
 @scenario
 def llama_servers_lines_are_kept_and_shown(place: Place) -> None:
     settings = {**place.model, "WORKER_TYPE": "chat", "INSTANCE_ID": "box"}
-    with Boot(place.folder, settings, scripts=place.stub) as boot:
+    with Boot(place.folder, settings, stub_gateway=True) as boot:
         boot.await_line("INFO llama-server: 0.00.026.518 I srv  llama_server: listening")
         boot.await_line("WARNING llama-server: 0.00.026.519 W srv  a warning")
         latest = place.folder / "data" / "logs" / "llama-chat" / "latest"
@@ -224,7 +223,7 @@ def pitfall_05_a_crash_is_told_in_words_and_never_looks_like_success(
     place: Place, order: str, what: str, words: str
 ) -> None:
     orders = {order: what, "lines": "error: failed to load model" if what == "1" else "hello"}
-    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "0"}, scripts=place.stub, orders=orders) as boot:
+    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "0"}, stub_gateway=True, orders=orders) as boot:
         assert boot.end() == 4
         assert re.search(words, boot.output)
         assert "giving up (MAX_RESTARTS=0 within 10 minutes)" in boot.output
@@ -247,7 +246,7 @@ def pitfall_05_a_killed_llama_server_is_started_again(place: Place) -> None:
 
 @scenario
 def a_crash_loop_ends_truthfully(place: Place) -> None:
-    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "1"}, scripts=place.stub, orders={"exit": "7"}) as boot:
+    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "1"}, stub_gateway=True, orders={"exit": "7"}) as boot:
         assert boot.end() == 4
         assert len(boot.starts) == 2
         assert "ended with exit status 7; giving up (MAX_RESTARTS=1 within 10 minutes)" in boot.output
@@ -276,7 +275,7 @@ def killed_services_are_started_again_and_a_dead_gateway_is_not_called_ready(pla
 
 @scenario
 def all_services_count_towards_the_limit(place: Place) -> None:
-    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "1"}, scripts=place.stub) as boot:
+    with Boot(place.folder, {**place.model, "MAX_RESTARTS": "1"}, stub_gateway=True) as boot:
         boot.await_ready()
         boot.await_line("health: listening")
         os.kill(boot.state["backend_pid"], signal.SIGKILL)
@@ -290,7 +289,7 @@ def all_services_count_towards_the_limit(place: Place) -> None:
 @scenario
 def a_gateway_that_cannot_start_is_not_tried_again(place: Place) -> None:
     for status, expected in (("1", 5), ("2", 2)):
-        with Boot(place.folder, place.model, scripts=place.stub, orders={"gateway_exit": status}) as boot:
+        with Boot(place.folder, place.model, stub_gateway=True, orders={"gateway_exit": status}) as boot:
             assert boot.end() == expected
             assert f"the gateway ended with exit status {status} before it answered: it cannot start" in boot.output
             assert_nothing_left(boot, [])
@@ -301,7 +300,7 @@ def a_gateway_that_cannot_start_is_not_tried_again(place: Place) -> None:
 
 @scenario
 def a_frozen_llama_server_is_replaced_with_all_that_it_started(place: Place) -> None:
-    with Boot(place.folder, {**place.model, **WEDGE}, scripts=place.stub, orders=["family"]) as boot:
+    with Boot(place.folder, {**place.model, **WEDGE}, stub_gateway=True, orders=["family"]) as boot:
         boot.await_ready()
         grandchild = int((boot.control / "grandchild").read_text())
         os.kill(boot.state["backend_pid"], signal.SIGSTOP)
@@ -313,7 +312,7 @@ def a_frozen_llama_server_is_replaced_with_all_that_it_started(place: Place) -> 
 
 @scenario
 def requests_without_a_byte_and_mute_slots_are_a_wedge(place: Place) -> None:
-    with Boot(place.folder, {**place.model, **WEDGE}, scripts=place.stub, orders=["deaf_slots"]) as boot:
+    with Boot(place.folder, {**place.model, **WEDGE}, stub_gateway=True, orders=["deaf_slots"]) as boot:
         boot.await_ready()
         tell(boot, active=1, backend_silent_s=1.6)
         boot.await_line(r"is wedged: no byte for 1.5 s \(WEDGE_TIMEOUT\) and /slots does not answer")
@@ -323,7 +322,7 @@ def requests_without_a_byte_and_mute_slots_are_a_wedge(place: Place) -> None:
 
 @scenario
 def a_long_prefill_is_no_wedge(place: Place) -> None:
-    with Boot(place.folder, {**place.model, **WEDGE}, scripts=place.stub) as boot:
+    with Boot(place.folder, {**place.model, **WEDGE}, stub_gateway=True) as boot:
         tell(boot, active=2, queued=3, backend_silent_s=9000)
         boot.await_ready()
         stays(boot, 4)
@@ -336,9 +335,7 @@ def a_long_prefill_is_no_wedge(place: Place) -> None:
 
 @scenario
 def an_idle_machine_stops_with_0(place: Place) -> None:
-    with Boot(
-        place.folder, {**place.model, "IDLE_STOP_SECONDS": "0.4"}, scripts=place.stub, orders=["loading"]
-    ) as boot:
+    with Boot(place.folder, {**place.model, "IDLE_STOP_SECONDS": "0.4"}, stub_gateway=True, orders=["loading"]) as boot:
         tell(boot, idle_s=1000)
         boot.await_line("llama-server started")
         stays(boot, 1)
@@ -355,7 +352,7 @@ def an_idle_machine_stops_with_0(place: Place) -> None:
 @scenario
 def on_idle_is_run_and_again_and_its_failure_is_told(place: Place) -> None:
     settings = {**place.model, "IDLE_STOP_SECONDS": "0.2", "ON_IDLE": "echo idle hook; exit 3"}
-    with Boot(place.folder, settings, scripts=place.stub) as boot:
+    with Boot(place.folder, settings, stub_gateway=True) as boot:
         tell(boot, idle_s=1000)
         boot.await_line("^idle hook$", times=2)
         boot.await_line("ON_IDLE ended with exit status 3", times=2)
@@ -365,7 +362,7 @@ def on_idle_is_run_and_again_and_its_failure_is_told(place: Place) -> None:
 @scenario
 def on_idle_is_not_run_twice_at_once_and_ends_with_the_rest(place: Place) -> None:
     settings = {**place.model, "IDLE_STOP_SECONDS": "0.2", "ON_IDLE": "echo idle hook; sleep 600"}
-    with Boot(place.folder, settings, scripts=place.stub) as boot:
+    with Boot(place.folder, settings, stub_gateway=True) as boot:
         tell(boot, idle_s=1000)
         boot.await_line("ON_IDLE is still running", times=2)
         assert boot.lines.count("idle hook") == 1
@@ -380,7 +377,7 @@ def on_idle_is_not_run_twice_at_once_and_ends_with_the_rest(place: Place) -> Non
 
 @scenario
 def pitfall_13_the_gateway_drains_before_llama_server_is_stopped(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub, orders=["undrained"]) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True, orders=["undrained"]) as boot:
         boot.await_ready()
         pids = boot.family()
         boot.signal(signal.SIGTERM)
@@ -397,7 +394,7 @@ def pitfall_13_the_gateway_drains_before_llama_server_is_stopped(place: Place) -
 @scenario
 def a_gateway_that_does_not_drain_is_cut_off_after_drain_timeout(place: Place) -> None:
     with Boot(
-        place.folder, {**place.model, "DRAIN_TIMEOUT": "0.2"}, scripts=place.stub, orders=["undrained", "stubborn"]
+        place.folder, {**place.model, "DRAIN_TIMEOUT": "0.2"}, stub_gateway=True, orders=["undrained", "stubborn"]
     ) as boot:
         boot.await_ready()
         pids = boot.family()
@@ -408,7 +405,7 @@ def a_gateway_that_does_not_drain_is_cut_off_after_drain_timeout(place: Place) -
 @scenario
 def a_second_sigterm_ends_at_once(place: Place) -> None:
     with Boot(
-        place.folder, {**place.model, "DRAIN_TIMEOUT": "600"}, scripts=place.stub, orders=["undrained", "stubborn"]
+        place.folder, {**place.model, "DRAIN_TIMEOUT": "600"}, stub_gateway=True, orders=["undrained", "stubborn"]
     ) as boot:
         boot.await_ready()
         pids = boot.family()
@@ -432,7 +429,7 @@ def a_second_sigterm_ends_at_once(place: Place) -> None:
 def pitfall_04_and_34_a_stop_in_each_phase_is_clean(place: Place, phase: str, orders: list[str], line: str) -> None:
     settings = {**place.model, **WEDGE} if phase == "wedged" else place.model
     given = dict.fromkeys(orders, "1")
-    with Boot(place.folder, settings, scripts=place.stub, orders=given) as boot:
+    with Boot(place.folder, settings, stub_gateway=True, orders=given) as boot:
         if phase == "wedged":
             boot.await_ready()
             boot.order("deaf")
@@ -463,7 +460,7 @@ def pitfall_06_sighup_reaches_the_gateway_and_kills_nobody(place: Place) -> None
 
 @scenario
 def pitfall_06_an_early_sighup_waits_for_the_gateways_handler(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_line("state loading: starting")
         boot.signal(signal.SIGHUP)
         boot.await_line("stub gateway: reloading")
@@ -472,7 +469,7 @@ def pitfall_06_an_early_sighup_waits_for_the_gateways_handler(place: Place) -> N
 
 @scenario
 def a_drain_that_was_asked_for_ends_everything_with_0(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_ready()
         pids = boot.family()
         os.kill(boot.pid_of("gateway.py"), signal.SIGTERM)
@@ -483,7 +480,7 @@ def a_drain_that_was_asked_for_ends_everything_with_0(place: Place) -> None:
 
 @scenario
 def children_die_with_a_killed_supervisor_and_the_next_boot_sweeps(place: Place) -> None:
-    with Boot(place.folder, place.model, scripts=place.stub) as boot:
+    with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_ready()
         pids = [os.pidfd_open(pid) for pid in boot.family()]
         boot.signal(signal.SIGKILL)
@@ -495,7 +492,7 @@ def children_die_with_a_killed_supervisor_and_the_next_boot_sweeps(place: Place)
         left = boot.key_file.parent
         assert left.exists()
     (place.folder / "again").mkdir()
-    with Boot(place.folder / "again", place.model, scripts=place.stub) as boot:
+    with Boot(place.folder / "again", place.model, stub_gateway=True) as boot:
         boot.await_ready()
         assert not left.exists()
 
@@ -512,7 +509,7 @@ def pid_1_reaps_strangers_and_stops_in_order(place: Place) -> None:
     if not shutil.which("unshare") or subprocess.run([*AS_PID_1, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no PID namespaces here")
     settings = {**place.model, "IDLE_STOP_SECONDS": "0.2", "ON_IDLE": "(setsid sleep 0.1 & ); echo orphaned"}
-    with Boot(place.folder, settings, scripts=place.stub, before=AS_PID_1) as boot:
+    with Boot(place.folder, settings, stub_gateway=True, before=AS_PID_1) as boot:
         boot.await_ready()
         (supervisor,) = [pid for pid in boot.family() if "supervisor.py" in command_line(pid)]
         tell(boot, idle_s=1000)
@@ -534,12 +531,10 @@ def pid_1_reaps_strangers_and_stops_in_order(place: Place) -> None:
 def outcome(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], None]]:
-    stub = scripts_with(tmp_path_factory.mktemp("stub"), gateway=SUPPORT / "stub_gateway.py")
-
     def place() -> Place:
         folder = tmp_path_factory.mktemp("place")
         (folder / "m.gguf").write_bytes(GGUF)
-        return Place(folder, {"MODEL_PATH": str(folder / "m.gguf")}, stub)
+        return Place(folder, {"MODEL_PATH": str(folder / "m.gguf")})
 
     with together(request, {name: partial(play, place()) for name, play in SCENARIOS.items()}) as outcome:
         yield outcome

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.parent.parent / "scripts"
 PATIENCE_S = 30.0
+FOR_COVERAGE = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 
 
 def free_ports(count: int) -> list[int]:
@@ -37,18 +38,15 @@ def program(path: Path, *argv: str) -> Path:
     return path
 
 
-def scripts_with(tmp_path: Path, **stand_ins: Path) -> Path:
-    """Copy the scripts, some of them replaced."""
-    folder = tmp_path / "scripts"
-    shutil.copytree(SCRIPTS, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, path in stand_ins.items():
-        shutil.copy(path, folder / f"{name}.py")
-    return folder
+def scripts_without(name: str, tmp_path: Path) -> Path:
+    """Copy the scripts, all but one."""
+    return shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__", name))
 
 
 class Boot:
     """One boot, with a stub llama-server unless LLAMA_BIN or MOCK_BACKEND says otherwise. A context manager.
 
+    With `stub_gateway` the gateway is one to order, too: support.stub_gateway.
     The parent test's environment does not leak in, but for the PATH and what coverage needs.
     """
 
@@ -59,6 +57,7 @@ class Boot:
         *,
         scripts: Path = SCRIPTS,
         by_shell: bool = False,
+        stub_gateway: bool = False,
         before: Sequence[str] = (),
         after: Sequence[str] = (),
         orders: Mapping[str, str] | Sequence[str] = (),
@@ -79,7 +78,8 @@ class Boot:
             "STATE_FILE": str(tmp_path / "state.json"),
             "STUB_DIR": str(self.control),
             "LLAMA_BIN": str(program(tmp_path / "stub-llama", sys.executable, str(SUPPORT / "stub_llama.py"))),
-            **{name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")},
+            **FOR_COVERAGE,
+            **({"PYTHONPATH": str(SUPPORT / "stand_in")} if stub_gateway else {}),
             **(settings or {}),
         }
         self.env = {name: value for name, value in self.env.items() if value != UNSET}
@@ -105,10 +105,15 @@ class Boot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The supervisor's children die with it.
+        # Asked twice it ends at once, in order; what does not, dies, and its children with it.
+        for _ in range(2):
+            self.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(PATIENCE_S)
         self.process.kill()
         self.process.wait()
         self._reader.join(PATIENCE_S)
+        assert not self._reader.is_alive(), "somebody who should be gone still holds the output"
         assert self.process.stdout
         self.process.stdout.close()
 
