@@ -103,6 +103,7 @@ class Stack:
         self.keys_file = folder / "keys.txt"
         self.state_file = folder / "state.json"
         self.access_file = folder / "access.log"
+        self.finish = asyncio.Event()  # for a script to stall on
         self.log = Unseen()
         self.problems: list[dict[str, Any]] = []
         self._clients: list[RawClient] = []
