@@ -20,7 +20,8 @@ from relay import Patience, Pool, fetch
 from routes import Routes
 from slots import LettingGo, total_slots
 from usage import Ledger
-from wire import BackendWire, ClientWire, Deadlines
+from waiting import Deadlines
+from wire import BackendWire, ClientWire
 
 log = logging.getLogger("gateway")
 

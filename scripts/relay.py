@@ -32,7 +32,8 @@ from http1 import (
     response_framing,
     wants_keep_alive,
 )
-from wire import BackendWire, ClientWire, Deadlines, Promise
+from waiting import Deadlines, Promise
+from wire import BackendWire, ClientWire
 
 # llama-server closes a connection that has idled for 5 s, and says so itself before its hundredth answer.
 _IDLE_S = 3.5

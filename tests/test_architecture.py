@@ -32,14 +32,15 @@ TABLE = {
     "slots": "admission errors",
     "backend_page": "errors metrics",
     "config": "accept http1",
-    "wire": "errors http1",
+    "waiting": "errors",
+    "wire": "errors http1 waiting",
     # layer 3: one exchange
     "exchange": "errors http1 logs metrics routes usage",
     "answer": "errors http1 wire",
     "heartbeat": "answer errors",
-    "relay": "answer errors http1 wire",
+    "relay": "answer errors http1 waiting wire",
     # layer 4: the gateway put together
-    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage wire",
+    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage waiting wire",
     "local": "answer auth errors http1 metrics parts readiness routes usage wire",
     "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
     "gateway": "config errors exchange logs parts request wire",
