@@ -60,6 +60,9 @@ class Gateway:
     # --- Connections ---
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._parts.draining:  # it came in the moment in which the listening ended
+            writer.transport.abort()
+            return
         client = ClientWire(writer, self._parts.deadlines, self._parts.config.limits)
         connections = self._parts.exchanges
         if len(connections) >= self._parts.config.queue.max_connections:
@@ -95,6 +98,7 @@ class Gateway:
                     return
                 parts.exchanges[client] = None
                 idle_s = timeouts.keepalive_s
+                del head, request  # an idle connection holds nothing of its last request
         except GatewayError as error:
             self._refuse(client, error)
         except PeerGone:
