@@ -40,6 +40,7 @@ async def serve(
         send_json(answer, 200, reload(parts))
     else:
         parts.drain()
+        answer.keep_alive = False
         send_json(answer, 202, {"state": DRAINING})
 
 

@@ -103,7 +103,7 @@ class Request:
             self.refuse(GatewayError(INTERNAL_ERROR))
         finally:
             self.finish()
-        return self.answer.keep_alive and not self._client.ended
+        return self.answer.keep_alive and not self._client.ended and not self._parts.draining
 
     async def _serve(self, head: RequestHead) -> None:
         exchange, parts = self.exchange, self._parts
@@ -289,6 +289,8 @@ class Request:
         exchange.stage = Stage.STREAMING
         self._client.stop_beating()
         self._let_body_go()
+        if self._parts.draining:
+            self.answer.keep_alive = False
         if exchange.route.kind.metered and head.status == 200 and b"content-encoding" not in head.known:
             exchange.meter = Meter(exchange.route.label)
         return exchange.meter
