@@ -86,10 +86,14 @@ class LettingGo:
                     self._held.pop(0).release()
         finally:
             self._patient = False
-            while self._held:
-                self._held.pop().release()
+            self._release_all()
+
+    def _release_all(self) -> None:
+        while self._held:
+            self._held.pop().release()
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._release_all()  # a task that never ran has not done so
