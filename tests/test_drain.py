@@ -1,0 +1,313 @@
+"""The end: who waits is refused, who streams may finish, what is left is cut visibly, and the process ends with 0."""
+
+import asyncio
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
+from support.gateway import CHAT, KEY, KEYS, OPERATOR_KEY, Stack, get, post, request, scenario, until
+from support.rawclient import RawClient
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+DRAIN = request(b"POST", b"/drain", b"", key=OPERATOR_KEY)
+PATIENT = {"DRAIN_TIMEOUT": "1000"}
+HASTY = {"DRAIN_TIMEOUT": "0.05"}
+
+
+async def ended(stack: Stack) -> None:
+    await asyncio.wait_for(stack.gateway.run_until_ended(), 20)
+
+
+async def working(stack: Stack, *first: bytes) -> RawClient:
+    """A client whose request is at the backend, which sends `first`, waits for `stack.finish`, and goes on."""
+    rest = (chunk(event("end")) + LAST_CHUNK) if first else answer()
+    stack.backend.script(*(send(each) for each in first), stall(stack.finish), send(rest))
+    before = len(stack.backend.calls)
+    client = await stack.client()
+    client.send(post())
+    await stack.backend.call(before)
+    if first:
+        await client.take_through(b"\r\n\r\n")
+    return client
+
+
+@scenario(**PATIENT)
+async def test_idle_gateway_drains_at_once(stack):
+    idle = await stack.client()
+    await until(lambda: stack.parts.exchanges)
+    stack.gateway.drain()
+    await ended(stack)
+    assert await idle.take_all() == b""
+    with pytest.raises(ConnectionRefusedError):
+        await stack.client()
+
+
+@pytest.mark.parametrize("turns", range(6))
+@scenario(**PATIENT)
+async def test_newcomer_of_that_moment_does_not_hold_it_up(stack, turns):
+    client = await stack.client()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    stack.gateway.drain()
+    await ended(stack)
+    await client.until(lambda: bool(client.ended))
+
+
+@scenario(**PATIENT)
+async def test_operator_drains_and_nobody_else(stack):
+    assert (await stack.ask(request(b"POST", b"/drain", b""))).status == 403
+    assert (await stack.ask(request(b"POST", b"/drain", b"", key=None))).status == 401
+    assert (await stack.ask(get(b"/drain", key=OPERATOR_KEY))).status == 405
+    assert not stack.parts.draining
+    client = await stack.client()
+    client.send(DRAIN)
+    response = await client.response()
+    assert (response.status, response.json, response.field(b"connection")) == (202, {"state": "draining"}, b"close")
+    await ended(stack)
+
+
+@scenario(**PATIENT)
+async def test_streams_and_answers_under_way_finish_and_their_connections_end(stack):
+    stream, whole = await working(stack, STREAM_HEAD + chunk(event("1"))), await working(stack)
+    stack.gateway.drain()
+    stack.gateway.drain()
+    stack.finish.set()
+    assert await stream.take_all() == chunk(event("1")) + chunk(event("end")) + LAST_CHUNK
+    response = await whole.response()
+    assert (response.status, response.body, response.field(b"connection")) == (200, HELLO, b"close")
+    assert await whole.take_all() == b""
+    await ended(stack)
+    await stack.stop()
+    assert {line["outcome"] for line in stack.lines} == {"done"}
+
+
+@scenario(MAX_CONCURRENT_REQUESTS="1", **PATIENT)
+async def test_queued_requests_are_refused(stack):
+    first = await working(stack)
+    queued = await stack.client()
+    queued.send(post())
+    await until(lambda: stack.parts.gate.queued == 1)
+    stack.gateway.drain()
+    response = await queued.response()
+    assert (response.status, response.code) == (503, "draining")
+    assert (response.field(b"connection"), response.field(b"retry-after")) == (b"close", b"5")
+    assert await queued.take_all() == b""
+    stack.finish.set()
+    assert (await first.response()).status == 200
+    await ended(stack)
+    assert len(stack.backend.calls) == 1
+
+
+@scenario(STATE="loading", **PATIENT)
+async def test_held_requests_are_refused_and_a_begun_stream_gets_the_event(stack):
+    plain, stream = await stack.client(), await stack.client()
+    plain.send(post())
+    stream.send(post(CHAT, b'{"stream": true}'))
+    await until(lambda: stack.parts.gate.queued == 2)
+    stack.advance(15)
+    await stream.take_through(b"\n\n\r\n")
+    stack.gateway.drain()
+    assert (await plain.response()).code == "draining"
+    rest = await stream.take_all()
+    assert rest.count(b"data: ") == 1
+    assert b'"code": "draining"' in rest
+    assert rest.endswith(LAST_CHUNK)
+    await ended(stack)
+
+
+@scenario(**PATIENT)
+async def test_head_that_is_on_its_way_is_answered_and_its_connection_closed(stack):
+    clients = [await stack.client() for _ in range(3)]
+    for client in clients:
+        client.send(b"GET ")
+    await until(lambda: sum(wire.has_unread for wire in stack.parts.exchanges) == 3)
+    stack.gateway.drain()
+    for client, rest, status in zip(
+        clients, (get(b"/ping"), get(b"/health"), get(b"/v1/models")), (200, 503, 503), strict=True
+    ):
+        client.send(rest.removeprefix(b"GET "))
+        response = await client.response()
+        assert (response.status, response.field(b"connection")) == (status, b"close")
+        assert await client.take_all() == b""
+        if rest.startswith(b"GET /health"):
+            assert response.json["state"] == "draining"
+    await ended(stack)
+
+
+@scenario(**PATIENT)
+async def test_pipelined_request_behind_the_last_answer_is_refused(stack):
+    client = await working(stack)
+    client.send(post())
+    stack.gateway.drain()
+    stack.finish.set()
+    assert (await client.response()).status == 200
+    assert await client.take_all() == b""
+    await ended(stack)
+
+
+@scenario(**HASTY)
+async def test_what_has_not_finished_in_time_is_cut_with_one_error_event(stack):
+    stream, silent = await working(stack, STREAM_HEAD + chunk(event("1"))), await working(stack)
+    sized = await working(stack, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nabc")
+    stack.gateway.drain()
+    await ended(stack)
+    rest = (await stream.take_all()).removeprefix(chunk(event("1")))
+    assert rest.count(b"data: ") == 1
+    assert b'"code": "draining"' in rest
+    assert not rest.endswith(LAST_CHUNK)
+    assert (await silent.response()).code == "draining"
+    assert await sized.take_all() == b"abc"
+    for call in stack.backend.calls:
+        await asyncio.wait_for(call.gone.wait(), 10)
+    await stack.stop()
+    assert sorted(line["outcome"] for line in stack.lines) == ["refused", "truncated", "truncated"]
+
+
+@scenario(**PATIENT)
+async def test_a_second_signal_does_not_wait(stack):
+    client = await working(stack, STREAM_HEAD)
+    stack.gateway.drain()
+    stack.gateway.stop()
+    await ended(stack)
+    await stack.gateway.close()
+    await client.until(lambda: bool(client.ended))
+    assert not client.received.endswith(LAST_CHUNK)
+
+
+# --- The process ---
+
+
+@contextmanager
+def process(folder: Path, scripts: Path = SCRIPTS, **settings: str) -> Iterator[subprocess.Popen[str]]:
+    """gateway.py as the supervisor runs it; its first output names its port."""
+    keys = folder / "keys.txt"
+    if not keys.exists():
+        keys.write_text(KEYS)
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOST": "127.0.0.1",
+        "PORT": "0",
+        "DATA_DIR": str(folder),
+        "AUTH_KEYS_FILE": str(keys),
+        **{name: value for name, value in os.environ.items() if name.startswith("COV_CORE")},
+        **settings,
+    }
+    words = [sys.executable, str(scripts / "gateway.py")]
+    with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as gateway:
+        try:
+            yield gateway
+        finally:
+            gateway.kill()
+
+
+def port_of(gateway: subprocess.Popen[str]) -> int:
+    said = []
+    while line := gateway.stdout.readline():
+        said.append(line)
+        if " port " in line:
+            return int(line.rpartition(" port ")[2])
+    raise AssertionError(said)
+
+
+def exchange(port: int, raw: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), 20) as sock:
+        sock.sendall(raw)
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_pitfall_34_a_signal_ends_it_with_0_and_no_traceback(tmp_path, number):
+    with process(tmp_path) as gateway:
+        port = port_of(gateway)
+        assert b"200 OK" in exchange(port, get(b"/ping", b"Connection: close"))
+        with socket.create_connection(("127.0.0.1", port), 20):  # an idle connection does not hold it up
+            gateway.send_signal(number)
+            said = gateway.communicate(timeout=20)[0]
+        assert gateway.returncode == 0
+        assert "draining" in said
+        assert "stopped" in said
+        assert "Traceback" not in said
+
+
+def test_pitfall_34_a_second_signal_ends_it_at_once(tmp_path):
+    state = tmp_path / "state.json"
+    state.write_text('{"state": "ready"}')
+    with socket.create_server(("127.0.0.1", 0)) as backend:
+        settings = {
+            "PORT_BACKEND": str(backend.getsockname()[1]),
+            "STATE_FILE": str(state),
+            "MAX_CONCURRENT_REQUESTS": "1",
+        }
+        with (
+            process(tmp_path, DRAIN_TIMEOUT="1000", **settings) as gateway,
+            socket.create_connection(("127.0.0.1", port_of(gateway)), 20) as client,
+        ):
+            client.sendall(post())
+            with backend.accept()[0] as held:
+                assert held.recv(4) == b"POST"
+                gateway.send_signal(signal.SIGTERM)
+                while "draining" not in gateway.stdout.readline():
+                    pass
+                gateway.send_signal(signal.SIGTERM)
+                said = gateway.communicate(timeout=20)[0]
+            assert gateway.returncode == 0
+            assert "Traceback" not in said
+
+
+def test_hangup_reloads_the_keys(tmp_path):
+    with process(tmp_path, KEYS_WATCH_SECONDS="0") as gateway:
+        port = port_of(gateway)
+        (tmp_path / "keys.txt").write_text("olga:" + OPERATOR_KEY.decode() + " role=operator\n")
+        gateway.send_signal(signal.SIGHUP)
+        while "1 in force" not in gateway.stdout.readline():
+            pass
+        assert b" 401 " in exchange(port, get(b"/v1/models", b"Connection: close", key=KEY))
+        assert b" 202 " in exchange(port, DRAIN.replace(b"Content", b"Connection: close\r\nContent"))
+        assert gateway.wait(20) == 0
+
+
+def test_taken_port_is_status_5_and_one_line(tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        process(tmp_path, PORT=str(taken.getsockname()[1])) as gateway,
+    ):
+        said = gateway.communicate(timeout=20)[0]
+        assert gateway.returncode == 5
+        assert "cannot listen on 127.0.0.1 port" in said
+        assert "Traceback" not in said
+
+
+def test_bad_settings_are_status_2_and_all_told(tmp_path):
+    with process(tmp_path, AUTH_ENABLED="ture", MAX_QUEUE_SIZE="-1") as gateway:
+        said = gateway.communicate(timeout=20)[0]
+        assert gateway.returncode == 2
+        assert "AUTH_ENABLED" in said
+        assert "MAX_QUEUE_SIZE" in said
+
+
+def test_check_config_prints_and_does_not_listen(tmp_path):
+    words = [sys.executable, str(SCRIPTS / "gateway.py"), "--check-config"]
+    done = subprocess.run(
+        words, env={"DATA_DIR": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=20
+    )
+    assert done.returncode == 0
+    assert "MAX_CONCURRENT_REQUESTS" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["auth", "keyfile", "routes", "http1"])
+def test_pitfall_44_without_a_sibling_nothing_is_served(tmp_path, name):
+    scripts = tmp_path / "scripts"
+    shutil.copytree(SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__", f"{name}.py"))
+    with process(tmp_path, scripts) as gateway:
+        said = gateway.communicate(timeout=20)[0]
+        assert gateway.returncode == 1
+        assert f"No module named '{name}'" in said
