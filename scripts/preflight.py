@@ -71,7 +71,8 @@ def check_tls(config: Config) -> None:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, ssl.SSLError) else getattr(error, "strerror", None) or error
+        no_pem = f"no certificate chain and its key in PEM form ({error})"
+        reason = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else no_pem
         words = f"TLS_CERT_FILE, TLS_KEY_FILE: {cert} and {key} cannot be loaded: {reason}"
         raise Ending(SETTINGS_WRONG, words) from None
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 PREFIX = "llama-gateway-"
 KEY_PREFIX = "gateway-"
+LOCK = "lock"
 log = logging.getLogger(__name__)
 PLACES = (Path("/dev/shm"), Path("/tmp"))
 
@@ -28,12 +29,10 @@ class RunDir:
     def __init__(self, places: Sequence[Path] = PLACES) -> None:
         for place in places:
             _sweep(place)
-        self.path = _make(places)
+        self.path, self._lock = _make(places)
         self.key_file = self.path / "backend.key"
         self.state_file = self.path / "state.json"
         self.model_file = self.path / "model.json"
-        self._lock = os.open(self.path / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write_key(self, given: str | None) -> str:
         """Keep the backend's key (the operator's, else a new one) in a file, since a command line is public."""
@@ -48,10 +47,14 @@ class RunDir:
         os.close(self._lock)
 
 
-def _make(places: Sequence[Path]) -> Path:
+def _make(places: Sequence[Path]) -> tuple[Path, int]:
+    """Make the folder and lock it before it gets the name that other boots sweep."""
     for place in places:
         with suppress(OSError):
-            return Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))
+            new = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=place))
+            lock = os.open(new / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return new.rename(new.with_name(new.name[1:])), lock
     raise OSError(f"none of {', '.join(map(str, places))} can be written")
 
 
@@ -59,12 +62,12 @@ def _sweep(place: Path) -> None:
     """Remove run directories that nobody holds any more."""
     for path in place.glob(PREFIX + "*"):
         with suppress(OSError):
-            if path.stat().st_uid == os.getuid() and not path.is_symlink() and _abandoned(path / "lock"):
+            if path.stat().st_uid == os.getuid() and not path.is_symlink() and _abandoned(path / LOCK):
                 shutil.rmtree(path, ignore_errors=True)
 
 
 def _abandoned(lock: Path) -> bool:
-    """A folder without a lock file may be in the making, so it is left alone."""
+    """A lock that can be had has nobody to hold it; a folder without one is not of our making."""
     with lock.open("rb") as file, suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -58,15 +59,27 @@ def test_what_a_killed_supervisor_left_is_swept(tmp_path: Path) -> None:
     left.mkdir()
     (left / "lock").touch()
     (left / "backend.key").touch()
-    in_the_making = tmp_path / f"{PREFIX}new"
-    in_the_making.mkdir()
+    somebody_elses = tmp_path / f"{PREFIX}new"
+    somebody_elses.mkdir()
     (tmp_path / f"{PREFIX}link").symlink_to(tmp_path)
     in_use = RunDir([tmp_path])
     mine = RunDir([tmp_path])
     assert not left.exists()
     assert in_use.path.exists()
     assert mine.path.exists()
-    assert in_the_making.exists()
+    assert somebody_elses.exists()
+
+
+def test_boots_at_one_time_leave_each_others_folders_alone(tmp_path: Path) -> None:
+    def boot(number: int) -> bool:
+        run_dir = RunDir([tmp_path])
+        run_dir.write_key(None)
+        there = run_dir.key_file.exists()
+        run_dir.remove()
+        return there
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(boot, range(200)))
 
 
 def test_the_state_is_written_whole_and_only_when_it_changes(tmp_path: Path) -> None:

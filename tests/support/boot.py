@@ -47,7 +47,8 @@ class Boot:
     """One boot, with a stub llama-server unless LLAMA_BIN or MOCK_BACKEND says otherwise. A context manager.
 
     With `stub_gateway` the gateway is one to order, too: support.stub_gateway.
-    The parent test's environment does not leak in, but for the PATH and what coverage needs.
+    The parent test's environment does not leak in, but for the PATH and, where `covered`, what coverage needs: it makes
+    each of the processes start much later.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Boot:
         scripts: Path = SCRIPTS,
         by_shell: bool = False,
         stub_gateway: bool = False,
+        covered: bool = True,
         before: Sequence[str] = (),
         after: Sequence[str] = (),
         orders: Mapping[str, str] | Sequence[str] = (),
@@ -78,7 +80,7 @@ class Boot:
             "STATE_FILE": str(tmp_path / "state.json"),
             "STUB_DIR": str(self.control),
             "LLAMA_BIN": str(program(tmp_path / "stub-llama", sys.executable, str(SUPPORT / "stub_llama.py"))),
-            **FOR_COVERAGE,
+            **(FOR_COVERAGE if covered else {}),
             **({"PYTHONPATH": str(SUPPORT / "stand_in")} if stub_gateway else {}),
             **(settings or {}),
         }
