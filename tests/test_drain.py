@@ -198,7 +198,7 @@ def process(folder: Path, scripts: Path = SCRIPTS, **settings: str) -> Iterator[
         "PORT": "0",
         "DATA_DIR": str(folder),
         "AUTH_KEYS_FILE": str(keys),
-        **{name: value for name, value in os.environ.items() if name.startswith("COV_CORE")},
+        **{name: value for name, value in os.environ.items() if name.startswith("COV")},
         **settings,
     }
     words = [sys.executable, str(scripts / "gateway.py")]

@@ -170,7 +170,7 @@ class Stack:
         assert not self.problems, self.problems
         bugs = [record.exc_text or record.getMessage() for record in self.log.records if record.exc_info]
         assert not bugs, bugs
-        lines, counted = len(self.lines), sum(parts.metrics.requests._readings().values())
+        lines, counted = self._text.count("\n"), sum(parts.metrics.requests._readings().values())
         assert lines == counted, f"{lines} access lines, {counted} requests counted"
 
     # --- Clients ---
@@ -217,10 +217,14 @@ class Stack:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """The access lines, once the stack has stopped."""
+        return [json.loads(line) for line in self._text.splitlines()]
+
+    @property
+    def _text(self) -> str:
         assert self._stopped
         text = self.access_file.read_text()
         assert text == "" or text.endswith("\n")
-        return [json.loads(line) for line in text.splitlines()]
+        return text
 
     def counted(self, name: str, *labels: str) -> float:
         """A counter's value."""
