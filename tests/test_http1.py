@@ -127,11 +127,12 @@ def test_head_keeps_order_and_spelling_and_indexes_what_is_read() -> None:
 
 
 @each_feed
-def test_what_follows_a_head_is_left_alone(feed: Feed) -> None:
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+def test_what_follows_a_head_is_left_alone(before: bytes, feed: Feed) -> None:
     scanner = HeadScanner(LIMITS)
     heads: list[bytes] = []
     rest = b""
-    for piece in feed(b"\r\nGET /x HTTP/1.1\r\nHost: a\r\n\r\n\0\xffGET"):
+    for piece in feed(before + b"GET /x HTTP/1.1\r\nHost: a\r\n\r\n\0\xffGET"):
         if heads:
             rest += piece
         elif (head := scanner.feed(piece)) is not None:
@@ -230,6 +231,19 @@ def test_limit_holds_before_the_rest_arrives(
     assert suffice < len(raw)
     assert read_requests(feed(raw[: suffice - 1]), LIMITS).told() == "more"
     assert read_requests(feed(raw[:suffice]), LIMITS).told() == code
+
+
+@each_feed
+def test_limits_of_the_two_kinds_of_line_are_two(feed: Feed) -> None:
+    wide, narrow = Limits(request_line_bytes=300), Limits(header_line_bytes=100)
+    assert read_requests(feed(header_line(301)), wide).told() == "GET / X-A=296 octets"
+    assert read_requests(feed(request_line(301)), wide).told() == "uri_too_long"
+    assert read_requests(feed(request_line(301)), narrow).error is None
+    assert read_requests(feed(header_line(101)), narrow).told() == "header_fields_too_large"
+
+
+def test_default_limits() -> None:
+    assert Limits() == Limits(8192, 8192, 64, 10 * 1024 * 1024, 65536)
 
 
 def test_pitfall_26_a_line_over_64_kib_is_answered() -> None:

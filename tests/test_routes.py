@@ -130,8 +130,9 @@ def test_what_each_class_means() -> None:
         assert kind.changing == (one in set(lines(OPERATOR_CHANGING))), one
         assert kind.blocked == (one in set(lines(BLOCKED))), one
         assert found(method, target).needs_body == (one in set(lines(INFERENCE, CHEAP_WITH_BODY))), one
-        # An answer that was lost may be asked for again only where nothing has changed.
-        assert not (kind.repeatable and (kind.changing or kind.local)), one
+        # What was lost is asked for once more only where asking twice does no harm.
+        again = set(lines(INFERENCE, CHEAP, CHEAP_WITH_BODY, OPERATOR_READING))
+        assert kind.repeatable == (one in again), one
 
 
 def test_pitfall_18_cheap_routes_take_no_slot() -> None:
@@ -296,6 +297,7 @@ def test_a_refusal_says_why() -> None:
     blocked = Routes().find(b"GET", b"/tools").error()
     assert isinstance(blocked, GatewayError)
     assert (blocked.kind, blocked.message) == (ROUTE_NOT_ALLOWED, "This route is blocked.")
+    assert blocked.fields == Routes().find(b"GET", b"/new").error().fields == ()
 
 
 # --- Spellings ---

@@ -38,6 +38,7 @@ FEEDS: dict[str, Feed] = {
     "bytewise": lambda raw: in_pieces(raw, 1),
     "torn crlf": lambda raw: re.split(rb"(?<=\r)(?=\n)", raw),
     "pairs": lambda raw: in_pieces(raw, 2),
+    "halves": lambda raw: [raw[: len(raw) // 2], raw[len(raw) // 2 :]],
 }
 
 
