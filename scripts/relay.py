@@ -268,7 +268,7 @@ class Relay:
         try:
             await self._client.wait(finished, self._patience.stream_idle_s, BACKEND_TIMEOUT, renewing=True)
         except GatewayError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # its frames hold this relay: a cycle
             self._answer.truncate(error, at_event=self._at_event(), flush_s=self._patience.stream_idle_s)
             return False
         return True

@@ -79,10 +79,11 @@ class Promise(Generic[T]):
     Whatever comes after the first result is ignored: the one who promised may not know that nobody waits any more.
     """
 
-    __slots__ = ("_error", "_value", "done", "wake")
+    __slots__ = ("_error", "_value", "done", "failed", "wake")
 
     def __init__(self) -> None:
         self.done = False
+        self.failed = False
         self.wake: Callable[[], None] | None = None
         self._error: BaseException | None = None
 
@@ -95,18 +96,19 @@ class Promise(Generic[T]):
 
     def fail(self, error: BaseException) -> None:
         if not self.done:
-            self.done = True
+            self.done = self.failed = True
             self._error = error
             if self.wake is not None:
                 self.wake()
 
-    @property
-    def failed(self) -> bool:
-        return self._error is not None
-
     def result(self) -> T:
-        if self._error is not None:
-            raise self._error
+        """What has become of it; to be asked once."""
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: kept here or in the promise, it would be a cycle
         return self._value
 
     async def in_task(self) -> T:

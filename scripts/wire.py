@@ -32,6 +32,7 @@ class Wire(asyncio.Protocol):
 
     __slots__ = (
         "_deadlines",
+        "_former",
         "_sink",
         "_writer",
         "beat_s",
@@ -57,6 +58,7 @@ class Wire(asyncio.Protocol):
         self.deadline_s = inf
         self.beat_s = inf
         deadlines.add(self)
+        self._former = self.transport.get_protocol()
         self.transport.set_protocol(self)
 
     def eof_received(self) -> bool:
@@ -68,6 +70,7 @@ class Wire(asyncio.Protocol):
         self._end(orderly=exc is None)
         if self.feeder is not None:
             self.feeder.transport.resume_reading()
+        self._former.connection_lost(None)  # it lets the writer go, and the writer the transport
 
     def _end(self, *, orderly: bool) -> None:
         if not self.ended:

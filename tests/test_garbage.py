@@ -1,0 +1,63 @@
+"""A request that is over is gone at once: nothing of it waits for the garbage collector, which comes late."""
+
+import asyncio
+import gc
+from asyncio.streams import StreamReaderProtocol
+
+import pytest
+
+from answer import Answer
+from errors import GatewayError, PeerGone
+from exchange import Exchange
+from relay import Relay
+from request import Request
+from support.backend import STREAM_HEAD, answer, chunk, close, event, reset, send, stall
+from support.gateway import CHAT, Stack, post, scenario, until
+from waiting import Promise
+from wire import Wire
+
+OURS = (Answer, Exchange, GatewayError, PeerGone, Promise, Relay, Request, StreamReaderProtocol, Wire)
+
+ENDS = {
+    "whole": [send(answer())],
+    "cut": [send(STREAM_HEAD + chunk(event("1"))), close()],
+    "reset": [reset()],
+    "malformed": [send(b"nonsense\r\n\r\n")],
+    "cancelled while streaming": [send(STREAM_HEAD + chunk(event("1"))), stall()],
+    "cancelled before the answer": [stall()],
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+@scenario()
+async def test_nothing_of_a_request_is_left_for_the_collector(stack: Stack, end: str) -> None:
+    await one(stack, end)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        await one(stack, end)
+        stack.parts.observer.flush()
+        gc.collect()
+        found = sorted(type(thing).__name__ for thing in gc.garbage if isinstance(thing, OURS))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert found == []
+
+
+async def one(stack: Stack, end: str) -> None:
+    """One request on a connection of its own, until the gateway has done with both of its connections."""
+    stack.backend.script(*ENDS[end])
+    seen = len(stack.backend.calls)
+    client = await stack.client()
+    client.send(post(CHAT, b'{"stream": true}', b"Connection: close"))
+    call = await stack.backend.call(seen)
+    if not end.startswith("cancelled"):
+        await client.take_all()
+    client.close()
+    await until(lambda: not stack.parts.exchanges, "the client's connection is gone")
+    stack.parts.pool.close()
+    await asyncio.wait_for(call.gone.wait(), 10)
+    await until(lambda: not stack.open_clients, "the wires are gone")
