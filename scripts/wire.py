@@ -36,6 +36,7 @@ class Wire(asyncio.Protocol):
         "_sink",
         "_writer",
         "beat_s",
+        "choked",
         "deadline_s",
         "ended",
         "feeder",
@@ -55,6 +56,7 @@ class Wire(asyncio.Protocol):
         self.ended = False
         self.orderly = False  # it ended by the peer's FIN, not by a reset or by us
         self.heard = False
+        self.choked = False  # the peer does not take what is written
         self.deadline_s = inf
         self.beat_s = inf
         deadlines.add(self)
@@ -82,10 +84,12 @@ class Wire(asyncio.Protocol):
     # --- This peer's reading speed is the limit for the one that feeds it ---
 
     def pause_writing(self) -> None:
+        self.choked = True
         if self.feeder is not None:
             self.feeder.transport.pause_reading()
 
     def resume_writing(self) -> None:
+        self.choked = False
         self.heard = True
         if self.feeder is not None:
             self.feeder.transport.resume_reading()
@@ -117,6 +121,7 @@ class ClientWire(Wire):
         "_pending",
         "_renewal_s",
         "_scanner",
+        "_taken",
         "on_beat",
         "peer",
         "sent_bytes",
@@ -134,6 +139,7 @@ class ClientWire(Wire):
         self._kind: Kind | None = None
         self._renewal_s = 0.0
         self._limit_s = inf
+        self._taken: Promise[None] | None = None
         self.on_beat: Callable[[float], None] | None = None
         self.sent_bytes = 0
 
@@ -335,6 +341,21 @@ class ClientWire(Wire):
 
     # --- The end ---
 
+    async def until_taken(self, seconds: float) -> None:
+        """Wait until the client has taken what was written, but for a little. Raises PeerGone where it does not."""
+        promise = self._taken = Promise[None]()
+        try:
+            await self.wait(promise, seconds, None)
+        except GatewayError:
+            raise PeerGone from None
+        finally:
+            self._taken = None
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taken is not None:
+            self._taken.keep(None)
+
     def truncate(self, *, reset: bool, flush_s: float) -> None:
         """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""
         if reset:
@@ -450,6 +471,7 @@ class BackendWire(Wire):
     def rest_idle(self) -> None:
         """Nobody expects bytes any more; any that come abort the connection."""
         self._sink = self._head = self.on_end = None
+        self.transport.resume_reading()
         self.reused = True
 
     def was_stale(self) -> bool:
