@@ -231,7 +231,9 @@ class Relay:
             begun = self._answer.begin_relayed(head, lines, framing)
         else:
             begun = await self._go_on(backend, head)
-        self._answer.write(begun + self._take(backend.take_rest()))
+        taken = self._take(backend.take_rest())
+        self._client.feeder = backend
+        self._answer.write(begun + taken)
         self.whole = body.done or await self._pass_rest(backend)
         # llama-server closes behind a stream, whatever its head says, and not always before the next request.
         return body.done and not body.surplus and keeps_alive(head) and not isinstance(body, ChunkedBody)
@@ -264,7 +266,6 @@ class Relay:
         backend.pass_to(self._receive, self._backend_ended)
         if backend.ended:
             self._backend_ended(backend.orderly)
-        self._client.feeder = backend
         try:
             await self._client.wait(finished, self._patience.stream_idle_s, BACKEND_TIMEOUT, renewing=True)
         except GatewayError as error:

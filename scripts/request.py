@@ -103,7 +103,11 @@ class Request:
             self.refuse(GatewayError(INTERNAL_ERROR))
         finally:
             self.finish()
-        return self.answer.keep_alive and not self._client.ended and not self._parts.draining
+        if not self.answer.keep_alive or self._client.ended:
+            return False
+        if self._client.choked:
+            await self._client.until_taken(self._parts.config.timeouts.stream_idle_s)
+        return not self._parts.draining
 
     async def _serve(self, head: RequestHead) -> None:
         exchange, parts = self.exchange, self._parts
