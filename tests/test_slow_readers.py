@@ -1,0 +1,102 @@
+"""Clients that do not read: what is held for them is bounded, whatever they had asked for, and nobody else notices."""
+
+import asyncio
+import socket
+
+import pytest
+
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, send
+from support.gateway import CHAT, Stack, get, post, scenario, until
+from support.rawclient import RawClient
+
+BOUND_BYTES = 1 << 20
+
+
+async def deaf(stack: Stack) -> RawClient:
+    """A client that reads nothing, on a connection whose buffers in the kernel hold next to nothing."""
+    before = set(stack.parts.exchanges)
+    client = await stack.client(receive_buffer=4096)
+    client.transport.pause_reading()
+    await until(lambda: set(stack.parts.exchanges) - before)
+    (wire,) = set(stack.parts.exchanges) - before
+    wire.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    return client
+
+
+def held_bytes(stack: Stack) -> int:
+    return sum(wire.transport.get_write_buffer_size() for wire in stack.open_clients)
+
+
+async def settled(stack: Stack) -> None:
+    """Until the gateway neither reads nor writes any more; bounded, should it never settle."""
+    still, before = 0, (-1, -1)
+    while still < 50 and held_bytes(stack) < 8 * BOUND_BYTES:
+        await asyncio.sleep(0.001)
+        now = (held_bytes(stack), stack.backend.sent_bytes)
+        still, before = (still + 1 if now == before else 0), now
+
+
+@scenario()
+async def test_backend_connection_that_was_paused_for_a_slow_reader_serves_the_next_request(stack):
+    client = await deaf(stack)
+    whole = answer(b"x" * 85_000)
+    stack.backend.script(send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
+    client.send(post())
+    await until(lambda: stack.backend.calls and not stack.parts.relaying)
+    assert held_bytes(stack) > 1 << 16
+    for _ in range(3):
+        assert (await stack.ask(post())).body == HELLO
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * 85_000
+
+
+@pytest.mark.parametrize("framing", ["sized", "chunked"])
+@scenario()
+async def test_one_that_never_reads_a_byte_holds_little(stack, framing):
+    client = await deaf(stack)
+    octets = 48 << 20
+    if framing == "sized":
+        stack.backend.script(send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % octets + b"x" * octets, 1 << 20))
+    else:
+        stack.backend.script(send(STREAM_HEAD + chunk(b"x" * 65536) * (octets >> 16) + LAST_CHUNK, 1 << 20))
+    client.send(post())
+    await stack.backend.call()
+    await settled(stack)
+    assert 0 < held_bytes(stack) < BOUND_BYTES
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * octets
+
+
+@scenario()
+async def test_answers_to_pipelined_requests_do_not_pile_up(stack):
+    client = await deaf(stack)
+    client.send(get(b"/metrics", key=None) * 4000)
+    await settled(stack)
+    assert 0 < held_bytes(stack) < BOUND_BYTES
+    client.transport.resume_reading()
+    for _ in range(4000):
+        assert (await client.response()).status == 200
+
+
+@scenario()
+async def test_second_answer_waits_until_the_first_is_taken(stack):
+    client = await deaf(stack)
+    stack.backend.script(send(answer(b"1" * 200_000), 1 << 20))
+    stack.backend.script(send(answer(b"2" * (32 << 20)), 1 << 20))
+    client.send(post(CHAT, b"1") + post(CHAT, b"2"))
+    await stack.backend.call()
+    await settled(stack)
+    assert 0 < held_bytes(stack) < BOUND_BYTES
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"1" * 200_000
+    assert (await client.response()).body == b"2" * (32 << 20)
+
+
+@scenario(STREAM_IDLE_TIMEOUT="60")
+async def test_one_that_takes_nothing_between_two_requests_is_dropped(stack):
+    client = await deaf(stack)
+    client.send(get(b"/metrics", key=None) * 200)
+    await settled(stack)
+    stack.advance(60)
+    stack.advance(60)
+    await until(lambda: not stack.open_clients, "it is dropped")
