@@ -5,7 +5,6 @@ the other, and no second status line can follow a first.
 """
 
 import time
-from email.utils import formatdate
 from http import HTTPStatus
 
 from errors import Dialect, Fields, GatewayError, envelope, event
@@ -33,6 +32,11 @@ _NOT_PASSED = HOP_BY_HOP | {
     b"access-control-max-age",
     b"x-request-id",
 }
+
+
+def http_date() -> str:
+    """Now, as RFC 9110 section 5.6.7 writes it. No process of ours sets a locale, so that the names are English."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
 
 
 def relayed_lines(head: ResponseHead) -> bytes:
@@ -156,7 +160,7 @@ class Answer:
     def send(self, status: int, content_type: bytes, payload: bytes, fields: Fields = ()) -> None:
         """Answer with a whole response (RFC 9110 section 6.6.1: with a Date)."""
         self._sized, self._chunked = True, False
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {formatdate(time.time(), usegmt=True)}\r\n"]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {http_date()}\r\n"]
         if content_type:
             lines.append(f"Content-Type: {content_type.decode()}\r\n")
         if status != HTTPStatus.NO_CONTENT:

@@ -6,8 +6,8 @@ requests or writes an access line, so that the two always agree and refusals are
 
 import json
 import logging
+import os
 import re
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -60,7 +60,7 @@ class RequestIds:
     """Ids for requests that bring none worth keeping: unique across processes, cheap to make."""
 
     def __init__(self) -> None:
-        self._prefix = "req-" + secrets.token_hex(6) + "-"
+        self._prefix = "req-" + os.urandom(6).hex() + "-"
         self._count = count(1)
 
     def make(self) -> str:
