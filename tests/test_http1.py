@@ -15,16 +15,19 @@ import pytest
 
 from errors import BACKEND_MALFORMED, GatewayError
 from http1 import (
+    CHUNKED,
     CRLF,
     ChunkedBody,
     Framing,
     HeadScanner,
     Limits,
+    RequestBody,
     RequestHead,
     SizedBody,
     UnboundedBody,
     connection_options,
     encode_chunk,
+    expects_continue,
     parse_request_head,
     request_framing,
     response_body,
@@ -165,6 +168,21 @@ def test_connection_options() -> None:
 
 
 @pytest.mark.parametrize(
+    ("lines", "version", "expects"),
+    [
+        (b"", b"1.1", False),
+        (b"Expect: 100-continue\r\n", b"1.1", True),
+        (b"eXPECT: 100-CONTINUE\r\n", b"1.1", True),
+        (b"Expect: 100-continue\r\n", b"1.0", False),
+        (b"Expect: anything\r\n", b"1.0", False),
+    ],
+)
+def test_pitfall_29_who_waits_for_100_continue(lines: bytes, version: bytes, expects: bool) -> None:
+    head = parse_request_head(b"POST / HTTP/%b\r\nHost: a\r\n%b\r\n" % (version, lines), LIMITS)
+    assert expects_continue(head) is expects
+
+
+@pytest.mark.parametrize(
     ("minor", "options", "stays"),
     [
         (1, (), True),
@@ -231,6 +249,16 @@ def test_limit_holds_before_the_rest_arrives(
     assert suffice < len(raw)
     assert read_requests(feed(raw[: suffice - 1]), LIMITS).told() == "more"
     assert read_requests(feed(raw[:suffice]), LIMITS).told() == code
+    assert read_requests(feed(raw[: suffice + 2]), LIMITS).told() == code
+
+
+def test_chunks_that_come_one_a_read_are_counted_too() -> None:
+    body = RequestBody(CHUNKED, LIMITS)
+    body.feed(encode_chunk(b"a" * 32))
+    body.feed(encode_chunk(b"b" * 32))
+    assert (body.octets, body.pieces) == (64, [b"a" * 32, b"b" * 32])
+    with pytest.raises(GatewayError, match="MAX_REQUEST_BODY_SIZE"):
+        body.feed(encode_chunk(b"c"))
 
 
 @each_feed
@@ -333,10 +361,12 @@ def test_pitfall_29_versions_are_read() -> None:
         assert read_requests([b"GET / HTTP/%b\r\nHost: a\r\n\r\n" % version], LIMITS).told() == told
 
 
-CHUNKED = [case for case in files("responses") if isinstance(read_response([case.values[0].raw]).body, ChunkedBody)]
+CHUNKED_RESPONSES = [
+    case for case in files("responses") if isinstance(read_response([case.values[0].raw]).body, ChunkedBody)
+]
 
 
-@pytest.mark.parametrize("case", CHUNKED)
+@pytest.mark.parametrize("case", CHUNKED_RESPONSES)
 def test_passed_bytes_carry_the_same_payload_however_they_come(case: Case) -> None:
     """Bytes passed on as they are, and one CRLF at the end, are a chunked body of the same payload."""
     for pieces in [*halves(case.raw), *(feed(case.raw) for feed in FEEDS.values())]:
