@@ -1,0 +1,216 @@
+"""What the gateway answers itself, beyond yes and no: health's numbers, metrics for operators, usage."""
+
+import asyncio
+import re
+import time
+
+import pytest
+
+from support.backend import STREAM_HEAD, answer, chunk, event, reset, send, stall
+from support.gateway import CHAT, KEY, OPERATOR_KEY, OTHER_KEY, Stack, get, post, scenario, until
+
+TIMED = b'{"timings": {"cache_n": 3, "prompt_n": 4, "prompt_ms": 2.0, "predicted_n": 5, "predicted_ms": 1000.0}}'
+
+
+def operator(target: bytes, *fields: bytes) -> bytes:
+    return get(target, *fields, key=OPERATOR_KEY)
+
+
+async def page(stack: Stack, key: bytes | None = None) -> dict[str, float]:
+    """The metrics page, by series."""
+    text = (await stack.ask(get(b"/metrics", key=key))).body.decode()
+    series = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in series}
+
+
+# --- Health ---
+
+
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_health_tells_what_the_supervisor_needs(stack):
+    assert (await stack.ask(post())).status == 200
+    stack.advance(30)
+    idle = (await stack.ask(get(b"/health", key=None))).json
+    assert (idle["state"], idle["active"], idle["queued"], idle["slots"], idle["connections"]) == ("ready", 0, 0, 1, 1)
+    assert (idle["idle_s"], idle["uptime_s"]) == (30, 30)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", idle["since"])
+    stack.backend.script(send(STREAM_HEAD), stall(stack.finish), send(chunk(event("1"))), stall())
+    clients = [await stack.client(), await stack.client()]
+    for client in clients:
+        client.send(post())
+    await clients[0].take_through(b"\r\n\r\n")
+    await until(lambda: stack.parts.gate.queued == 1)
+    await stack.ask(get(b"/health", key=None))
+    stack.advance(40)
+    busy = (await stack.ask(get(b"/health", key=None))).json
+    assert (busy["active"], busy["queued"], busy["connections"]) == (1, 1, 3)
+    assert (busy["idle_s"], busy["backend_silent_s"]) == (0, 40)
+    stack.finish.set()
+    await clients[0].take_through(event("1"))
+    assert (await stack.ask(get(b"/health", key=None))).json["backend_silent_s"] == 0
+
+
+@scenario(STATE="loading")
+async def test_idle_time_begins_with_readiness(stack):
+    stack.advance(500)
+    await stack.turn("ready")
+    stack.advance(10)
+    assert (await stack.ask(get(b"/health", key=None))).json["idle_s"] == 10
+
+
+# --- Metrics ---
+
+
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_gauges_show_what_is_so_now(stack):
+    stack.backend.script(stall())
+    clients = [await stack.client() for _ in range(3)]
+    for number, client in enumerate(clients):
+        client.send(post())
+        await until(lambda number=number: stack.parts.gate.active + stack.parts.gate.queued == number + 1)
+    stack.advance(60)
+    shown = await page(stack)
+    gauges = ("requests_active", "queue_depth", "connections", "backend_up", "uptime_seconds")
+    assert [shown[f"gateway_{name}"] for name in gauges] == [1, 2, 4, 1, 60]
+    await stack.turn("loading")
+    assert (await page(stack))["gateway_backend_up"] == 0
+
+
+@scenario()
+async def test_histograms_and_tokens(stack):
+    stack.backend.script(stall(stack.finish), send(answer(TIMED)))
+    client = await stack.client()
+    client.send(post())
+    await stack.backend.call()
+    stack.advance(2)
+    stack.finish.set()
+    await client.response()
+    shown = await page(stack)
+    kinds = {kind: shown[f'gateway_tokens_total{{type="{kind}"}}'] for kind in ("prompt", "cached", "completion")}
+    assert kinds == {"prompt": 7, "cached": 3, "completion": 5}
+    for name in ("request_duration_seconds", "time_to_first_byte_seconds"):
+        assert (shown[f"gateway_{name}_sum"], shown[f"gateway_{name}_count"]) == (2, 1)
+    assert shown["gateway_queue_wait_seconds_sum"] == 0
+    assert shown["gateway_generation_tokens_per_second_sum"] == 5
+    assert shown["gateway_prompt_tokens_per_second_sum"] == 2000
+
+
+@scenario()
+async def test_bytes_sent_are_counted_to_the_byte(stack):
+    client = await stack.client()
+    for raw in (post(), get(b"/nowhere"), get(b"/ping")):
+        client.send(raw)
+        await client.response()
+    sent = client.total
+    assert (await page(stack))["gateway_bytes_sent_total"] == sent
+
+
+@scenario()
+async def test_keys_are_named_to_operators_only(stack):
+    await stack.ask(post())
+    await stack.ask(post(key=OTHER_KEY))
+    assert not any("bob" in name for name in await page(stack))
+    assert not any("bob" in name for name in await page(stack, KEY))
+    assert any('"bob"' in name for name in await page(stack, OPERATOR_KEY))
+
+
+@scenario(METRICS_BACKEND_SECONDS="10")
+async def test_backends_own_metrics_are_asked_for_once_an_interval(stack):
+    numbers = b"# HELP llamacpp:x A number.\n# TYPE llamacpp:x counter\nllamacpp:x 5\n"
+    stack.backend.own[b"/metrics"] = answer(numbers)
+    for _ in range(3):
+        assert (await page(stack))["llamacpp_x"] == 5
+    assert stack.backend.probes.count(b"/metrics") == 1
+    stack.advance(10)
+    stack.backend.own[b"/metrics"] = answer(b"", b"501 Not Implemented")
+    assert "llamacpp_x" not in await page(stack)
+    stack.advance(10)
+    stack.backend.refuse()
+    stack.parts.pool.close()
+    assert "gateway_uptime_seconds" in await page(stack)
+    assert stack.backend.probes.count(b"/metrics") == 2
+
+
+# --- Who has no key ---
+
+
+@scenario()
+async def test_strangers_are_logged_but_cannot_flood_the_log(stack):
+    for _ in range(50):
+        assert (await stack.ask(post(key=b"sk-nobody-0123456789abcdef"))).status == 401
+    stack.parts.observer.flush()
+    lines = [line for line in stack.logged() if "no valid key" in line]
+    assert 1 <= len(lines) < 50
+    assert "nobody" not in " ".join(lines)
+    stack.advance(60)
+    assert any(re.search("[0-9]+ more requests", line) for line in stack.logged())
+    assert stack.counted("unauthorized") == 50
+
+
+# --- Usage ---
+
+
+@scenario(USAGE_FILE=lambda folder: str(folder / "usage.db"), GPU_COST_PER_HOUR="3.60")
+async def test_usage_by_key_and_day(stack):
+    for key in (KEY, KEY, OTHER_KEY):
+        stack.backend.script(send(answer(TIMED)))
+        assert (await stack.ask(post(key=key))).status == 200
+    stack.backend.script(reset())
+    assert (await stack.ask(post())).status == 502
+    response = await stack.ask(operator(b"/usage"))
+    rows = {row["key_id"]: row for row in response.json["rows"]}
+    counted = ("requests", "prompt", "cached", "completion", "errors", "cancelled")
+    assert [rows["alice"][name] for name in counted] == [3, 14, 6, 10, 1, 0]
+    assert [rows["bob"][name] for name in counted] == [1, 7, 3, 5, 0, 0]
+    assert rows["alice"]["cost"] == pytest.approx(rows["alice"]["gpu_s"] / 1000)
+    assert response.field(b"cache-control") == b"no-store"
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    days = (await stack.ask(operator(b"/usage?since=2d&by=day"))).json
+    assert (days["since"], days["by"]) == ("2d", "day")
+    assert {row["day"] for row in days["rows"]} <= {today, time.strftime("%Y-%m-%d", time.gmtime())}
+
+
+@scenario()
+async def test_usage_without_a_file_or_a_price(stack):
+    assert (await stack.ask(post())).status == 200
+    (row,) = (await stack.ask(operator(b"/usage?since=2020-01-01"))).json["rows"]
+    assert (row["key_id"], row["requests"], "cost" in row) == ("alice", 1, False)
+
+
+@pytest.mark.parametrize("query", [b"since=yesterday", b"by=colour", b"since=2026-13-01", b"since=%ff", b"by="])
+@scenario()
+async def test_usage_that_is_asked_wrongly(stack, query):
+    response = await stack.ask(operator(b"/usage?" + query))
+    if query == b"by=":  # an empty value is as none
+        assert response.status == 200
+        return
+    assert (response.status, response.code) == (400, "bad_request")
+    assert query.partition(b"=")[2] not in response.body
+
+
+@scenario()
+async def test_client_that_leaves_while_usage_is_read(stack):
+    client = await stack.client()
+    client.send(operator(b"/usage"))
+    client.half_close()
+    await client.until(lambda: bool(client.ended))
+    await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), 10)
+
+
+@scenario()
+async def test_failure_of_the_gateways_own_is_a_500_that_tells_nothing(stack):
+    """A bug is answered, logged with its traceback, and ends the connection."""
+
+    class Broken:
+        keyring = None
+
+    good, stack.parts.keys = stack.parts.keys, Broken()
+    client = await stack.client()
+    client.send(post(CHAT, b"{}") + get(b"/ping"))
+    response = await client.response()
+    assert (response.status, response.code, response.field(b"connection")) == (500, "internal_error", b"close")
+    assert response.json["error"]["message"] == "The gateway failed; the log says why."
+    assert await client.take_all() == b""
+    stack.parts.keys = good
+    assert next(record.getMessage() for record in stack.log.records if record.exc_info).endswith("failed")
+    stack.log.records.clear()
