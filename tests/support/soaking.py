@@ -1,0 +1,262 @@
+"""What the soak is made of: processes that can be looked into, patient clients, and what was found."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.rawclient import RawClient
+
+TESTS = Path(__file__).parent.parent
+IMPORTS = f"{TESTS.parent / 'scripts'}:{TESTS}"
+START_S = 30.0
+STOP_S = 15.0
+SETTLE_S = 15.0  # what was left gets so long to go: an idle connection to the backend is kept for 3.5 s
+LINE_BYTES = 1 << 26
+LOST = (AssertionError, OSError, ValueError)  # how an answer that does not come whole shows itself
+ANY_RATE = 1_000_000_000
+
+
+@dataclass
+class Finding:
+    """What one part of the soak has found out. Whatever is in `lost`, `leaked` or `missed` is a failure."""
+
+    name: str
+    figures: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    leaked: list[str] = field(default_factory=list)
+    missed: list[str] = field(default_factory=list)
+
+
+# --- Processes ---
+
+
+class Child:
+    """A process of ours that tells a JSON line at its start and at each SIGUSR1."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self._process = process
+        self._log = log
+        self._look = asyncio.Lock()
+        self.port = 0
+
+    @classmethod
+    async def start(cls, module: str, environ: Mapping[str, str], log: Path, *flags: str) -> "Child":
+        environ = {"PATH": os.environ["PATH"], "PYTHONPATH": IMPORTS, "PYTHONDONTWRITEBYTECODE": "1", **environ}
+        with log.open("ab") as stderr:
+            child = cls(
+                await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", f"support.{module}", *flags),
+                    env=environ,
+                    cwd=log.parent,  # the first place that modules are looked for in
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=stderr,
+                    limit=LINE_BYTES,
+                ),
+                log,
+            )
+        try:
+            child.port = (await child._line())["port"]
+        except BaseException:
+            await child.kill()
+            raise
+        return child
+
+    async def _line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = await asyncio.wait_for(self._process.stdout.readline(), START_S)
+        if not line:
+            raise RuntimeError(f"it has ended: {self._log.read_text()[-1000:]}")
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    async def look(self) -> dict[str, Any]:
+        """Ask the process what it holds."""
+        async with self._look:
+            self._process.send_signal(signal.SIGUSR1)
+            return await self._line()
+
+    @property
+    def rss_bytes(self) -> int:
+        """The memory that it occupies just now."""
+        pages = Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU time that it has used, user and system."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def end(self) -> int:
+        """Stop it in an orderly way; return its exit status."""
+        if self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            return await asyncio.wait_for(self._process.wait(), STOP_S)
+        except asyncio.TimeoutError:
+            await self.kill()
+            raise RuntimeError(f"{self._process.pid} did not heed SIGTERM for {STOP_S:g} s") from None
+
+    async def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+class Stack:
+    """A gateway and a mock backend, each a process of its own. A context manager; settings, then the mock's knobs."""
+
+    def __init__(
+        self,
+        folder: Path,
+        finding: Finding,
+        *,
+        keys: int = 1,
+        slots: int = 4,
+        settings: Mapping[str, str] | None = None,
+        mock: Mapping[str, str] | None = None,
+        probing: bool = False,
+    ) -> None:
+        """`probing`: the gateway asks the backend itself whether it is ready, and is not waited for."""
+        self.folder = folder
+        self.finding = finding
+        self.keys = [f"k{number:02}" for number in range(keys)]
+        self.slots = slots
+        self.seen: list[str] = []
+        self._settings = dict(settings or {})
+        self._mock = {"MOCK_SLOTS": str(slots), **(mock or {})}
+        self._probing = probing
+        self._at_rest: dict[str, int] = {}
+        self._begun_cpu_s = 0.0
+
+    async def __aenter__(self) -> "Stack":
+        self.folder.mkdir(parents=True)
+        self.backend = await Child.start(
+            "watched_backend", self._mock, self.folder / "backend.log", "--host", "127.0.0.1", "--port", "0"
+        )
+        try:
+            self.gateway = await Child.start("watched_gateway", self._environ(), self.folder / "gateway.log")
+        except BaseException:
+            await self.backend.kill()
+            raise
+        while not (self._probing or (await self.gateway.look())["ready"]):
+            await asyncio.sleep(0.1)
+        self._at_rest = (await self.gateway.look())["held"]
+        self._begun_cpu_s = self.gateway.cpu_s
+        return self
+
+    def _environ(self) -> dict[str, str]:
+        keys = "".join(f"{name}:{secret_of(name)}:{ANY_RATE}\n" for name in self.keys)
+        (self.folder / "keys.txt").write_text(keys)
+        environ = {
+            "HOST": "127.0.0.1",
+            "PORT": "0",
+            "PORT_BACKEND": str(self.backend.port),
+            "DATA_DIR": str(self.folder),
+            "AUTH_KEYS_FILE": str(self.folder / "keys.txt"),
+            "ACCESS_LOG": str(self.folder / "access.log"),
+            "LOG_FORMAT": "json",
+            **self._settings,
+        }
+        if not self._probing:
+            state = {"state": "ready", "since": "2026-01-01T00:00:00Z", "detail": "", "backend_pid": 1}
+            (self.folder / "state.json").write_text(json.dumps(state))
+            environ["STATE_FILE"] = str(self.folder / "state.json")
+        return environ
+
+    async def __aexit__(self, *_: object) -> None:
+        statuses = [await child.end() for child in (self.gateway, self.backend)]
+        if statuses[0] != 0:
+            self.finding.lost.append(f"{self.finding.name}: the gateway ended with status {statuses[0]}")
+        if "Traceback" in (self.folder / "gateway.log").read_text():
+            self.finding.lost.append(f"{self.finding.name}: a traceback in the gateway's log")
+
+    # --- What it holds ---
+
+    async def held(self) -> dict[str, int]:
+        """What gateway and backend hold just now; also takes over whom the backend has seen."""
+        gateway, backend = await self.gateway.look(), await self.backend.look()
+        self.seen += backend["seen"]
+        return {**gateway["held"], **backend["held"]}
+
+    async def settle(self) -> None:
+        """Wait until all is as it was at rest; note as leaked what never comes back, and the CPU time in any case."""
+        deadline_s = asyncio.get_running_loop().time() + SETTLE_S
+        while left := self._left(await self.held()):
+            if asyncio.get_running_loop().time() > deadline_s:
+                self.finding.leaked += [f"{self.finding.name}: {number} {name}" for name, number in left.items()]
+                break
+            await asyncio.sleep(0.2)
+        self.finding.figures.append(f"gateway's CPU time {self.gateway.cpu_s - self._begun_cpu_s:.1f} s")
+
+    def _left(self, held: Mapping[str, int]) -> dict[str, int]:
+        # A gateway that probes keeps a connection for that.
+        spare = {"backend connections", "sockets at the backend", "tasks"} if self._probing else set()
+        left = {name: number - self._at_rest.get(name, 0) - (name in spare) for name, number in held.items()}
+        return {name: number for name, number in left.items() if number > 0}
+
+    def access_lines(self) -> list[dict[str, Any]]:
+        """Every access line, once the stack has stopped."""
+        return [json.loads(line) for line in (self.folder / "access.log").read_text().splitlines()]
+
+    # --- Clients ---
+
+    async def client(self, receive_buffer: int = 0) -> "Client":
+        client = await Client.connect(self.gateway.port, receive_buffer=receive_buffer)
+        assert isinstance(client, Client)
+        return client
+
+
+def secret_of(key: str) -> str:
+    return f"sk-soak-{key}-0123456789abcdef"
+
+
+def chat(key: str, name: str, *, tokens: int, stream: bool) -> bytes:
+    """A chat request as bytes; `name` goes with it to the backend and into the access log."""
+    asked = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": tokens, "stream": stream}
+    body = json.dumps(asked).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {secret_of(key)}\r\n"
+        f"X-Request-Id: {name}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+class Client(RawClient):
+    """A client that waits as long as it takes: the soak as a whole has an end, its clients need none."""
+
+    async def until(self, condition: Any) -> None:
+        while not condition():
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def ask(self, request: bytes, *, stream: bool) -> tuple[int, bytes]:
+        """Return status and payload. Raises one of LOST where the answer is not whole."""
+        self.send(request)
+        answer = await self.response()
+        if answer.status == 200:
+            end = rb"data: \[DONE\]\n\n\Z" if stream else rb"\}\s*\Z"
+            assert re.search(end, answer.body), f"{answer.body[-200:]!r} is not a whole answer"
+        return answer.status, answer.body
+
+    async def leave(self, way: str) -> None:
+        """Leave by "fin", "reset", or "half-close" (which the gateway answers by closing)."""
+        if way == "fin":
+            self.close()
+        elif way == "reset":
+            self.reset()
+        else:
+            self.half_close()
+            await self.until(lambda: bool(self.ended))
+            self.close()
+
+
+WAYS = ("fin", "reset", "half-close")

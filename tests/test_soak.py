@@ -1,0 +1,32 @@
+"""A few seconds of what `make soak` does in five minutes: nothing is lost and nothing leaks. Figures are not judged."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import soak
+from support.soaking import Finding
+
+PATIENCE_S = 60.0
+
+
+def test_no_request_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
+    plan = soak.Plan(tmp_path, seconds=10.0, seed=7)
+
+    async def play() -> list[Finding]:
+        return list(await asyncio.gather(*(soak.run_part(plan, name) for name in soak.PARTS)))
+
+    findings = asyncio.run(asyncio.wait_for(play(), PATIENCE_S))
+    assert soak.verdict(findings) == ("lost: nothing\nleaked: nothing\nmissed: nothing", 0)
+    assert all(finding.figures for finding in findings)
+
+
+def test_what_went_wrong_is_told_and_is_the_exit_status() -> None:
+    findings = [Finding("a", lost=["a: request 1"]), Finding("b", leaked=["b: 1 slots"]), Finding("c")]
+    assert soak.verdict(findings) == ("lost: 1\n  a: request 1\nleaked: 1\n  b: 1 slots\nmissed: nothing", 1)
+
+
+@pytest.mark.parametrize(("shares", "index"), [([3, 3, 3], 1.0), ([5, 0], 0.5), ([0, 0], 0.0)])
+def test_jain_index(shares: list[float], index: float) -> None:
+    assert soak.jain_index(shares) == index
