@@ -22,6 +22,7 @@ from errors import DRAINING, TOO_MANY_CONNECTIONS, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
 from request import Request
+from waiting import end_tasks
 from wire import ClientWire
 
 log = logging.getLogger("gateway")
@@ -167,9 +168,7 @@ class Gateway:
         """Give everything back; nothing is left running."""
         if self._server is not None:
             self._server.close()
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await end_tasks(self._background)
         for client in tuple(self._parts.exchanges):
             client.hang_up()
         await self._parts.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 from admission import Ticket
 from errors import GatewayError
+from waiting import end_tasks
 
 Fetch = Callable[[bytes], Awaitable[tuple[int, bytes]]]
 
@@ -94,6 +95,5 @@ class LettingGo:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
         self._release_all()  # a task that never ran has not done so

@@ -6,7 +6,7 @@ it would have a timer a wait.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from errors import PeerGone
@@ -129,3 +129,15 @@ class Promise(Generic[T]):
             self.fail(error)
         else:
             self.keep(future.result())
+
+
+async def end_tasks(tasks: Iterable["asyncio.Task[None]"]) -> None:
+    """Cancel tasks until they have ended.
+
+    Before Python 3.12 `wait_for` may lose a cancellation that comes together with what it waits for.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)

@@ -29,7 +29,7 @@ TABLE = {
     "cors": "errors http1",
     # layer 2: the settings, what is known of the backend, and one peer's bytes
     "readiness": "errors",
-    "slots": "admission errors",
+    "slots": "admission errors waiting",
     "backend_page": "errors metrics",
     "config": "accept http1",
     "waiting": "errors",
@@ -43,7 +43,7 @@ TABLE = {
     "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage waiting wire",
     "local": "answer auth errors http1 metrics parts readiness routes usage wire",
     "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
-    "gateway": "config errors exchange logs parts request wire",
+    "gateway": "config errors exchange logs parts request waiting wire",
     # the boot
     "probes": "",
     "processes": "",
