@@ -28,11 +28,11 @@ TABLE = {
     "admission": "errors",
     "cors": "errors http1",
     # layer 2: the settings, what is known of the backend, and one peer's bytes
+    "waiting": "errors",
     "readiness": "errors",
     "slots": "admission errors waiting",
     "backend_page": "errors metrics",
     "config": "accept http1",
-    "waiting": "errors",
     "wire": "errors http1 waiting",
     # layer 3: one exchange
     "exchange": "errors http1 logs metrics routes usage",
