@@ -402,7 +402,18 @@ def test_every_alert_has_a_case() -> None:
 # Docs
 
 # Capital letters that are no settings of ours: other programs' names and build arguments.
-FOREIGN = {"VARIANT", "LLAMA_BUILD", "BASE_IMAGE", "RUN_AS", "KEY", "ENDPOINT_ID", "POD_ID", "RUNPOD_API_KEY", "VAST_*"}
+FOREIGN = {
+    "VERSION",
+    "VARIANT",
+    "LLAMA_BUILD",
+    "BASE_IMAGE",
+    "RUN_AS",
+    "KEY",
+    "ENDPOINT_ID",
+    "POD_ID",
+    "RUNPOD_API_KEY",
+    "VAST_*",
+}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -422,3 +433,25 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
     assert {name for name in named if not (ROOT / name).exists()} == set()
     links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_sums_are_made_of_what_is_so() -> None:
+    text = (ROOT / "docs" / "SCALING.md").read_text()
+    queue = DEFAULTS.queue
+    assert f"`MAX_QUEUE_SIZE` ({queue.max_size})" in text
+    assert f"`MAX_CONNECTIONS` ({queue.max_connections:,})" in text
+    assert f"`MAX_BUFFERED_BYTES` ({queue.max_buffered_bytes >> 20} MiB)" in text
+    assert f"`maxconn` {int(re.findall('maxconn ([0-9]+)', HAPROXY)[0]):,}" in text
+    assert f"{int(re.findall('tune.bufsize ([0-9]+)', HAPROXY)[0]) >> 10} KiB" in text
+    stream = (ROOT / "tests" / "answers" / "chat.sse").read_bytes().split(b"\n\n")
+    events = [len(event) + 2 for event in stream if b'"content":"' in event]
+    assert f"{sum(events) / len(events):.0f} octets" in text
+
+
+def test_a_workers_series_are_no_more_than_the_sums_say(tmp_path: Path) -> None:
+    parts = Parts(load_config({"DATA_DIR": str(tmp_path), "USAGE_FILE": ""}))
+    page = metrics.render(parts.operator_registry, "text").decode()
+    assert parts.access_log is not None
+    parts.access_log.close()
+    parts.ledger.close()
+    assert sum(not line.startswith("#") for line in page.splitlines()) + 20 <= 150
