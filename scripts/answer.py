@@ -7,19 +7,9 @@ the other, and no second status line can follow a first.
 import time
 from http import HTTPStatus
 
+from bodies import LAST_CHUNK, Body, ChunkedBody, encode_chunk
 from errors import Dialect, Fields, GatewayError, envelope, event
-from http1 import (
-    CRLF,
-    HOP_BY_HOP,
-    LAST_CHUNK,
-    UNTIL_CLOSE,
-    Body,
-    ChunkedBody,
-    Framing,
-    ResponseHead,
-    connection_options,
-    encode_chunk,
-)
+from http1 import CRLF, HOP_BY_HOP, UNTIL_CLOSE, Framing, ResponseHead, connection_options
 from wire import ClientWire
 
 # Not the backend's to tell a client of the gateway: its own origin policy, and an id that is not the request's.

@@ -25,26 +25,19 @@ from errors import (
 
 CRLF = b"\r\n"
 HEAD_END = b"\r\n\r\n"
-LAST_CHUNK = b"0\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 # RFC 9110 section 5.6.2. A dict of fields would lose order and duplicates, and with them what the client said.
 _TCHAR = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # One field line (RFC 9110 section 5.5: no control character but HTAB). Anchored at both ends, so that as many matches
 # as there are lines means that every byte of every line was matched. Blanks beyond the usual one stay with the value:
 # could two parts of the pattern take them, a long run of them would be tried in a quadratic number of ways.
-_FIELD_LINES = re.compile(rb"^(" + _TOKEN + rb"): ?([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])")  # `#` is no part of a target
+_FIELD_LINES = re.compile(rb"^(" + TOKEN + rb"): ?([^\x00-\x08\x0a-\x1f\x7f]*)\r\n", re.MULTILINE)
+_REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!\"$-~]+) HTTP/([0-9])\.([0-9])")  # `#` is no part of a target
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) (([1-9][0-9]{2})(?: [^\x00-\x08\x0a-\x1f\x7f]*)?)")
 _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=\-]*"  # RFC 3986 section 3.2.2, with percent-encoded octets between
 _HOST = re.compile(rb"(?:" + _NAME + rb"(?:%[0-9A-Fa-f]{2}" + _NAME + rb")*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
-_EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?"
-_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:" + _EXTENSION + rb")*")
-_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
-_CHUNK_LINE_BYTES = 1024  # room for any extension seen in the wild, none for a parser to be starved with
-_TRAILER_BYTES = 8192
 
 # The fields that somebody in the gateway reads; `known` indexes these and no others.
 _READ = frozenset(
@@ -227,7 +220,7 @@ def parse_request_head(raw: bytes, limits: Limits) -> RequestHead:
             check_header_line(len(line), limits)
     start = raw.find(CRLF)
     method, target, minor = parse_request_line(raw[:start])
-    fields, names, known = _parse_fields(raw, start + 2, BAD_REQUEST)
+    fields, names, known = parse_fields(raw, start + 2, BAD_REQUEST)
     if len(fields) > limits.headers:
         raise too_many_fields(limits)
     # RFC 9112 section 3.2: exactly one Host (HTTP/1.0 may do without), and it is a host.
@@ -259,10 +252,10 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     if match is None:
         raise GatewayError(BACKEND_MALFORMED, "The backend's status line is malformed.")
     minor, status_line, status = match.groups()
-    return ResponseHead(int(status), status_line, int(minor), *_parse_fields(raw, start + 2, BACKEND_MALFORMED))
+    return ResponseHead(int(status), status_line, int(minor), *parse_fields(raw, start + 2, BACKEND_MALFORMED))
 
 
-def _parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[bytes, ...], dict[bytes, list[bytes]]]:
+def parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[bytes, ...], dict[bytes, list[bytes]]]:
     """Parse the field lines of a head from `start` on: fields, their names in lower case, those that somebody reads."""
     fields = _FIELD_LINES.findall(raw, start)
     if len(fields) != raw.count(b"\n", start) - 1:
@@ -354,205 +347,3 @@ def _content_length(values: Sequence[bytes], kind: Kind) -> int:
 def too_large(limits: Limits) -> GatewayError:
     words = f"The request body exceeds MAX_REQUEST_BODY_SIZE ({limits.body_bytes} octets)."
     return GatewayError(PAYLOAD_TOO_LARGE, words)
-
-
-# --- Bodies: they consume and count ---
-
-
-class SizedBody:
-    """A body of a known number of octets."""
-
-    __slots__ = ("_left", "done", "surplus")
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-        self.done = length == 0
-        self.surplus = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take received bytes and return the payload among them; what follows the body is `surplus`."""
-        if len(data) > self._left:
-            data, self.surplus = data[: self._left], data[self._left :]
-        self._left -= len(data)
-        self.done = self._left == 0
-        return data
-
-    def ends_at_close(self) -> bool:
-        return self.done
-
-
-class UnboundedBody:
-    """A body that ends when its sender closes (responses only, RFC 9112 section 6.3 step 8)."""
-
-    __slots__ = ("done", "surplus")
-
-    def __init__(self) -> None:
-        self.done = False
-        self.surplus = b""
-
-    def feed(self, data: bytes) -> bytes:
-        return data
-
-    def ends_at_close(self) -> bool:
-        return True
-
-
-class ChunkedBody:
-    """A body in chunked coding (RFC 9112 section 7.1). Trailer fields are checked and dropped.
-
-    After `feed`, `passable` says how many of the bytes just fed may go on as they are, framing included: all up to the
-    end of the last chunk's size line. Whoever passes them on ends the body with one CRLF of its own once `done`.
-    """
-
-    __slots__ = (
-        "_kind",
-        "_left",
-        "_limits",
-        "_line",
-        "_octets",
-        "_sound",
-        "_state",
-        "_trailer_bytes",
-        "done",
-        "passable",
-        "surplus",
-    )
-
-    _SIZE, _DATA, _DATA_END, _TRAILER = range(4)
-
-    def __init__(self, kind: Kind = BACKEND_MALFORMED, limits: Limits | None = None) -> None:
-        """`kind` is raised for bytes that are no chunked body; `limits` bound the sum of the chunks' sizes."""
-        self._kind = kind
-        self._limits = limits
-        self._state = self._SIZE
-        self._left = 0  # octets of the chunk that are still to come
-        self._octets = 0  # of all chunks announced, where they are limited
-        self._line = b""
-        self._trailer_bytes = 0
-        self._sound = True
-        self.passable = 0
-        self.done = False
-        self.surplus = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take received bytes and return the payload among them. Raises the kind given, or PAYLOAD_TOO_LARGE."""
-        if self._state == self._SIZE and not self._line and self._limits is None:
-            # What a stream consists of: one event, one chunk, one read.
-            match = _PLAIN_CHUNK_LINE.match(data)
-            if match is not None:
-                start = match.end()
-                size = int(match[1], 16)
-                if size and len(data) == start + size + 2 and data.endswith(CRLF):
-                    self.passable = len(data)
-                    return data[start:-2]
-        return self._feed_any(data)
-
-    def _feed_any(self, data: bytes) -> bytes:
-        payload: list[bytes] = []
-        self._sound = False  # unless the end is reached
-        at = self.passable = 0
-        while at < len(data) and not self.done:
-            if self._state == self._DATA:
-                piece = data[at : at + self._left]
-                payload.append(piece)
-                at += len(piece)
-                self._left -= len(piece)
-                if self._left == 0:
-                    self._state = self._DATA_END
-            else:
-                at = self._feed_line(data, at)
-            if self._state != self._TRAILER:
-                self.passable = at
-        self.surplus = data[at:]
-        self._sound = True
-        return payload[0] if len(payload) == 1 else b"".join(payload)
-
-    def _feed_line(self, data: bytes, at: int) -> int:
-        """Take one line, or the part of it that is there; return where it ends in `data`."""
-        newline = data.find(b"\n", at)
-        end = len(data) if newline < 0 else newline + 1
-        self._line += data[at:end]
-        if self._state == self._DATA_END and not CRLF.startswith(self._line):
-            raise GatewayError(self._kind, "A chunk's data is not followed by CRLF.")
-        room = _TRAILER_BYTES - self._trailer_bytes if self._state == self._TRAILER else _CHUNK_LINE_BYTES
-        if len(self._line) > room:
-            raise GatewayError(self._kind, "A line of the chunked coding is too long.")
-        if newline >= 0:
-            line, self._line = self._line, b""
-            if not line.endswith(CRLF):
-                raise GatewayError(self._kind, "A line of the chunked coding ends without CRLF.")
-            self._take_line(line[:-2])
-            if self._state == self._TRAILER and not self.done and self._trailer_bytes == 0:
-                self.passable = end  # the last chunk's own size line
-        return end
-
-    def _take_line(self, line: bytes) -> None:
-        if self._state == self._DATA_END:
-            self._state = self._SIZE
-        elif self._state == self._SIZE:
-            self._take_size(line)
-        elif line:
-            self._take_trailer(line)
-        else:
-            self.done = True
-
-    def _take_size(self, line: bytes) -> None:
-        match = _CHUNK_LINE.fullmatch(line)
-        if match is None:
-            raise GatewayError(self._kind, "A chunk size line is malformed.")
-        self._left = int(match[1], 16)
-        if self._limits is not None:
-            self._octets += self._left
-            if self._octets > self._limits.body_bytes:
-                raise too_large(self._limits)
-        self._state = self._DATA if self._left else self._TRAILER
-
-    def _take_trailer(self, line: bytes) -> None:
-        self._trailer_bytes += len(line) + 2
-        _parse_fields(line + HEAD_END, 0, self._kind)
-
-    def ends_at_close(self) -> bool:
-        return self.done
-
-    def between_chunks(self) -> bool:
-        """Whether the next byte passed on would begin a chunk. It would not where the last ones fed were refused."""
-        return self._sound and self._state == self._SIZE and not self._line
-
-
-Body = SizedBody | ChunkedBody | UnboundedBody
-
-
-def response_body(framing: Framing) -> Body:
-    if framing.chunked:
-        return ChunkedBody()
-    return UnboundedBody() if framing.length is None else SizedBody(framing.length)
-
-
-class RequestBody:
-    """A request body, collected whole: its payload, however it was framed, as the pieces in which it came."""
-
-    __slots__ = ("_body", "octets", "pieces")
-
-    def __init__(self, framing: Framing, limits: Limits) -> None:
-        self._body = ChunkedBody(BAD_REQUEST, limits) if framing.chunked else SizedBody(framing.length or 0)
-        self.pieces: list[bytes] = []
-        self.octets = 0
-
-    @property
-    def done(self) -> bool:
-        return self._body.done
-
-    @property
-    def surplus(self) -> bytes:
-        return self._body.surplus
-
-    def feed(self, data: bytes) -> None:
-        """Raises BAD_REQUEST or PAYLOAD_TOO_LARGE."""
-        payload = self._body.feed(data)
-        if payload:
-            self.octets += len(payload)
-            self.pieces.append(payload)
-
-
-def encode_chunk(payload: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""

@@ -13,6 +13,7 @@ from math import inf
 from typing import Protocol
 
 from answer import Answer, relayed_lines
+from bodies import Body, ChunkedBody, response_body
 from errors import (
     BACKEND_MALFORMED,
     BACKEND_TIMEOUT,
@@ -22,13 +23,10 @@ from errors import (
 from http1 import (
     CRLF,
     HOP_BY_HOP,
-    Body,
-    ChunkedBody,
     RequestHead,
     ResponseHead,
     connection_options,
     parse_response_head,
-    response_body,
     response_framing,
     wants_keep_alive,
 )

@@ -8,6 +8,7 @@ import local
 from admission import Ticket
 from answer import Answer, field_lines
 from auth import Caller, credential, unauthorized
+from bodies import RequestBody
 from errors import (
     BACKEND_TIMEOUT,
     BACKEND_UNAVAILABLE,
@@ -29,7 +30,6 @@ from heartbeat import sign_of_life
 from http1 import (
     CONTINUE,
     Framing,
-    RequestBody,
     RequestHead,
     ResponseHead,
     connection_options,

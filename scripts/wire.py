@@ -16,8 +16,9 @@ from collections.abc import Callable, Coroutine, Generator
 from math import inf
 from typing import Any, TypeVar, cast
 
+from bodies import RequestBody
 from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
-from http1 import HEAD_END, HeadScanner, Limits, RequestBody, RequestHead, parse_request_head
+from http1 import HEAD_END, HeadScanner, Limits, RequestHead, parse_request_head
 from waiting import Deadlines, Promise
 
 T = TypeVar("T")

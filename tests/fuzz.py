@@ -21,9 +21,10 @@ if __name__ == "__main__":
     sys.path[:0] = [str(TESTS.parent / "scripts")]
 
 import routes  # noqa: E402
+from bodies import ChunkedBody  # noqa: E402
 from cors import Cors  # noqa: E402
 from errors import CATALOGUE, Dialect, GatewayError, envelope, event  # noqa: E402
-from http1 import CRLF, ChunkedBody, Limits, RequestHead, parse_request_head  # noqa: E402
+from http1 import CRLF, Limits, RequestHead, parse_request_head  # noqa: E402
 from support.feeds import FEEDS, Relayed, read_requests, read_response  # noqa: E402
 
 LIMITS = Limits(request_line_bytes=120, header_line_bytes=80, headers=6, body_bytes=40)

@@ -22,6 +22,7 @@ TABLE = {
     "accept": "",
     # layer 1: rules, without a socket
     "http1": "errors",
+    "bodies": "errors http1",
     "routes": "errors",
     "auth": "errors keyfile",
     "usage": "meter",
@@ -33,16 +34,18 @@ TABLE = {
     "slots": "admission errors waiting",
     "backend_page": "errors metrics",
     "config": "accept http1",
-    "wire": "errors http1 waiting",
+    "wire": "bodies errors http1 waiting",
     # layer 3: one exchange
     "exchange": "errors http1 logs metrics routes usage",
-    "answer": "errors http1 wire",
+    "answer": "bodies errors http1 wire",
     "heartbeat": "answer errors",
-    "relay": "answer errors http1 waiting wire",
+    "relay": "answer bodies errors http1 waiting wire",
     # layer 4: the gateway put together
-    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage waiting wire",
+    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage"
+    " waiting wire",
     "local": "answer auth errors http1 metrics parts readiness routes usage wire",
-    "request": "admission answer auth errors exchange heartbeat http1 local parts readiness relay routes usage wire",
+    "request": "admission answer auth bodies errors exchange heartbeat http1 local parts readiness relay routes"
+    " usage wire",
     "gateway": "config errors exchange logs parts request waiting wire",
     # the boot
     "probes": "",

@@ -13,24 +13,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from bodies import ChunkedBody, RequestBody, SizedBody, UnboundedBody, encode_chunk, response_body
 from errors import BACKEND_MALFORMED, GatewayError
 from http1 import (
     CHUNKED,
     CRLF,
-    ChunkedBody,
     Framing,
     HeadScanner,
     Limits,
-    RequestBody,
     RequestHead,
-    SizedBody,
-    UnboundedBody,
     connection_options,
-    encode_chunk,
     expects_continue,
     parse_request_head,
     request_framing,
-    response_body,
     wants_keep_alive,
 )
 from support.feeds import FEEDS, Feed, halves, in_pieces, read_requests, read_response

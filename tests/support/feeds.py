@@ -7,13 +7,12 @@ left over.
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from bodies import Body, RequestBody, response_body
 from errors import GatewayError
 from http1 import (
     HEAD_END,
-    Body,
     HeadScanner,
     Limits,
-    RequestBody,
     RequestHead,
     ResponseHead,
     connection_options,
@@ -21,7 +20,6 @@ from http1 import (
     parse_request_head,
     parse_response_head,
     request_framing,
-    response_body,
     response_framing,
     wants_keep_alive,
 )
