@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,7 @@ if not (shutil.which("haproxy") and shutil.which("openssl")):
 from support.boot import Boot
 from support.haproxy import EXACT_KEY, FREE_KEY, LOOSE_KEY, RATE, Load, Proxy, cluster, eventually
 
+ROOT = Path(__file__).parent.parent.parent
 CLIENTS, EACH = 24, 10
 
 
@@ -38,6 +40,21 @@ def test_the_configuration_has_no_warning(tmp_path: Path) -> None:
     checked = Proxy(tmp_path, []).check()
     assert checked.returncode == 0
     assert "WARNING" not in checked.stderr
+
+
+def test_the_configuration_takes_a_template_for_the_workers(tmp_path: Path) -> None:
+    """As docs/SCALING.md has it for Kubernetes."""
+    (template,) = re.findall(r"    (server-template .*)", (ROOT / "docs" / "SCALING.md").read_text())
+    proxy = Proxy(tmp_path, [])
+    text = proxy.config.read_text()
+    checks = text[text.index("    option httpchk") : text.index("    server w1")]
+    text = re.sub(r"    server w[23] .*\n", "", text)
+    text = re.sub(r"    server w1 .* track .*", f"{checks}    {template}", text)
+    text = re.sub(r"    server w1 .*", f"    {template}", text)
+    proxy.config.write_text(f"{text}\nresolvers cluster\n    parse-resolv-conf\n")
+    checked = proxy.check()
+    assert checked.returncode == 0, checked.stderr
+    assert text.count(template) == 3
 
 
 def test_load_goes_to_whoever_has_least(proxy: Proxy) -> None:
