@@ -213,7 +213,7 @@ class Arrivals:
 async def slow(plan: Plan, finding: Finding) -> None:
     idle, crawling, seconds = plan.many(2000, 100), plan.many(50, 5), max(2.0, plan.seconds / 15)
     settings = {"MAX_CONNECTIONS": "8192"}
-    mock = {"MOCK_TOKENS_PER_SECOND": "0"}
+    mock = {"MOCK_TOKENS_PER_SECOND": "100"}  # each; as fast as it can, the mock would be what is slow
     async with Stack(plan.folder / "slow", finding, slots=crawling, settings=settings, mock=mock) as stack:
         alone = Pings(await ping(stack, seconds / 4))
         crowd = [await stack.client() for _ in range(idle)]
