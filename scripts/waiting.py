@@ -64,8 +64,8 @@ class Deadlines:
 
     def start(self) -> None:
         """Tick from now on, until `stop`."""
+        self._timer = asyncio.get_running_loop().call_later(self.TICK_S, self.start)  # whatever becomes of this one
         self.tick()
-        self._timer = asyncio.get_running_loop().call_later(self.TICK_S, self.start)
 
     def stop(self) -> None:
         if self._timer is not None:
