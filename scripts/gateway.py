@@ -48,8 +48,15 @@ class Gateway:
     async def start(self) -> int:
         """Listen, and return the port. Raises OSError where the address cannot be had."""
         listen = self._parts.config.listen
+        tls = self._parts.tls
         self._server = await asyncio.start_server(
-            self._accept, listen.host, listen.port, backlog=_BACKLOG, ssl=self._parts.tls, reuse_address=True
+            self._accept,
+            listen.host,
+            listen.port,
+            backlog=_BACKLOG,
+            ssl=tls,
+            ssl_handshake_timeout=self._parts.config.timeouts.client_header_s if tls else None,
+            reuse_address=True,
         )
         self._parts.deadlines.start()
         self._background = [
