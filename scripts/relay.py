@@ -276,7 +276,7 @@ class Relay:
         """Measure bytes of the backend's; return what the client gets for them. Raises BACKEND_MALFORMED."""
         payload = self._body.feed(data)
         if payload:
-            self._last = payload
+            self._last = payload if len(payload) > 3 else (self._last + payload)[-4:]
             if self._meter is not None:
                 self._meter.feed(payload)
         return self._answer.encode(self._body, data, payload)
