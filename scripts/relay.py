@@ -181,7 +181,7 @@ class Relay:
         self._patience = patience
         self._clock = clock
         self._meter: Meter | None = None
-        self._last = b""
+        self._last = b"\n\n"  # the end of what was passed; where a stream begins, an event may
         self.sent = False  # the request went out to the backend
         self.status = 0  # the backend's
         self.first_byte_s = 0.0
