@@ -339,6 +339,18 @@ async def test_plain_words_to_the_tls_port_end_the_connection_and_nothing_else(s
 
 
 @needs_openssl
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
+    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
+    CLIENT_HEADER_TIMEOUT="0.05",
+)
+async def test_handshake_has_to_end_in_time(stack):
+    """One that never does is no connection yet, and MAX_CONNECTIONS does not know it."""
+    client = await stack.client()
+    await client.until(lambda: bool(client.ended))
+
+
+@needs_openssl
 @tls_scenario
 async def test_renewed_certificate_is_served_after_a_reload(stack):
     def renew(certificate: Path, key: Path) -> None:

@@ -190,6 +190,22 @@ async def test_full_queue_says_when_to_come_back(stack):
     assert (await second.response()).status == 200
 
 
+@scenario(MAX_CONCURRENT_REQUESTS="1", MAX_QUEUE_SIZE="2")
+async def test_full_queue_is_not_one_keys_own(stack):
+    """Where one key fills the queue, its newest request makes room for another key's first."""
+    stack.backend.script(stall(stack.finish), send(answer()))
+    clients = [await stack.client() for _ in range(4)]
+    for number, client in enumerate(clients[:3]):
+        client.send(post(CHAT, b"a%d" % number))
+        await until(lambda number=number: stack.parts.gate.queued == number)
+    clients[3].send(post(CHAT, b"b", key=OTHER_KEY))
+    assert (await clients[2].response()).code == "queue_full"
+    stack.finish.set()
+    for client in (clients[0], clients[1], clients[3]):
+        assert (await client.response()).status == 200
+    assert [call.body for call in stack.backend.calls] == [b"a0", b"b", b"a1"]
+
+
 @scenario(LOG_FORMAT="text")
 async def test_access_line_as_text(stack: Stack):
     body = b'{"timings": {"cache_n": 3, "prompt_n": 4, "prompt_ms": 1.5, "predicted_n": 5, "predicted_ms": 2.5}}'

@@ -109,6 +109,7 @@ async def test_http_1_0_client_sees_a_cut_answer_as_a_reset(stack, framing):
 async def test_stream_cut_at_every_byte_ends_with_one_error_event_or_none(stack, end):
     head = len(STREAM_HEAD)
     boundaries = {
+        len(STREAM_HEAD),
         len(STREAM_HEAD + chunk(EVENTS[0])),
         STREAM.index(chunk(EVENTS[2])),
         STREAM.index(LAST_CHUNK),
@@ -156,6 +157,14 @@ async def test_error_event_speaks_the_routes_dialect(stack, route, tail, framing
     assert payload.startswith(tail)
     assert payload.endswith(b"\n\n\r\n")
     assert len(payload) == int(size, 16) + 2
+
+
+@scenario()
+async def test_boundary_is_seen_however_the_bytes_are_torn(stack):
+    stack.backend.script(send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + EVENTS[2], 1), reset())
+    data, _ = await raw_answer(stack)
+    payload, whole = dechunk(data.partition(b"\r\n\r\n")[2])
+    assert (payload, whole) == (EVENTS[2] + event(json.dumps(unavailable())), False)
 
 
 @scenario()

@@ -92,6 +92,16 @@ async def test_second_answer_waits_until_the_first_is_taken(stack):
     assert (await client.response()).body == b"2" * (32 << 20)
 
 
+@scenario(DRAIN_TIMEOUT="0.05")
+async def test_one_that_takes_nothing_does_not_hold_up_the_end(stack):
+    client = await deaf(stack)
+    client.send(get(b"/metrics", key=None) * 200)
+    await settled(stack)
+    stack.gateway.drain()
+    await asyncio.wait_for(stack.gateway.run_until_ended(), 20)
+    await until(lambda: not stack.parts.exchanges)
+
+
 @scenario(STREAM_IDLE_TIMEOUT="60")
 async def test_one_that_takes_nothing_between_two_requests_is_dropped(stack):
     client = await deaf(stack)

@@ -266,6 +266,24 @@ async def test_queue_timeout_is_a_503_with_retry_after(stack):
 
 
 @scenario()
+async def test_clock_goes_on_whatever_fails_in_one_of_its_ticks(stack):
+    class Failing:
+        deadline_s = beat_s = 0.0
+        failed = 0
+
+        def expire(self, now_s):
+            self.failed += 1
+            raise RuntimeError("a bug")
+
+    failing = Failing()
+    stack.parts.deadlines.add(failing)
+    await until(lambda: failing.failed == 2)
+    stack.parts.deadlines.discard(failing)
+    assert {str(problem["exception"]) for problem in stack.problems} == {"a bug"}
+    stack.problems.clear()
+
+
+@scenario()
 async def test_pool_retires_a_connection_before_the_backend_does(stack):
     """llama-server closes after 5 s; a request on its way then would be lost."""
     client = await stack.client()
