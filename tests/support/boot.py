@@ -1,5 +1,6 @@
 """A boot as an operator's: start.sh or supervisor.py as a process, its lines, its children, its end."""
 
+import itertools
 import json
 import os
 import re
@@ -10,8 +11,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,33 @@ from typing import Any
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.parent.parent / "scripts"
 PATIENCE_S = 30.0
+FIRST_PORT, PORTS = 20000, 12000
 FOR_COVERAGE = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 
 
+def _ports() -> Iterator[int]:
+    """Free ports below those that the kernel hands out by itself, so that nobody takes one before it is used."""
+    first = os.getpid() * 101 % PORTS
+    for number in itertools.count(first):
+        port = FIRST_PORT + number % PORTS
+        if _is_free(port):
+            yield port
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as sock, suppress(OSError):
+        sock.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+_PORTS = _ports()
+_PORTS_LOCK = threading.Lock()
+
+
 def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for sock in sockets:
-            sock.bind(("127.0.0.1", 0))
-        return [int(sock.getsockname()[1]) for sock in sockets]
+    with _PORTS_LOCK:
+        return list(itertools.islice(_PORTS, count))
 
 
 def program(path: Path, *argv: str) -> Path:

@@ -28,6 +28,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A probe that has its answer may reset the connection."""
+
+
 def leave(number: int, frame: object) -> None:
     print(f"stub gateway: signal {number}", flush=True)
     threading.Thread(target=drain).start()
@@ -44,7 +49,7 @@ def main() -> None:
         sys.exit(int((CONTROL / "gateway_exit").read_text()))
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGHUP, lambda *_: print("stub gateway: reloading", flush=True))
-    ThreadingHTTPServer((os.environ["HOST"], int(os.environ["PORT"])), Handler).serve_forever()
+    Server((os.environ["HOST"], int(os.environ["PORT"])), Handler).serve_forever()
 
 
 if __name__ == "__main__":

@@ -57,6 +57,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A probe that has its answer may reset the connection."""
+
+
 def begin() -> None:
     with (CONTROL / "starts").open("a") as file:
         file.write(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "environ": dict(os.environ)}) + "\n")
@@ -76,8 +81,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: None if told("stubborn") else os._exit(0))
     while told("unbound"):
         time.sleep(0.02)
-    ThreadingHTTPServer.address_family = socket.AF_INET6 if ":" in option("--host") else socket.AF_INET
-    server = ThreadingHTTPServer((option("--host"), int(option("--port"))), Handler)
+    Server.address_family = socket.AF_INET6 if ":" in option("--host") else socket.AF_INET
+    server = Server((option("--host"), int(option("--port"))), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print("0.00.026.518 I srv  llama_server: listening", flush=True)
     print("0.00.026.519 W srv  a warning", file=sys.stderr, flush=True)
