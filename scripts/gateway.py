@@ -108,8 +108,9 @@ class Gateway:
                 idle_s = timeouts.keepalive_s
                 del head, request  # an idle connection holds nothing of its last request
         except GatewayError as error:
-            self._refuse(client, error)
-        except PeerGone:
+            self._refuse(client, error.with_traceback(None))
+        except PeerGone as left:
+            left.with_traceback(None)
             self._leave(client)
         finally:
             self._forget(client)

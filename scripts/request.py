@@ -95,8 +95,9 @@ class Request:
         try:
             await self._serve(head)
         except GatewayError as error:
-            self.refuse(error)
-        except PeerGone:
+            self.refuse(error.with_traceback(None))  # whose frames hold the error and this request: a cycle
+        except PeerGone as left:
+            left.with_traceback(None)
             self.cancel()
         except Exception:
             log.exception("request %s failed", self.exchange.id)
