@@ -38,6 +38,7 @@ class Gateway:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._open: set[ClientWire] = set()  # every connection, until its last byte has gone
         self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
@@ -72,10 +73,11 @@ class Gateway:
             writer.transport.abort()
             return
         client = ClientWire(writer, self._parts.deadlines, self._parts.config.limits)
-        connections = self._parts.exchanges
-        if len(connections) >= self._parts.config.queue.max_connections:
+        client.on_lost = self._lost
+        if len(self._open) >= self._parts.config.queue.max_connections:
             self._make_room(client)
-        connections[client] = None
+        self._open.add(client)
+        self._parts.exchanges[client] = None
         client.converse(self._serve(client))
 
     def _make_room(self, newcomer: ClientWire) -> None:
@@ -119,7 +121,10 @@ class Gateway:
         self._idle.pop(client, None)
         self._parts.public_only.discard(client)
         del self._parts.exchanges[client]
-        if self._parts.draining and not self._parts.exchanges:
+
+    def _lost(self, client: ClientWire) -> None:
+        self._open.discard(client)
+        if self._parts.draining and not self._open:
             self._empty.set()
 
     def _refuse(self, client: ClientWire, error: GatewayError) -> None:
@@ -157,7 +162,7 @@ class Gateway:
 
     async def _finish(self) -> None:
         """Wait for what is under way; cut what is left when the time is up."""
-        if self._parts.exchanges:
+        if self._open:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), self._parts.config.supervision.drain_timeout_s)
         for client in tuple(self._parts.exchanges):
@@ -177,7 +182,7 @@ class Gateway:
         if self._server is not None:
             self._server.close()
         await end_tasks(self._background)
-        for client in tuple(self._parts.exchanges):
+        for client in tuple(self._open):
             client.hang_up()
         await self._parts.close()
 
