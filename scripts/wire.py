@@ -124,6 +124,7 @@ class ClientWire(Wire):
         "_scanner",
         "_taken",
         "on_beat",
+        "on_lost",
         "peer",
         "sent_bytes",
     )
@@ -142,6 +143,7 @@ class ClientWire(Wire):
         self._limit_s = inf
         self._taken: Promise[None] | None = None
         self.on_beat: Callable[[float], None] | None = None
+        self.on_lost: Callable[[ClientWire], None] | None = None  # called when the last byte has gone
         self.sent_bytes = 0
 
     def data_received(self, data: bytes) -> None:
@@ -342,6 +344,11 @@ class ClientWire(Wire):
 
     # --- The end ---
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.on_lost is not None:
+            self.on_lost(self)
+
     async def until_taken(self, seconds: float) -> None:
         """Wait until the client has taken what was written, but for a little. Raises PeerGone where it does not."""
         promise = self._taken = Promise[None]()
@@ -378,7 +385,8 @@ class ClientWire(Wire):
             self.deadline_s = self._deadlines.now_s + flush_s if flush_s else inf
             self.transport.close()
             return
-        self.deadline_s = self._deadlines.now_s + _LINGER_S
+        linger_s = flush_s if self.transport.get_write_buffer_size() else _LINGER_S
+        self.deadline_s = self._deadlines.now_s + linger_s if linger_s else inf
         left = _LINGER_BYTES
 
         def discard(data: bytes) -> None:
