@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import signal
+import ssl
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ log = logging.getLogger("gateway")
 EXIT_SETTINGS = 2
 EXIT_CANNOT_START = 5
 _BACKLOG = 4096
+_TURN_AWAY_S = 0.1
 _PUBLIC_ONLY_CONNECTIONS = 16
 
 
@@ -42,6 +44,7 @@ class Gateway:
         self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
+        self._turned_away = False
         self._server: asyncio.Server | None = None
         self._background: list[asyncio.Task[None]] = []
         parts.drain = self.drain
@@ -69,7 +72,7 @@ class Gateway:
     # --- Connections ---
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._parts.draining:  # it came in the moment in which the listening ended
+        if self._turned_away:  # its TLS handshake has taken that long
             writer.transport.abort()
             return
         client = ClientWire(writer, self._parts.deadlines, self._parts.config.limits)
@@ -145,16 +148,11 @@ class Gateway:
     # --- The end ---
 
     def drain(self) -> None:
-        """Accept nothing more, refuse who waits, let streams finish within DRAIN_TIMEOUT."""
+        """Refuse newcomers and who waits, let streams finish within DRAIN_TIMEOUT."""
         if self._parts.draining:
             return
         log.info("draining: %d connections, %d requests at work", len(self._parts.exchanges), self._parts.gate.active)
         self._parts.draining = True
-        if self._server is not None:
-            self._server.close()
-        for client in tuple(self._idle):
-            if not client.has_unread:
-                client.interrupt(PeerGone())
         for client, exchange in tuple(self._parts.exchanges.items()):
             if exchange is not None and exchange.stage is Stage.QUEUED:
                 client.interrupt(GatewayError(DRAINING))
@@ -162,6 +160,7 @@ class Gateway:
 
     async def _finish(self) -> None:
         """Wait for what is under way; cut what is left when the time is up."""
+        await self._turn_away()
         if self._open:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), self._parts.config.supervision.drain_timeout_s)
@@ -169,6 +168,20 @@ class Gateway:
             client.interrupt(GatewayError(DRAINING))
         await asyncio.sleep(0)  # the last bytes leave in the loop's next round
         self._ended.set()
+
+    async def _turn_away(self) -> None:
+        """Stop listening without a loss: a connection that has just been made may carry a request already.
+
+        Such a request is answered with 503, which its client or a balancer may repeat elsewhere, instead of being reset.
+        """
+        await asyncio.sleep(_TURN_AWAY_S)
+        if self._server is not None:
+            self._server.close()
+        await asyncio.sleep(_TURN_AWAY_S)
+        self._turned_away = True
+        for client in tuple(self._idle):
+            if not client.has_unread:
+                client.interrupt(PeerGone())
 
     def stop(self) -> None:
         """End at once (a second signal)."""
@@ -192,7 +205,11 @@ class Gateway:
 
 async def serve(settings: Config) -> int:
     """Run the gateway until it is told to stop; return the exit status."""
-    parts = Parts(settings)
+    try:
+        parts = Parts(settings)
+    except (OSError, ssl.SSLError) as error:
+        log.error("TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: %s", error)
+        return EXIT_SETTINGS
     gateway = Gateway(parts)
     parts.reload()
     loop = asyncio.get_running_loop()
