@@ -26,7 +26,7 @@ help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 run: ## Start it here: a first key, the address and a curl that works (a mock model unless MODEL_PATH is set)
-	@$(PYTHON) scripts/quickstart.py $(ARGS)
+	@scripts/start.sh --quickstart
 
 test: ## Run the test suite with branch coverage (ARGS="-k name" hands options to pytest)
 	@python=$(call venv,test); rm -f .coverage .coverage.*
