@@ -172,7 +172,7 @@ class Gateway:
     async def _turn_away(self) -> None:
         """Stop listening without a loss: a connection that has just been made may carry a request already.
 
-        Such a request is answered with 503, which its client or a balancer may repeat elsewhere, instead of being reset.
+        Such a request is answered with 503, which may be repeated elsewhere, instead of being reset.
         """
         await asyncio.sleep(_TURN_AWAY_S)
         if self._server is not None:
