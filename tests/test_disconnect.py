@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, reach, send, stall
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, full_backlog, reach, send, stall
 from support.gateway import CHAT, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
@@ -98,6 +98,19 @@ async def test_held_while_the_model_loads(stack, way):
     assert (await stack.ask(get(b"/v1/models"))).status == 200
     assert [call.target for call in stack.backend.calls] == [b"/v1/models"]
     assert stack.counted("cancelled", "queued") == 1
+
+
+@ways
+@scenario()
+async def test_while_connecting_to_the_backend(stack, way):
+    with full_backlog() as port:
+        stack.parts.pool._port = port
+        client = await stack.client()
+        client.send(post())
+        await until(lambda: stack.parts.relaying)
+        await leave(stack, client, way)
+        await until(lambda: not stack.parts.gate.active)
+    await told(stack, "awaiting_response")
 
 
 @ways

@@ -151,6 +151,7 @@ async def test_pipelined_request_behind_the_last_answer_is_refused(stack):
     stack.finish.set()
     assert (await client.response()).status == 200
     assert await client.take_all() == b""
+    client.close()
     await ended(stack)
 
 

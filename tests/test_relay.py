@@ -320,6 +320,18 @@ async def test_pitfall_14_chunked_request_arrives_with_its_exact_length(stack, p
     assert (await client.response()).status == 200
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@scenario(MAX_BUFFERED_BYTES="10MiB")
+async def test_ten_megabytes_arrive_as_they_were(stack, chunked):
+    body = random.Random(10).randbytes(10 << 20)
+    pieces = b"".join(chunk(body[at : at + 77777]) for at in range(0, len(body), 77777)) + LAST_CHUNK
+    raw = request(b"POST", CHAT, None, b"Transfer-Encoding: chunked") + pieces if chunked else post(CHAT, body)
+    for _ in range(2):
+        assert (await stack.ask(raw)).status == 200
+        assert stack.backend.calls.pop().body == body
+    assert stack.parts.buffered_bytes == 0
+
+
 @scenario()
 async def test_methods_and_lengths(stack):
     stack.backend.script(expect(b"GET /v1/models HTTP/1.1\r\n" + own_fields(stack) + b"\r\n"), send(answer()))

@@ -1,21 +1,23 @@
 """Clients that do not read: what is held for them is bounded, whatever they had asked for, and nobody else notices."""
 
 import asyncio
+import shutil
 import socket
+import ssl
 
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, send
-from support.gateway import CHAT, Stack, get, post, scenario, until
+from support.gateway import CHAT, Stack, get, make_certificate, post, scenario, trusting, until
 from support.rawclient import RawClient
 
 BOUND_BYTES = 1 << 20
 
 
-async def deaf(stack: Stack) -> RawClient:
+async def deaf(stack: Stack, tls: ssl.SSLContext | None = None) -> RawClient:
     """A client that reads nothing, on a connection whose buffers in the kernel hold next to nothing."""
     before = set(stack.parts.exchanges)
-    client = await stack.client(receive_buffer=4096)
+    client = await stack.client(receive_buffer=4096, tls=tls)
     client.transport.pause_reading()
     await until(lambda: set(stack.parts.exchanges) - before)
     (wire,) = set(stack.parts.exchanges) - before
@@ -67,6 +69,23 @@ async def test_one_that_never_reads_a_byte_holds_little(stack, framing):
     assert (await client.response()).body == b"x" * octets
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)), TLS_KEY_FILE=lambda folder: str(folder / "server.key")
+)
+async def test_so_it_is_under_tls(stack):
+    client = await deaf(stack, trusting(stack.folder / "server.crt"))
+    octets = 24 << 20
+    stack.backend.script(send(answer(b"x" * octets), 1 << 20))
+    client.send(post() + get(b"/ping"))
+    await stack.backend.call()
+    await settled(stack)
+    assert 0 < held_bytes(stack) < 2 * BOUND_BYTES
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * octets
+    assert (await client.response()).status == 200
+
+
 @scenario()
 async def test_answers_to_pipelined_requests_do_not_pile_up(stack):
     client = await deaf(stack)
@@ -90,6 +109,47 @@ async def test_second_answer_waits_until_the_first_is_taken(stack):
     client.transport.resume_reading()
     assert (await client.response()).body == b"1" * 200_000
     assert (await client.response()).body == b"2" * (32 << 20)
+
+
+async def served_but_not_taken(stack: Stack, *after: bytes) -> RawClient:
+    """A client whose answer has left the backend whole and the gateway in part; it asked to be closed behind it."""
+    client = await deaf(stack)
+    whole = answer(b"x" * 85_000)
+    stack.backend.script(send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
+    client.send(post(CHAT, b"{}", b"Connection: close") + b"".join(after))
+    await until(lambda: stack.backend.calls and not stack.parts.exchanges)
+    assert held_bytes(stack) > 1 << 16
+    return client
+
+
+@pytest.mark.parametrize("after", [b"", b"\r\n"])
+@scenario(STREAM_IDLE_TIMEOUT="60")
+async def test_last_answer_may_be_taken_slowly(stack, after):
+    """Some clients send an empty line behind a body: that does not shorten the time."""
+    client = await served_but_not_taken(stack, after)
+    stack.advance(59)
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * 85_000
+    assert (await client.take_all(), client.ended) == (b"", "fin")
+
+
+@scenario(DRAIN_TIMEOUT="1000")
+async def test_end_waits_until_the_last_answer_is_taken(stack):
+    client = await served_but_not_taken(stack)
+    stack.gateway.drain()
+    end = asyncio.ensure_future(stack.gateway.run_until_ended())
+    await settled(stack)
+    assert not end.done()
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * 85_000
+    await asyncio.wait_for(end, 20)
+
+
+@scenario(MAX_CONNECTIONS="1")
+async def test_connection_counts_until_its_last_answer_is_taken(stack):
+    await served_but_not_taken(stack)
+    assert (await stack.ask(get(b"/ping", key=None))).status == 200
+    assert (await stack.ask(post())).code == "too_many_connections"
 
 
 @scenario(DRAIN_TIMEOUT="0.05")

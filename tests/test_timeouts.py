@@ -3,11 +3,10 @@
 import asyncio
 import hashlib
 import random
-import socket
 
 import pytest
 
-from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, full_backlog, send, stall
 from support.gateway import CHAT, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
@@ -122,33 +121,17 @@ async def test_last_answer_that_is_not_taken_is_dropped(stack):
 # --- The backend ---
 
 
-@scenario(BACKEND_CONNECT_TIMEOUT="10", COLD_START_WAIT="5", PORT_BACKEND="unset")
+@scenario(BACKEND_CONNECT_TIMEOUT="10", COLD_START_WAIT="5")
 async def test_backend_that_does_not_accept_is_waited_for(stack):
     """Like one that refuses, it may be loading; COLD_START_WAIT is the bound."""
-    crowd = fill_backlog(stack)
-    client = await stack.client()
-    client.send(post())
-    await until(lambda: stack.parts.gate.active)
-    stack.advance(10)
-    response = await client.response()
-    assert (response.status, response.code) == (503, "loading")
-    for sock in crowd:
-        sock.close()
-
-
-def fill_backlog(stack: Stack) -> list[socket.socket]:
-    """Let the gateway's backend be a socket whose queue is full, so that connecting to it hangs."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(0)
-    crowd = [listener]
-    for _ in range(3):
-        sock = socket.socket()
-        sock.setblocking(False)
-        sock.connect_ex(listener.getsockname())
-        crowd.append(sock)
-    stack.parts.pool._port = listener.getsockname()[1]
-    return crowd
+    with full_backlog() as port:
+        stack.parts.pool._port = port
+        client = await stack.client()
+        client.send(post())
+        await until(lambda: stack.parts.gate.active)
+        stack.advance(10)
+        response = await client.response()
+        assert (response.status, response.code) == (503, "loading")
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nA:", b"HTTP/1.1 102 Processing\r\n\r\n"])
