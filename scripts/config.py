@@ -355,7 +355,7 @@ def _near_misses(environ: Mapping[str, str]) -> Iterator[str]:
     names = {setting.name for setting in SETTINGS}
     known = names | set(ALIASES) | {setting.name + "_FILE" for setting in SETTINGS if setting.secret}
     first_words = {name.partition("_")[0] for name in names}
-    for name in sorted(environ):
+    for name in sorted(name for name, value in environ.items() if value):
         if name.startswith("LLAMA_ARG_"):
             yield f"{accept.quoted(name)} does not reach llama-server; use EXTRA_ARGS"
         elif name not in known and name.partition("_")[0] in first_words:

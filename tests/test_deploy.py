@@ -79,6 +79,13 @@ def test_pitfall_12_no_old_names_and_both_ports() -> None:
     assert exposed.split() == [str(DEFAULTS.listen.port), str(DEFAULTS.listen.port_health)]
 
 
+def test_what_the_image_sets_is_no_reason_for_a_warning() -> None:
+    """The bases say LLAMA_ARG_HOST=0.0.0.0; a Dockerfile can empty that but not take it away."""
+    environ = dict(pair.split("=", 1) for line in instructions("ENV") for pair in line.split())
+    assert environ == {"LLAMA_ARG_HOST": ""}
+    assert load_config(environ | {"DATA_DIR": "/data"}).warnings == ()
+
+
 def test_the_image_runs_start_sh_as_a_numeric_user_that_is_not_root() -> None:
     assert instructions("USER")[-1] == "${RUN_AS}"
     (run_as,) = [line for line in instructions("ARG") if line.startswith("RUN_AS=")]

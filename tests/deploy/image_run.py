@@ -296,6 +296,7 @@ def main() -> int:
         raise
     check(bool(list((data / "logs").rglob("*_server_*.log"))), "no boot log on the volume")
     check("Traceback" not in container.output(), container.output()[-8000:])
+    check("LLAMA_ARG_" not in container.output(), "a warning about what the image itself sets")
     say(f"served, reloaded and stopped as user {image.user} with a read-only root ({kind} llama-server)")
     return 0
 
