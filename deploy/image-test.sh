@@ -117,6 +117,7 @@ check_size() {
 
 main() {
   local began=$SECONDS container base_container
+  require_machine
   # Not in $TMPDIR, which may be memory: an image and its base are a gigabyte.
   mkdir -p "$cache"
   # What a run that was killed has left.
@@ -124,7 +125,6 @@ main() {
   scratch=$(mktemp -d "$cache/image-test.XXXXXX")
   chmod 755 "$scratch"
   trap 'images umount --all >/dev/null 2>&1 || true; rm -rf "$scratch"' EXIT
-  require_machine
   require_tools
   make_base
   make_app
