@@ -25,7 +25,6 @@ from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
 INSTALLED = "opt/llama-gguf-inference"
-KEY, LATER_KEY = "sk-image-test-0123456789", "sk-image-test-later-0123456789"
 PATIENCE_S = 60.0
 STOP_S = 10.0  # what `docker stop` allows
 # Docker's own mounts, then the image's user without a way back to more.
@@ -127,11 +126,22 @@ class Container:
         settings = {"MODEL_NAME": "tiny.gguf", "EXTRA_ARGS": "--context-shift", "KEYS_WATCH_SECONDS": "0"}
         self.env = image.env | addresses | settings
 
-    @contextmanager
-    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+    def command(self, argv: list[str]) -> list[str]:
         unshare = ["unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
         arguments = [str(self.image.root), str(self.data), self.uid, self.gid, self.image.workdir]
-        argv = [*unshare, "sh", "-c", CONTAINER, "sh", *arguments, *self.image.entrypoint]
+        return [*unshare, "sh", "-c", CONTAINER, "sh", *arguments, *argv]
+
+    def make_key(self, name: str) -> str:
+        """As docs/DEPLOYMENT.md has it: with the image, and what it finds by itself."""
+        program = f"/{INSTALLED}/scripts/key_mgmt.py"
+        argv = self.command(["python3", program, "--quiet", "generate", "--name", name])
+        made = subprocess.run(argv, env=self.image.env, capture_output=True, text=True, check=False)
+        check(made.returncode == 0, f"no key can be made: {made.stderr}")
+        return made.stdout.strip()
+
+    @contextmanager
+    def running(self) -> Iterator[subprocess.Popen[bytes]]:
+        argv = self.command(self.image.entrypoint)
         with (self.data.parent / "output.log").open("wb") as output:
             process = subprocess.Popen(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
@@ -230,7 +240,7 @@ def check_privileges(first: int, uid: str) -> None:
         check(secret not in Path(f"/proc/{pid}/cmdline").read_text(), "the backend's key is on a command line")
 
 
-def try_serving(container: Container, process: subprocess.Popen[bytes]) -> None:
+def try_serving(container: Container, key: str, process: subprocess.Popen[bytes]) -> None:
     health = container.port_health
     up_s = eventually(lambda: container.status("/", health) == 200, "the health port answers", process)
     up_s += eventually(lambda: container.status("/ping") == 200, "the gateway answers", process)
@@ -238,21 +248,21 @@ def try_serving(container: Container, process: subprocess.Popen[bytes]) -> None:
     say(f"both ports answered {up_s:.2f} s after the start")
     check(container.healthy(), "the health check fails while it serves")
     check(container.chat("sk-nobody-0123456789").status == 401, "a stranger is served")
-    answer = container.chat(KEY)
+    answer = container.chat(key)
     check(answer.status == 200 and bool(answer.json()["choices"]), "no chat")
-    check(container.chat(KEY, stream=True).read().rstrip().endswith(b"data: [DONE]"), "a stream has no end")
+    check(container.chat(key, stream=True).read().rstrip().endswith(b"data: [DONE]"), "a stream has no end")
 
 
 def try_hang_up(container: Container, first: int, process: subprocess.Popen[bytes]) -> None:
-    check(container.chat(LATER_KEY).status == 401, "a key that is not there is served")
-    write_keys(container, KEY, LATER_KEY)
+    key = container.make_key("bob")
+    check(container.chat(key).status == 401, "a key is in force before the keys are read")
     os.kill(first, signal.SIGHUP)
-    eventually(lambda: container.chat(LATER_KEY).status == 200, "SIGHUP to process 1 reloads the keys", process)
+    eventually(lambda: container.chat(key).status == 200, "SIGHUP to process 1 reloads the keys", process)
 
 
-def try_stop(container: Container, first: int, process: subprocess.Popen[bytes]) -> None:
+def try_stop(container: Container, key: str, first: int, process: subprocess.Popen[bytes]) -> None:
     """With a stream under way that would go on for longer than the stop may take."""
-    stream = container.chat(KEY, tokens=1_000_000, stream=True)
+    stream = container.chat(key, tokens=1_000_000, stream=True)
     began_s = time.monotonic()
     os.kill(first, signal.SIGTERM)
     try:
@@ -262,12 +272,6 @@ def try_stop(container: Container, first: int, process: subprocess.Popen[bytes])
     say(f"stopped with a stream under way after {time.monotonic() - began_s:.2f} s, exit status {status}")
     check(status == 0, f"exit status {status}")
     check(not stream.read().rstrip().endswith(b"[DONE]"), "the stream that was cut looks finished")
-
-
-def write_keys(container: Container, *keys: str) -> None:
-    path = container.data / "api_keys.txt"
-    path.write_text("".join(f"user{number}:{key}:10000\n" for number, key in enumerate(keys)))
-    os.chown(path, int(container.uid), int(container.gid))
 
 
 def own(folder: Path, uid: int, gid: int) -> None:
@@ -281,16 +285,16 @@ def main() -> int:
     check_description(image)
     check_files(image)
     container = Container(image, data)
-    write_keys(container, KEY)
     own(data, int(container.uid), int(container.gid))
+    key = container.make_key("alice")
     check(not container.healthy(), "the health check passes where nothing runs")
     try:
         with container.running() as process:
-            try_serving(container, process)
+            try_serving(container, key, process)
             first = first_process(process)
             check_privileges(first, container.uid)
             try_hang_up(container, first, process)
-            try_stop(container, first, process)
+            try_stop(container, key, first, process)
     except SystemExit:
         print(container.output()[-8000:], file=sys.stderr)
         raise
