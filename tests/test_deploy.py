@@ -289,6 +289,25 @@ def test_the_autoscaler_asks_for_who_waits_and_who_works() -> None:
     assert 'sum(gateway_queue_depth{job="llama-gateway"})' in queries
 
 
+def test_the_autoscalers_behaviour_is_one_that_kubernetes_knows() -> None:
+    """KEDA's own kind has no schema at hand, but what it hands on has."""
+    validate = pytest.importorskip("kubernetes_validate")
+    spec = of_kind("ScaledObject")["spec"]
+    assert spec.keys() == {
+        "scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval", "advanced", "triggers"
+    }  # fmt: skip
+    behaviour = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    target = {"apiVersion": "apps/v1", "kind": "Deployment", **spec["scaleTargetRef"]}
+    scaler = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "keda-hpa-llama-gateway"},
+        "spec": {"scaleTargetRef": target, "maxReplicas": spec["maxReplicaCount"], "behavior": behaviour},
+    }
+    validate.validate(scaler, "1.30", strict=True)
+    assert all(isinstance(value, str) for trigger in spec["triggers"] for value in trigger["metadata"].values())
+
+
 # systemd
 
 
