@@ -211,6 +211,15 @@ async def test_no_continue_where_nobody_waits_for_one(stack):
         assert (await client.response()).status == 200
 
 
+@scenario()
+async def test_no_continue_once_the_body_has_begun(stack):
+    client = await stack.client()
+    client.send(request(b"POST", CHAT, None, EXPECT, b"Content-Length: 3") + b"a")
+    await until(lambda: stack.parts.buffered_bytes == 1)
+    client.send(b"bc")
+    assert (await client.response()).status == 200
+
+
 # --- Heads ---
 
 

@@ -271,6 +271,22 @@ async def test_pitfall_16_slot_is_held_until_the_backend_lets_go(stack, begun):
     assert (await other.response()).status == 200
 
 
+@scenario(MAX_CONCURRENT_REQUESTS="2")
+async def test_slots_that_others_work_in_are_theirs(stack):
+    """One busy slot is that of the request that goes on: the cancelled one's is free."""
+    stack.backend.own[b"/slots"] = busy(1)
+    clients = [await stack.client() for _ in range(3)]
+    for client in clients[:2]:
+        stack.backend.script(send(STREAM_HEAD), stall())
+        client.send(post())
+        await client.take_through(b"\r\n\r\n")
+    clients[2].send(post(CHAT, b"next"))
+    await until(lambda: stack.parts.gate.queued == 1)
+    clients[0].reset()
+    assert (await clients[2].response()).status == 200
+    assert stack.backend.own[b"/slots"] == busy(1)
+
+
 @pytest.mark.parametrize(
     "slots", [answer(b"{}"), answer(b"[1]"), answer(b"", b"501 Not Implemented"), b"nonsense\r\n\r\n"]
 )

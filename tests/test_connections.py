@@ -212,6 +212,16 @@ async def test_where_none_idles_there_is_room_for_public_routes_only(stack):
     await late.until(lambda: bool(late.ended))
 
 
+@scenario(MAX_CONNECTIONS="1")
+async def test_room_for_public_routes_is_given_back(stack):
+    await occupy(stack, 1)
+    for _ in range(20):
+        late = await stack.client()
+        late.send(get(b"/ping", b"Connection: close", key=None))
+        assert (await late.response()).status == 200
+        await late.until(lambda late=late: bool(late.ended))
+
+
 @scenario(MAX_CONNECTIONS="2")
 async def test_sixteen_more_and_not_one_beyond(stack):
     await occupy(stack, 2)

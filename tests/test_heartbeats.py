@@ -218,6 +218,7 @@ async def test_backends_refusal_becomes_one_event_in_the_routes_dialect(stack, t
     [
         ((send(answer(b"not JSON", b"500 Internal Server Error")),), "backend_unavailable"),
         ((send(answer(b"{}")),), "backend_unavailable"),
+        ((send(STREAM_HEAD.replace(b"200 OK", b"500 Oops") + chunk(event("1")) + LAST_CHUNK),), "backend_unavailable"),
         ((send(b"HTTP/1.1 500 Oops\r\n\r\nnot"), close()), "backend_unavailable"),
         ((send(b"HTTP/1.1 500 Oops\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), close()), "backend_malformed"),
         ((send(b"HTTP/1.1 500 Oops\r\n\r\n" + b"x" * (2 << 20)),), "backend_unavailable"),

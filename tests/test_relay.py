@@ -163,7 +163,7 @@ async def test_http_1_0_client_gets_the_payload_and_then_the_end(stack, framing)
     }[framing]
     stack.backend.script(send(raw, piece=3), close())
     client = await stack.client()
-    client.send(post(CHAT, b"{}", ID, minor=0))
+    client.send(post(CHAT, b"{}", ID, b"Connection: keep-alive", minor=0))
     assert await client.take_all() == b"HTTP/1.1 200 OK\r\nConnection: close\r\n" + OWN + b"abcde"
     assert client.ended == "fin"
 

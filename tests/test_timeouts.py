@@ -56,6 +56,20 @@ async def test_pitfall_25_one_deadline_for_the_whole_head(stack):
 
 
 @scenario(CLIENT_HEADER_TIMEOUT="30", KEEPALIVE_TIMEOUT="75")
+async def test_deadline_of_a_head_begins_with_its_first_byte(stack):
+    client = await stack.client()
+    client.send(get(b"/ping"))
+    await client.response()
+    stack.advance(70)
+    client.send(b"GET ")
+    await unread(stack)
+    stack.advance(30 - LITTLE_S)
+    assert not client.received
+    stack.advance(LITTLE_S)
+    assert (await client.response()).status == 408
+
+
+@scenario(CLIENT_HEADER_TIMEOUT="30", KEEPALIVE_TIMEOUT="75")
 async def test_second_head_has_the_same_deadline(stack):
     client = await stack.client()
     client.send(get(b"/ping") + b"GET /ping HT")
