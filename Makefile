@@ -20,7 +20,7 @@ comma := ,
 empty :=
 files = $(subst $(empty) $(empty),$(comma),$(wildcard $(1:%=scripts/%.py)))
 
-.PHONY: help run test lint format check e2e bench soak fuzz image-test clean
+.PHONY: help run test lint format check e2e bench soak fuzz deploy-test image-test clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -58,6 +58,10 @@ soak: ## Load, cancel and break it for five minutes; count what was lost and wha
 
 fuzz: ## Throw seeded random bytes at the parsers for longer than `make test` does
 	@python=$(call venv,test); "$$python" tests/fuzz.py $(ARGS)
+
+deploy-test: ## Check deploy/: HAProxy with three workers, Kubernetes, Prometheus and Grafana files
+	@python=$(call venv,deploy); tests/e2e/get_prometheus.sh >/dev/null
+	"$$python" -m pytest tests/test_deploy.py tests/deploy $(ARGS)
 
 image-test: ## Build the image without Docker, run it, chat through it, stop it
 	@deploy/image-test.sh
