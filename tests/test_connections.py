@@ -240,6 +240,13 @@ async def test_sixteen_more_and_not_one_beyond(stack):
         assert (await client.response()).status == 200
 
 
+@scenario(MAX_CONNECTIONS="2")
+async def test_connection_that_has_gone_counts_no_more(stack):
+    for _ in range(5):
+        assert (await stack.ask(post(CHAT, b"{}", b"Connection: close"))).status == 200
+        await until(lambda: not stack.open_clients)
+
+
 @scenario(MAX_CONNECTIONS="1")
 async def test_bytes_already_sent_save_a_connection_from_making_room(stack):
     first = await stack.client()

@@ -78,8 +78,10 @@ async def test_operator_drains_and_nobody_else(stack):
 @scenario(**PATIENT)
 async def test_streams_and_answers_under_way_finish_and_their_connections_end(stack):
     stream, whole = await working(stack, STREAM_HEAD + chunk(event("1"))), await working(stack)
+    idle = await stack.client()
     stack.gateway.drain()
     stack.gateway.drain()
+    assert await idle.take_all() == b""
     stack.finish.set()
     assert await stream.take_all() == chunk(event("1")) + chunk(event("end")) + LAST_CHUNK
     response = await whole.response()

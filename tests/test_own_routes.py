@@ -28,11 +28,12 @@ async def page(stack: Stack, key: bytes | None = None) -> dict[str, float]:
 
 @scenario(MAX_CONCURRENT_REQUESTS="1")
 async def test_health_tells_what_the_supervisor_needs(stack):
+    stack.advance(10)
     assert (await stack.ask(post())).status == 200
     stack.advance(30)
     idle = (await stack.ask(get(b"/health", key=None))).json
     assert (idle["state"], idle["active"], idle["queued"], idle["slots"], idle["connections"]) == ("ready", 0, 0, 1, 1)
-    assert (idle["idle_s"], idle["uptime_s"]) == (30, 30)
+    assert (idle["idle_s"], idle["uptime_s"]) == (30, 40)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", idle["since"])
     stack.backend.script(send(STREAM_HEAD), stall(stack.finish), send(chunk(event("1"))), stall())
     clients = [await stack.client(), await stack.client()]
@@ -90,9 +91,27 @@ async def test_histograms_and_tokens(stack):
     assert kinds == {"prompt": 7, "cached": 3, "completion": 5}
     for name in ("request_duration_seconds", "time_to_first_byte_seconds"):
         assert (shown[f"gateway_{name}_sum"], shown[f"gateway_{name}_count"]) == (2, 1)
-    assert shown["gateway_queue_wait_seconds_sum"] == 0
     assert shown["gateway_generation_tokens_per_second_sum"] == 5
     assert shown["gateway_prompt_tokens_per_second_sum"] == 2000
+
+
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_wait_in_the_queue_is_measured(stack):
+    stack.backend.script(stall(stack.finish), send(answer()))
+    clients = [await stack.client(), await stack.client()]
+    for number, client in enumerate(clients):
+        client.send(post(CHAT, b"{}", b"X-Request-Id: r-%d" % number))
+        await until(lambda number=number: stack.parts.gate.queued == number)
+    await stack.backend.call()
+    stack.advance(3)
+    stack.finish.set()
+    for client in clients:
+        await client.response()
+    shown = await page(stack)
+    assert (shown["gateway_queue_wait_seconds_sum"], shown["gateway_queue_wait_seconds_count"]) == (3, 2)
+    await stack.stop()
+    times = {line["id"]: (line["queue_ms"], line["first_byte_ms"], line["total_ms"]) for line in stack.lines}
+    assert (times["r-0"], times["r-1"]) == ((0, 3000, 3000), (3000, 3000, 3000))
 
 
 @scenario()

@@ -144,6 +144,13 @@ class RawClient(asyncio.Protocol):
         await self.until(lambda: bool(self.ended))
         return await self.take(len(self.received))
 
+    async def silent(self) -> None:
+        """Nothing has come: what was sent before this call would be here after a few turns of the loop."""
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not self.received, f"received {bytes(self.received)!r}"
+        assert not self.ended, f"ended ({self.ended})"
+
     async def response(self, method: bytes = b"GET") -> Response:
         """Read one whole response; an interim one counts as one."""
         head = await self.take_through(b"\r\n\r\n")
