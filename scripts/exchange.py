@@ -32,7 +32,7 @@ CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
 NO_KEY = "-"
 TOKEN_TYPES = ("prompt", "cached", "completion")
-_BATCH = 512
+_BATCH = 64
 NO_TOKENS = Tokens(0, 0, 0, 0.0, 0.0)
 
 
