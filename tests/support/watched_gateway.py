@@ -6,13 +6,15 @@ gateway holds just then. Run as a module, with scripts/ and tests/ on PYTHONPATH
 
 import asyncio
 import json
+import logging
 import os
+import re
 import signal
 import sys
 
+import gateway
 import logs
-from config import load_config
-from gateway import Gateway
+from config import Config, load_config
 from parts import Parts
 from wire import BackendWire
 
@@ -38,19 +40,32 @@ def tell(news: object) -> None:
     print(json.dumps(news), flush=True)
 
 
-async def serve() -> None:
+class WatchedParts(Parts):
+    """The gateway's parts; they tell what they hold when asked by SIGUSR1."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
+
+    def _tell(self) -> None:
+        tell({"ready": self.readiness.ready, "held": held(self)})
+
+
+class Announcer(logging.Handler):
+    """Tells the port, which the gateway only logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"listens on .* port (\d+)", record.getMessage()):
+            tell({"port": int(found[1])})
+
+
+def main() -> int:
     settings = load_config(os.environ)
     logs.setup("gateway", settings.log.level, settings.log.format, sys.stderr)
-    parts = Parts(settings)
-    gateway = Gateway(parts)
-    parts.reload()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, gateway.drain)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: tell({"ready": parts.readiness.ready, "held": held(parts)}))
-    tell({"port": await gateway.start()})
-    await gateway.run_until_ended()
-    await gateway.close()
+    logging.getLogger("gateway").addHandler(Announcer())
+    gateway.Parts = WatchedParts  # type: ignore[assignment, misc]
+    return asyncio.run(gateway.serve(settings))
 
 
 if __name__ == "__main__":
-    asyncio.run(serve())
+    sys.exit(main())
