@@ -14,10 +14,24 @@ from pathlib import Path
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
-from support.gateway import CHAT, KEY, KEYS, OPERATOR_KEY, Stack, get, post, request, scenario, until
+from support.gateway import (
+    CHAT,
+    KEY,
+    KEYS,
+    OPERATOR_KEY,
+    Stack,
+    get,
+    make_certificate,
+    post,
+    request,
+    scenario,
+    trusting,
+    until,
+)
 from support.rawclient import RawClient
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COV")}
 DRAIN = request(b"POST", b"/drain", b"", key=OPERATOR_KEY)
 PATIENT = {"DRAIN_TIMEOUT": "1000"}
 HASTY = {"DRAIN_TIMEOUT": "0.05"}
@@ -129,10 +143,12 @@ async def test_held_requests_are_refused_and_a_begun_stream_gets_the_event(stack
 @scenario(**PATIENT)
 async def test_head_that_is_on_its_way_is_answered_and_its_connection_closed(stack):
     clients = [await stack.client() for _ in range(3)]
+    idle = await stack.client()
     for client in clients:
         client.send(b"GET ")
     await until(lambda: sum(wire.has_unread for wire in stack.parts.exchanges) == 3)
     stack.gateway.drain()
+    assert await idle.take_all() == b""
     for client, rest, status in zip(
         clients, (get(b"/ping"), get(b"/health"), get(b"/v1/models")), (200, 503, 503), strict=True
     ):
@@ -186,6 +202,33 @@ async def test_a_second_signal_does_not_wait(stack):
     assert not client.received.endswith(LAST_CHUNK)
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
+    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
+    **PATIENT,
+)
+async def test_handshake_that_ends_after_the_end_began_is_turned_away(stack):
+    loop = asyncio.get_running_loop()
+    trust = trusting(stack.folder / "server.crt")
+    idle = await stack.client(tls=trust)
+    held = await stack.client(tls=trust)
+    stack.backend.script(stall(stack.finish), send(answer()))
+    held.send(post())
+    await stack.backend.call()
+    with socket.socket() as late:
+        late.setblocking(False)
+        await loop.sock_connect(late, ("127.0.0.1", stack.port))
+        stack.gateway.drain()
+        await idle.until(lambda: bool(idle.ended))
+        _, client = await loop.create_connection(RawClient, sock=late, ssl=trust, server_hostname="localhost")
+        await client.until(lambda: bool(client.ended))
+        client.close()
+    stack.finish.set()
+    assert (await held.response()).status == 200
+    await ended(stack)
+
+
 # --- The process ---
 
 
@@ -196,12 +239,12 @@ def process(folder: Path, scripts: Path = SCRIPTS, **settings: str) -> Iterator[
     if not keys.exists():
         keys.write_text(KEYS)
     environ = {
+        **MEASURED,
         "PATH": os.environ["PATH"],
         "HOST": "127.0.0.1",
         "PORT": "0",
         "DATA_DIR": str(folder),
         "AUTH_KEYS_FILE": str(keys),
-        **{name: value for name, value in os.environ.items() if name.startswith("COV")},
         **settings,
     }
     words = [sys.executable, str(scripts / "gateway.py")]
@@ -297,10 +340,31 @@ def test_bad_settings_are_status_2_and_all_told(tmp_path):
         assert "MAX_QUEUE_SIZE" in said
 
 
+def test_certificate_that_cannot_be_read_is_status_2(tmp_path):
+    for name in ("a.crt", "a.key"):
+        (tmp_path / name).write_text("not a certificate\n")
+    files = {"TLS_CERT_FILE": str(tmp_path / "a.crt"), "TLS_KEY_FILE": str(tmp_path / "a.key")}
+    with process(tmp_path, **files) as gateway:
+        said = gateway.communicate(timeout=20)[0]
+        assert gateway.returncode == 2
+        assert "TLS_CERT_FILE" in said
+        assert "Traceback" not in said
+
+
+def test_old_name_of_a_setting_is_warned_of_once(tmp_path):
+    with process(tmp_path, PORT="", GATEWAY_PORT="0") as gateway:
+        said = []
+        while " port " not in (line := gateway.stdout.readline()):
+            said.append(line)
+        assert sum("GATEWAY_PORT" in line for line in said) == 1
+        gateway.send_signal(signal.SIGTERM)
+        assert "GATEWAY_PORT" not in gateway.communicate(timeout=20)[0]
+
+
 def test_check_config_prints_and_does_not_listen(tmp_path):
     words = [sys.executable, str(SCRIPTS / "gateway.py"), "--check-config"]
     done = subprocess.run(
-        words, env={"DATA_DIR": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=20
+        words, env={**MEASURED, "DATA_DIR": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=20
     )
     assert done.returncode == 0
     assert "MAX_CONCURRENT_REQUESTS" in done.stdout
