@@ -291,6 +291,13 @@ def wants_keep_alive(minor: int, options: frozenset[bytes]) -> bool:
     return b"close" not in options and (minor == 1 or b"keep-alive" in options)
 
 
+def keeps_alive(head: RequestHead | ResponseHead) -> bool:
+    """Whether the sender of a head will go on with the connection behind this message."""
+    if head.minor == 1 and b"connection" not in head.known:
+        return True
+    return wants_keep_alive(head.minor, connection_options(head.known))
+
+
 def expects_continue(head: RequestHead) -> bool:
     """Whether the client waits for 100 Continue. Raises EXPECTATION_FAILED for any other expectation."""
     values = head.known.get(b"expect")

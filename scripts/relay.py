@@ -26,9 +26,9 @@ from http1 import (
     RequestHead,
     ResponseHead,
     connection_options,
+    keeps_alive,
     parse_response_head,
     response_framing,
-    wants_keep_alive,
 )
 from waiting import Deadlines, Promise
 from wire import BackendWire, ClientWire
@@ -306,12 +306,6 @@ class Relay:
         """Whether an event of our own could follow what has been passed."""
         between = not isinstance(self._body, ChunkedBody) or self._body.between_chunks()
         return between and self._last.endswith((b"\n\n", b"\r\n\r\n"))
-
-
-def keeps_alive(head: ResponseHead) -> bool:
-    if head.minor == 1 and b"connection" not in head.known:
-        return True
-    return wants_keep_alive(head.minor, connection_options(head.known))
 
 
 def backend_message(head: ResponseHead, payload: bytes) -> str:

@@ -32,10 +32,9 @@ from http1 import (
     Framing,
     RequestHead,
     ResponseHead,
-    connection_options,
     expects_continue,
+    keeps_alive,
     request_framing,
-    wants_keep_alive,
 )
 from parts import Parts
 from readiness import DEAD, READY
@@ -83,7 +82,7 @@ class Request:
         if head is None:
             method, minor, keeps, name = b"GET", 1, False, parts.ids.make()
         else:
-            method, minor, keeps, name = head.method, head.minor, _keeps_alive(head), parts.ids.of(head)
+            method, minor, keeps, name = head.method, head.minor, keeps_alive(head), parts.ids.of(head)
         self.exchange = Exchange(name, client.peer, parts.clock(), head)
         fields = b"X-Request-Id: %b\r\n" % name.encode()
         if parts.cors.on:
@@ -362,9 +361,3 @@ class Request:
             self._client.abort()
         elif not self._client.ended:
             self._client.close(unread=self._unread, flush_s=self._parts.config.timeouts.stream_idle_s)
-
-
-def _keeps_alive(head: RequestHead) -> bool:
-    if head.minor == 1 and b"connection" not in head.known:
-        return True
-    return wants_keep_alive(head.minor, connection_options(head.known))
