@@ -60,7 +60,7 @@ class Ticket:
         """Leave the queue or give the slot back, whichever is held; harmless in any state, any number of times."""
         if self._runs:
             self._runs = False
-            self._gate._free(self.key_id)
+            self._gate.give(self.key_id)
         elif self._lane is not None:
             self._gate._leave(self, self._lane)
         waiting = self.waiting
@@ -106,12 +106,8 @@ class Gate:
 
     # Coming and going
 
-    def apply(self, key_id: str, *, parallel: int | None = None, priority: int = 0) -> Ticket:
-        """Take a slot, or a place in the queue, for one request of a key.
-
-        `parallel` (at least 1, None for no limit) bounds how many requests of the key run at once. Needs a running loop
-        where it has to wait. Raises GatewayError(QUEUE_FULL) with the Retry-After that the recent rate suggests.
-        """
+    def take(self, key_id: str, parallel: int | None, priority: int) -> bool:
+        """Take a slot for one request of a key, until `give`, if one is free for it just now; whether one was."""
         running = self._running.get(key_id, 0)
         if (
             self.active < self.slots
@@ -123,7 +119,21 @@ class Gate:
             self.active += 1
             if self.active >= self.slots:
                 self._marked_s = self._clock()
-            return Ticket(self, key_id, parallel, True)
+            return True
+        return False
+
+    def ticket(self, key_id: str, parallel: int | None) -> Ticket:
+        """A ticket for a slot that has been taken without one."""
+        return Ticket(self, key_id, parallel, True)
+
+    def apply(self, key_id: str, *, parallel: int | None = None, priority: int = 0) -> Ticket:
+        """Take a slot, or a place in the queue, for one request of a key.
+
+        `parallel` (at least 1, None for no limit) bounds how many requests of the key run at once. Needs a running loop
+        where it has to wait. Raises GatewayError(QUEUE_FULL) with the Retry-After that the recent rate suggests.
+        """
+        if self.take(key_id, parallel, priority):
+            return self.ticket(key_id, parallel)
         if self.max_waiting and self.queued >= self.max_waiting:
             self._make_room(key_id)
         return self._enqueue(Ticket(self, key_id, parallel, False), priority)
@@ -167,7 +177,7 @@ class Gate:
 
     # Slots
 
-    def _free(self, key_id: str) -> None:
+    def give(self, key_id: str) -> None:
         """Take a slot back, measure the rate where all were taken, and admit who is next."""
         if self.active >= self.slots:
             self._measure()

@@ -5,11 +5,25 @@ the other, and no second status line can follow a first.
 """
 
 import time
+from functools import lru_cache
 from http import HTTPStatus
+from typing import NamedTuple
 
 from bodies import LAST_CHUNK, Body, ChunkedBody, encode_chunk
 from errors import Dialect, Fields, GatewayError, envelope, event
-from http1 import CRLF, HOP_BY_HOP, UNTIL_CLOSE, Framing, ResponseHead, connection_options
+from http1 import (
+    CRLF,
+    HOP_BY_HOP,
+    UNTIL_CLOSE,
+    Framing,
+    ResponseHead,
+    connection_options,
+    field_lines,
+    keeps_alive,
+    parse_response_head,
+    response_framing,
+)
+from plan import Plan
 from wire import ClientWire
 
 # Not the backend's to tell a client of the gateway: its own origin policy, and an id that is not the request's.
@@ -39,13 +53,40 @@ def relayed_lines(head: ResponseHead) -> bytes:
     return b"".join(lines)
 
 
-def field_lines(fields: Fields) -> bytes:
-    return b"".join([b"%b: %b\r\n" % field for field in fields])
-
-
 def is_event_stream(head: ResponseHead) -> bool:
     types = head.known.get(b"content-type")
     return types is not None and types[0].lower().startswith(b"text/event-stream")
+
+
+class Opening(NamedTuple):
+    """A response's head, and what follows from it alone."""
+
+    head: ResponseHead
+    status: int
+    lines: bytes  # what of it goes on to the client
+    framing: Framing
+    is_stream: bool
+    keeps_alive: bool
+    tells: bool  # a success in plain text, whose tokens can be read
+
+
+@lru_cache(maxsize=128)
+def open_response(raw: bytes, method: bytes) -> Opening:
+    """Parse the head of a response to a request of that method. Raises BACKEND_MALFORMED.
+
+    llama-server's heads differ in their length at most, and those of its streams not even in that.
+    """
+    head = parse_response_head(raw)
+    framing = response_framing(head, method) if head.status >= 200 else UNTIL_CLOSE  # an interim one has no body
+    tells = head.status == HTTPStatus.OK and b"content-encoding" not in head.known
+    return Opening(head, head.status, relayed_lines(head), framing, is_event_stream(head), keeps_alive(head), tells)
+
+
+def connection_line(minor: int, keep_alive: bool) -> bytes:
+    """What a client of HTTP/1.<minor> has to be told of its connection (RFC 9112 section 9.3)."""
+    if not keep_alive:
+        return b"Connection: close\r\n"
+    return b"" if minor else b"Connection: keep-alive\r\n"
 
 
 class Answer:
@@ -54,43 +95,47 @@ class Answer:
     __slots__ = (
         "_chunked",
         "_client",
-        "_fields",
-        "_minor",
+        "_lines",
+        "_plan",
         "_sized",
         "_verbatim",
-        "dialect",
         "is_stream",
         "keep_alive",
-        "method",
         "started",
         "status",
     )
 
-    def __init__(self, client: ClientWire, fields: bytes, *, method: bytes, minor: int, keep_alive: bool) -> None:
-        """`fields` are lines that the head will carry whatever the answer is: request id, CORS."""
+    def __init__(self, client: ClientWire, plan: Plan, lines: bytes, *, keep_alive: bool) -> None:
+        """`lines` are field lines that the head will carry whatever the answer is: request id, CORS."""
         self._client = client
-        self._minor = minor
-        self._fields = fields
+        self._plan = plan
+        self._lines = lines
         self._chunked = self._sized = self._verbatim = False
-        self.method = method
         self.keep_alive = keep_alive
-        self.dialect = Dialect.OPENAI
         self.started = False
         self.is_stream = False  # a text/event-stream, whose events may end with one of ours
         self.status = 0
 
+    @property
+    def method(self) -> bytes:
+        return self._plan.method
+
+    @property
+    def dialect(self) -> Dialect:
+        return self._plan.route.dialect
+
     def add_lines(self, lines: bytes) -> None:
         """More field lines that the head will carry."""
-        self._fields += lines
+        self._lines += lines
 
     # --- Heads ---
 
-    def begin_relayed(self, head: ResponseHead, lines: bytes, framing: Framing) -> bytes:
+    def begin_relayed(self, opening: Opening) -> bytes:
         """The head for a relayed response; `write` sends it together with the first of the body."""
-        self.is_stream = is_event_stream(head)
-        self._frame(framing)
-        self._verbatim = framing.chunked and self._chunked
-        return self._begin(head.status, lines)
+        self.is_stream = opening.is_stream
+        self._frame(opening.framing)
+        self._verbatim = opening.framing.chunked and self._chunked
+        return self._begin(opening.status, opening.lines)
 
     def begin_stream(self) -> None:
         """Begin an event stream before the backend has said anything."""
@@ -103,7 +148,7 @@ class Answer:
     def _frame(self, framing: Framing) -> None:
         """Decide the client's framing: HTTP/1.0 has no chunks, so a body of unknown length ends with the connection."""
         self._sized = framing.length is not None
-        self._chunked = not self._sized and self._minor == 1
+        self._chunked = not self._sized and self._plan.minor == 1
         if not self._sized and not self._chunked:
             self.keep_alive = False
 
@@ -111,11 +156,7 @@ class Answer:
         self.status = status
         if self._chunked:
             head += b"Transfer-Encoding: chunked\r\n"
-        if not self.keep_alive:
-            head += b"Connection: close\r\n"
-        elif self._minor == 0:
-            head += b"Connection: keep-alive\r\n"
-        return head + self._fields + CRLF
+        return head + connection_line(self._plan.minor, self.keep_alive) + self._lines + CRLF
 
     def write(self, data: bytes) -> None:
         """Write the head, with whatever follows it already; from here on there is no way back."""
@@ -133,10 +174,9 @@ class Answer:
             return payload
         return encode_chunk(payload) + LAST_CHUNK if body.done else encode_chunk(payload)
 
-    def continues(self, head: ResponseHead, body: Body) -> bool:
-        """Whether the backend's answer can go on in the stream that the gateway began; its chunks pass as they are."""
+    def go_on(self, body: Body) -> None:
+        """The backend's answer goes on in the stream that the gateway began; its chunks pass as they are."""
         self._verbatim = self._chunked and isinstance(body, ChunkedBody)
-        return head.status == HTTPStatus.OK and is_event_stream(head)
 
     def end_of_close_delimited(self) -> bytes:
         return LAST_CHUNK if self._chunked else b""

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -104,9 +104,12 @@ class Keyring:
     def __len__(self) -> int:
         return len(self._callers)
 
-    def find(self, secret: bytes, now_s: float) -> Caller:
-        """Return whose secret this is; now_s is epoch time. Raises GatewayError(INVALID_API_KEY or KEY_SUSPENDED)."""
-        found = self._callers.get(sha256(secret).digest())
+    def find(self, digest: bytes, now_s: float) -> Caller:
+        """Return whose secret has this digest; now_s is epoch time.
+
+        Raises GatewayError(INVALID_API_KEY or KEY_SUSPENDED).
+        """
+        found = self._callers.get(digest)
         if found is None or found[1] <= now_s:
             raise unauthorized()
         caller = found[0]
@@ -205,6 +208,7 @@ class Quota(NamedTuple):
         )
 
 
+@lru_cache(maxsize=64)
 def serialize_duration(duration_s: float) -> bytes:
     """Write a duration as OpenAI does: 350ms, 1s, 6m0s. Rounded up, so that it is never too early."""
     if duration_s < 1:
@@ -216,25 +220,53 @@ def serialize_duration(duration_s: float) -> bytes:
 class _Group:
     """Requests of one key that came within GROUP_S."""
 
-    __slots__ = ("began_s", "count", "last_s")
+    __slots__ = ("count", "last_s")
 
     def __init__(self, now_s: float) -> None:
-        self.began_s = self.last_s = now_s
+        self.last_s = now_s
         self.count = 1
 
 
 class _Window:
-    __slots__ = ("groups", "total")
+    """The groups of one key. `last` is the one that began at `began_s`; before `due_s` none is a whole window old."""
+
+    __slots__ = ("began_s", "due_s", "groups", "last", "total")
+
+    last: _Group
 
     def __init__(self) -> None:
         self.groups: deque[_Group] = deque()
         self.total = 0
+        self.began_s = -math.inf
+        self.due_s = math.inf
+
+    def add(self, now_s: float) -> None:
+        """Count a request."""
+        self.total += 1
+        if now_s - self.began_s < GROUP_S:
+            self.last.last_s = now_s
+            self.last.count += 1
+        else:
+            self.last = _Group(now_s)
+            self.began_s = now_s
+            self.groups.append(self.last)
+            self.due_s = min(self.due_s, now_s + WINDOW_S)
+
+    def take_away(self) -> None:
+        """Uncount the newest request."""
+        if self.groups:
+            self.total -= 1
+            self.groups[-1].count -= 1
+            if self.groups[-1].count == 0:
+                self.groups.pop()
+                self.began_s = -math.inf
 
     def age(self, now_s: float) -> None:
         """Drop what is a whole window old."""
         groups = self.groups
         while groups and groups[0].last_s + WINDOW_S <= now_s:
             self.total -= groups.popleft().count
+        self.due_s = groups[0].last_s + WINDOW_S if groups else math.inf
 
     def wait_s(self, limit: int, now_s: float) -> float:
         """Seconds until fewer than limit requests count, if none is added; at least limit count now."""
@@ -266,22 +298,14 @@ class Rates:
     def take(self, caller: Caller) -> Quota:
         """Count a request. Raises GatewayError(RATE_LIMIT_EXCEEDED), and then counts nothing."""
         now_s = self._clock()
-        window = self._windows.get(caller.key_id)
-        if window is None:
-            window = self._begin(caller.key_id, now_s)
-        groups = window.groups
-        if groups and groups[0].last_s + WINDOW_S <= now_s:
+        window = self._windows.get(caller.key_id) or self._begin(caller.key_id, now_s)
+        if window.due_s <= now_s:
             window.age(now_s)
-        if window.total >= caller.rate_limit:
-            _refuse(window, caller.rate_limit, now_s)
-        window.total = total = window.total + 1
-        if groups and now_s - groups[-1].began_s < GROUP_S:
-            group = groups[-1]
-            group.last_s = now_s
-            group.count += 1
-        else:
-            groups.append(_Group(now_s))
-        return Quota(caller.rate_limit, caller.rate_limit - total, WINDOW_S)
+        limit = caller.rate_limit
+        if window.total >= limit:
+            _refuse(window, limit, now_s)
+        window.add(now_s)
+        return Quota(limit, limit - window.total, WINDOW_S)
 
     def give_back(self, caller: Caller) -> None:
         """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing.
@@ -289,11 +313,8 @@ class Rates:
         It is the newest place that goes back, which is the caller's own wherever the refusal came soon.
         """
         window = self._windows.get(caller.key_id)
-        if window is not None and window.groups:
-            window.total -= 1
-            window.groups[-1].count -= 1
-            if window.groups[-1].count == 0:
-                window.groups.pop()
+        if window is not None:
+            window.take_away()
 
     def _begin(self, key_id: str, now_s: float) -> _Window:
         if now_s >= self._sweep_s:

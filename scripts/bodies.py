@@ -192,8 +192,9 @@ class RequestBody:
 
     __slots__ = ("_body", "octets", "pieces")
 
-    def __init__(self, framing: Framing, limits: Limits) -> None:
-        self._body = ChunkedBody(BAD_REQUEST, limits) if framing.chunked else SizedBody(framing.length or 0)
+    def __init__(self, length: int | None, limits: Limits) -> None:
+        """`length` is None where the body is chunked."""
+        self._body = ChunkedBody(BAD_REQUEST, limits) if length is None else SizedBody(length)
         self.pieces: list[bytes] = []
         self.octets = 0
 

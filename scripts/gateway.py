@@ -19,10 +19,10 @@ from collections.abc import Sequence
 import config
 import logs
 from config import Config, ConfigError
-from errors import DRAINING, TOO_MANY_CONNECTIONS, GatewayError, PeerGone
+from connection import Connection
+from errors import DRAINING, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
-from request import Request
 from waiting import end_tasks
 from wire import ClientWire
 
@@ -32,16 +32,14 @@ EXIT_SETTINGS = 2
 EXIT_CANNOT_START = 5
 _BACKLOG = 4096
 _TURN_AWAY_S = 0.1
-_PUBLIC_ONLY_CONNECTIONS = 16
 
 
 class Gateway:
-    """Every client's connection, from accept to close; what happens to a request is `Request`'s."""
+    """Every client's connection, from accept to the last byte."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._open: set[ClientWire] = set()  # every connection, until its last byte has gone
-        self._idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
         self._turned_away = False
@@ -80,70 +78,21 @@ class Gateway:
         if len(self._open) >= self._parts.config.queue.max_connections:
             self._make_room(client)
         self._open.add(client)
-        self._parts.exchanges[client] = None
-        client.converse(self._serve(client))
+        Connection(self._parts, client).begin()
 
     def _make_room(self, newcomer: ClientWire) -> None:
         """At the bound the connection that has idled longest goes; where none idles, the newcomer has public routes."""
-        for client in self._idle:
+        for client in self._parts.idle:
             if not client.has_unread:
-                del self._idle[client]
+                del self._parts.idle[client]
                 client.interrupt(PeerGone())
                 return
         self._parts.public_only.add(newcomer)
-
-    async def _serve(self, client: ClientWire) -> None:
-        """Serve one connection's requests, in order."""
-        parts = self._parts
-        timeouts = parts.config.timeouts
-        idle_s = timeouts.client_header_s
-        try:
-            if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and client in parts.public_only:
-                raise GatewayError(TOO_MANY_CONNECTIONS)
-            while True:
-                self._idle[client] = None
-                head = await client.read_head(idle_s, timeouts.client_header_s)
-                del self._idle[client]
-                request = Request(parts, client, head)
-                parts.exchanges[client] = request.exchange
-                if not await request.run(head):
-                    request.close()
-                    return
-                parts.exchanges[client] = None
-                idle_s = timeouts.keepalive_s
-                del head, request  # an idle connection holds nothing of its last request
-        except GatewayError as error:
-            self._refuse(client, error.with_traceback(None))
-        except PeerGone as left:
-            left.with_traceback(None)
-            self._leave(client)
-        finally:
-            self._forget(client)
-
-    def _forget(self, client: ClientWire) -> None:
-        self._idle.pop(client, None)
-        self._parts.public_only.discard(client)
-        del self._parts.exchanges[client]
 
     def _lost(self, client: ClientWire) -> None:
         self._open.discard(client)
         if self._parts.draining and not self._open:
             self._empty.set()
-
-    def _refuse(self, client: ClientWire, error: GatewayError) -> None:
-        """Answer what never became a request."""
-        request = Request(self._parts, client, None)
-        request.refuse(error)
-        request.finish()
-        request.close()
-
-    def _leave(self, client: ClientWire) -> None:
-        """A connection ends between requests, or its client left in the middle of a head."""
-        if client.has_unread:
-            request = Request(self._parts, client, None)
-            request.cancel()
-            request.finish()
-        client.abort()
 
     # --- The end ---
 
@@ -151,10 +100,10 @@ class Gateway:
         """Refuse newcomers and who waits, let streams finish within DRAIN_TIMEOUT."""
         if self._parts.draining:
             return
-        log.info("draining: %d connections, %d requests at work", len(self._parts.exchanges), self._parts.gate.active)
+        log.info("draining: %d connections, %d requests at work", len(self._parts.clients), self._parts.gate.active)
         self._parts.draining = True
-        for client, exchange in tuple(self._parts.exchanges.items()):
-            if exchange is not None and exchange.stage is Stage.QUEUED:
+        for client in tuple(self._parts.clients):
+            if client.request is not None and client.request.stage is Stage.QUEUED:
                 client.interrupt(GatewayError(DRAINING))
         self._background.append(asyncio.ensure_future(self._finish()))
 
@@ -164,7 +113,7 @@ class Gateway:
         if self._open:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._empty.wait(), self._parts.config.supervision.drain_timeout_s)
-        for client in tuple(self._parts.exchanges):
+        for client in tuple(self._parts.clients):
             client.interrupt(GatewayError(DRAINING))
         await asyncio.sleep(0)  # the last bytes leave in the loop's next round
         self._ended.set()
@@ -179,7 +128,7 @@ class Gateway:
             self._server.close()
         await asyncio.sleep(_TURN_AWAY_S)
         self._turned_away = True
-        for client in tuple(self._idle):
+        for client in tuple(self._parts.idle):
             if not client.has_unread:
                 client.interrupt(PeerGone())
 

@@ -6,7 +6,7 @@ parsers could read in two ways is refused.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -272,6 +272,10 @@ def parse_fields(raw: bytes, start: int, kind: Kind) -> tuple[Fields, tuple[byte
             else:
                 known[name] = [value]
     return tuple(fields), names, known
+
+
+def field_lines(fields: Iterable[tuple[bytes, bytes]]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % field for field in fields])
 
 
 def connection_options(known: Mapping[bytes, Sequence[bytes]]) -> frozenset[bytes]:

@@ -11,20 +11,18 @@ import usage
 from answer import Answer
 from auth import Caller
 from errors import BAD_REQUEST, RELOAD_FAILED, GatewayError
-from http1 import RequestHead
 from parts import Parts
+from plan import Plan
 from readiness import DRAINING, READY
-from routes import Route
 from wire import ClientWire
 
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"
 
 
-async def serve(
-    parts: Parts, client: ClientWire, answer: Answer, head: RequestHead, route: Route, caller: Caller | None
-) -> None:
+async def serve(parts: Parts, client: ClientWire, answer: Answer, plan: Plan, caller: Caller | None) -> None:
     """Answer one of the gateway's own routes."""
+    route = plan.route
     if route.label == "/ping":
         answer.send(200, _TEXT, b"pong\n")
     elif route.label == "/health":
@@ -33,9 +31,9 @@ async def serve(
     elif route.label == "/metrics":
         if parts.backend_page.due:
             await client.run(parts.backend_page.renew(), 0, None)
-        send_metrics(parts, answer, head, caller)
+        send_metrics(parts, answer, plan, caller)
     elif route.label == "/usage":
-        await send_usage(parts, client, answer, head)
+        await send_usage(parts, client, answer, plan)
     elif route.label == "/reload":
         send_json(answer, 200, reload(parts))
     else:
@@ -60,7 +58,7 @@ def health_of(parts: Parts) -> dict[str, object]:
         "slots": parts.gate.slots,
         "active": parts.gate.active,
         "queued": parts.gate.queued,
-        "connections": len(parts.exchanges),
+        "connections": len(parts.clients),
         "backend_silent_s": round(parts.backend_silent_s(), 1),
         "idle_s": round(parts.idle_s(), 1),
         "uptime_s": round(parts.uptime_s(), 1),
@@ -68,9 +66,9 @@ def health_of(parts: Parts) -> dict[str, object]:
     }
 
 
-def send_metrics(parts: Parts, answer: Answer, head: RequestHead, caller: Caller | None) -> None:
+def send_metrics(parts: Parts, answer: Answer, plan: Plan, caller: Caller | None) -> None:
     parts.observer.flush()
-    fmt = metrics.negotiate(b", ".join(head.known.get(b"accept", ())))
+    fmt = metrics.negotiate(plan.accept)
     operator = caller is not None and caller.role == "operator"
     page = metrics.render(parts.operator_registry if operator else parts.registry, fmt)
     answer.send(200, metrics.CONTENT_TYPES[fmt], page)
@@ -79,9 +77,9 @@ def send_metrics(parts: Parts, answer: Answer, head: RequestHead, caller: Caller
 # --- Usage ---
 
 
-async def send_usage(parts: Parts, client: ClientWire, answer: Answer, head: RequestHead) -> None:
+async def send_usage(parts: Parts, client: ClientWire, answer: Answer, plan: Plan) -> None:
     """The ledger's sums for an operator; they are read off the event loop."""
-    query = parse_qs(head.target.partition(b"?")[2].decode("ascii"))
+    query = parse_qs(plan.target.partition(b"?")[2].decode("ascii"))
     since, by = query.get("since", ["30d"])[-1], query.get("by", ["key"])[-1]
     try:
         parts.observer.flush()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,6 +21,7 @@ CLOSE_TIMEOUT_S = 2.0
 # C0, DEL and C1 controls, and the two characters beyond Latin-1 that end a line for some readers.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 CONTROLS |= {0x09: "\\t", 0x0A: "\\n", 0x0D: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+ASCII_CONTROLS = bytes(code for code in CONTROLS if code < 0x80)
 # What every record has; the rest came by `extra`.
 RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -35,6 +36,15 @@ else:
 def escape(text: str) -> str:
     """Make control characters visible. A backslash stays as it is, so escaping twice changes nothing."""
     return text if text.isprintable() else text.translate(CONTROLS)
+
+
+def encode_lines(lines: Sequence[str]) -> bytes:
+    """Write lines with their ends, control characters made visible. That there are none is seen in one pass."""
+    text = "\n".join(lines)
+    data = text.encode(errors="backslashreplace")
+    if not text.isascii() or len(data) - len(data.translate(None, ASCII_CONTROLS)) != max(len(lines) - 1, 0):
+        data = "\n".join(map(escape, lines)).encode(errors="backslashreplace")
+    return data + b"\n" if lines else b""
 
 
 def timestamp(epoch_s: float) -> str:
@@ -136,12 +146,12 @@ class AccessLog:
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
 
-    def write(self, line: str) -> None:
-        """Queue one line, given without its end; never blocks, never raises."""
-        if len(self._waiting) < self._capacity:
-            self._waiting.append(line)
-        else:
-            self.dropped += 1
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Queue lines, given without their ends; never blocks, never raises."""
+        room = max(self._capacity - len(self._waiting), 0)
+        given = list(lines)
+        self._waiting.extend(given[:room])
+        self.dropped += max(len(given) - room, 0)
 
     def reopen(self) -> None:
         """Open the path anew, as after a rotation; lines written before this call still go to the old file."""
@@ -184,8 +194,8 @@ class AccessLog:
         lines: list[str] = []
         while len(lines) < due and (line := self._waiting[0]) is not None:
             self._waiting.popleft()
-            lines.append(escape(line) + "\n")
-        self._pending = "".join(lines).encode(errors="backslashreplace")
+            lines.append(line)
+        self._pending = encode_lines(lines)
         self._written = 0
         if not lines:
             self._waiting.popleft()

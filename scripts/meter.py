@@ -9,8 +9,8 @@ It knows no HTTP: an answer under a Content-Encoding cannot be read, and tells n
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 # Of an answer in JSON, the beginning (where embeddings and rerank tell their usage) and the end (where all others do)
 # are kept; of an event, its name and its end. An answer or event that fits is read whole.
@@ -24,8 +24,7 @@ MAX_TOKENS = 1 << 40
 MAX_MS = 1e12
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(NamedTuple):
     """What one answer took. `prompt` includes `cached`; the times are 0 where the backend did not tell them."""
 
     prompt: int
@@ -166,6 +165,17 @@ _MARK_AFTER_PROGRESS = b'"}\n\n'
 _UNDECIDED, _STREAM, _OBJECT, _LIST, _UNREADABLE = range(5)
 
 
+@lru_cache(maxsize=64)
+def _dialect(kind: str) -> tuple[bytes, int, bool, bool]:
+    """Tell the mark of an event with content, how many of these carry none, and how several choices add up.
+
+    The last word counts in some dialects; in the others each choice of an answer ends with its own.
+    """
+    name = "chat" if kind.endswith("chat/completions") else kind.rpartition("/")[2]
+    mark, idle = _MARKS.get(name, _OTHER_MARK)
+    return mark, idle, name not in ("messages", "responses"), name == "chat"
+
+
 def _form(first: int) -> int:
     """Tell from its first byte whether an answer is an object, a list, a stream of events, or cannot be read."""
     if first == 0x7B:
@@ -173,6 +183,36 @@ def _form(first: int) -> int:
     if first == 0x5B:
         return _LIST
     return _STREAM if first in b":deir" else _UNREADABLE  # comment, data, event, id, retry
+
+
+# How llama-server spells what its answers end with: read with one anchored expression where it is spelt so, which is
+# nearly always, and costs a fifth of parsing JSON. Anything else is parsed.
+_COUNT = rb"(0|[1-9][0-9]{0,11})"
+_MS = rb"((?:0|[1-9][0-9]{0,10})(?:\.[0-9]{1,17})?)"
+_NUMBER = rb"[0-9.e+-]{1,30}"
+_TIMINGS_AT_END = re.compile(
+    rb'"timings":\{"cache_n":%b,"prompt_n":%b,"prompt_ms":%b,"prompt_per_token_ms":%b,"prompt_per_second":%b,'
+    rb'"predicted_n":%b,"predicted_ms":%b,"predicted_per_token_ms":%b,"predicted_per_second":%b\}\}\s*'
+    % (_COUNT, _COUNT, _MS, _NUMBER, _NUMBER, _COUNT, _MS, _NUMBER, _NUMBER)
+).fullmatch
+# With no brace or bracket between the usage and the answer's last brace, it is one of the outermost members.
+_USAGE_AT_END = re.compile(
+    rb'"usage":\{"completion_tokens":%b,"prompt_tokens":%b,"total_tokens":[0-9]{1,12}'
+    rb'(?:,"prompt_tokens_details":\{"cached_tokens":%b\})?\}[^][{}\\]*\}\s*' % (_COUNT, _COUNT, _COUNT)
+).fullmatch
+
+
+def _told_as_usual(text: bytes) -> Tokens | None:
+    """Return what an answer tells that ends as llama-server's answers do; None where it must be parsed."""
+    if (place := text.rfind(_TIMINGS)) >= 0:
+        if match := _TIMINGS_AT_END(text, place):
+            cached, prompt, prompt_ms, completion, predicted_ms = match.groups()
+            beside = int(cached)
+            return Tokens(beside + int(prompt), beside, int(completion), float(prompt_ms), float(predicted_ms))
+    elif match := _USAGE_AT_END(text, max(text.rfind(_USAGE), 0)):
+        completion, prompt, cached = match.groups()
+        return Tokens(int(prompt), int(cached or 0), int(completion))
+    return None
 
 
 class Meter:
@@ -198,13 +238,9 @@ class Meter:
     )
 
     def __init__(self, kind: str) -> None:
-        name = "chat" if kind.endswith("chat/completions") else kind.rpartition("/")[2]
         self.events = 0
         self._form = _UNDECIDED
-        self._mark, self._idle = _MARKS.get(name, _OTHER_MARK)
-        # The last word counts in these dialects; in the others each choice of an answer ends with its own.
-        self._sums = name not in ("messages", "responses")
-        self._one_prompt = name == "chat"
+        self._mark, self._idle, self._sums, self._one_prompt = _dialect(kind)
         self._head = b""  # the beginning of JSON
         self._rest = b""  # its end; or an event that is not whole yet
         self._size = 0
@@ -325,7 +361,7 @@ class Meter:
             if not self.events and self._start is None:
                 return None
             final = self._so_far()
-        return replace(final, prompt=max(final.prompt, start.prompt), cached=max(final.cached, start.cached))
+        return final._replace(prompt=max(final.prompt, start.prompt), cached=max(final.cached, start.cached))
 
     def _so_far(self) -> Tokens:
         """Return what a stream that was cut had told: its last event does, in some dialects, else the events count."""
@@ -336,10 +372,32 @@ class Meter:
         if told is None:
             return Tokens(0, 0, max(self.events - self._idle, 0))
         # Of several choices the last event tells its own only.
-        return told if self._start else replace(told, completion=max(told.completion, self.events - self._idle))
+        return told if self._start else told._replace(completion=max(told.completion, self.events - self._idle))
 
     def _from_object(self) -> Tokens | None:
         if self._size > HEAD_BYTES + TAIL_BYTES:
             return _told(_last_members(self._rest) or _first_members(self._head))
         text = self._head + self._rest
-        return _told(_last_members(text)) or _told(_parse(text) or _first_members(text))
+        return _told_as_usual(text) or _told(_last_members(text)) or _told(_parse(text) or _first_members(text))
+
+
+def keep_whole(kind: str, answer: bytes) -> Meter | bytes:
+    """What is to be kept of a whole answer until somebody has time to read it: no more than a Meter would hold."""
+    if len(answer) <= HEAD_BYTES + TAIL_BYTES:
+        return answer
+    meter = Meter(kind)
+    meter.feed(answer)
+    return meter
+
+
+def read_tokens(kind: str, told: Meter | bytes | None) -> Tokens | None:
+    """Return what an answer took: one that was metered as it passed, one that is here whole, or none."""
+    if told is None:
+        return None
+    if not isinstance(told, bytes):
+        return told.finish()
+    if told.startswith(b"{") and (tokens := _told_as_usual(told)):
+        return tokens
+    meter = Meter(kind)
+    meter.feed(told)
+    return meter.finish()

@@ -13,8 +13,9 @@ from admission import Gate
 from backend_page import BackendPage
 from config import Config
 from cors import Cors
-from exchange import Exchange, KeyCounts, Metrics, Observer, RequestIds
+from exchange import KeyCounts, Metrics, Observer, request_ids
 from metrics import Counter, Gauge, Registry
+from plan import Planner
 from readiness import READY, Probe, Readiness, StateFile
 from relay import Patience, Pool, fetch
 from routes import Routes
@@ -44,7 +45,10 @@ class Parts:
         self.gate.hold()
         self.pool = Pool(config.backend.host, config.backend.port, self.deadlines, config.limits.response_head_bytes)
         self.backend_fields = backend_fields(config)
+        self.planner = Planner(config.limits, self.routes, self.cors, self.backend_fields)
         timeouts = config.timeouts
+        self.duration_s = timeouts.duration_s
+        self.beat_s = config.queue.sse_heartbeat_s
         self.patience = Patience(timeouts.connect_s, timeouts.request_s, timeouts.stream_idle_s)
         self.ledger = Ledger(config.usage.file, time.time)
         self.registry = Registry()
@@ -62,10 +66,11 @@ class Parts:
             as_json=config.log.format == "json",
             clock=clock,
         )
-        self.ids = RequestIds()
+        self.ids = request_ids()
         self.letting_go = LettingGo(self.fetch, lambda: self.relaying)
         self.readiness = Readiness(self._source(), self._prepare, self._backend_changed)
-        self.exchanges: dict[ClientWire, Exchange | None] = {}  # every open connection, and what it is about just now
+        self.clients: dict[ClientWire, None] = {}  # every connection that is served
+        self.idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self.public_only: set[ClientWire] = set()  # connections beyond MAX_CONNECTIONS
         self.buffered_bytes = 0
         self.relaying = 0  # requests that the backend works on and whose clients still want them
@@ -93,7 +98,7 @@ class Parts:
 
         gauge("requests_active", "Requests that hold a slot.", lambda: self.gate.active)
         gauge("queue_depth", "Requests that wait for a slot.", lambda: self.gate.queued)
-        gauge("connections", "Open client connections.", lambda: len(self.exchanges))
+        gauge("connections", "Open client connections.", lambda: len(self.clients))
         gauge("backend_up", "1 while the backend is ready to serve.", lambda: self.readiness.ready)
         gauge("uptime_seconds", "Since the gateway started.", self.uptime_s)
         access_log = self.access_log

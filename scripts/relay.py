@@ -8,11 +8,11 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from http import HTTPStatus
 from math import inf
-from typing import Protocol
+from typing import NamedTuple
 
-from answer import Answer, relayed_lines
+from answer import Answer, Opening, open_response
 from bodies import Body, ChunkedBody, response_body
 from errors import (
     BACKEND_MALFORMED,
@@ -21,15 +21,12 @@ from errors import (
     GatewayError,
 )
 from http1 import (
-    CRLF,
-    HOP_BY_HOP,
-    RequestHead,
     ResponseHead,
-    connection_options,
     keeps_alive,
     parse_response_head,
     response_framing,
 )
+from usage import Meter
 from waiting import Deadlines, Promise
 from wire import BackendWire, ClientWire
 
@@ -37,25 +34,6 @@ from wire import BackendWire, ClientWire
 _IDLE_S = 3.5
 _INTERIM_RESPONSES = 16
 _COLLECTED_BYTES = 1 << 20
-
-# Credentials are the gateway's to check and the backend's own to carry. With X-Conversation-Id llama-server goes on
-# generating after a disconnect.
-_NOT_FORWARDED = HOP_BY_HOP | {
-    b"host",
-    b"content-length",
-    b"expect",
-    b"authorization",
-    b"x-api-key",
-    b"api-key",
-    b"x-conversation-id",
-    b"x-request-id",
-}
-
-
-class Meter(Protocol):
-    """Reads tokens from an answer's payload in passing (usage.Meter)."""
-
-    def feed(self, payload: bytes) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -97,6 +75,13 @@ class Pool:
             asyncio.get_running_loop().call_soon(self._end_rest)
         self._resting.append(wire)
 
+    def take_back(self, wire: BackendWire, *, reusable: bool) -> None:
+        """Keep a connection, or close it."""
+        if reusable and not wire.ended:
+            self.give(wire)
+        else:
+            wire.abort()
+
     def _end_rest(self) -> None:
         self._idle += self._resting
         self._resting.clear()
@@ -121,29 +106,19 @@ class Pool:
         self._idle.clear()
 
 
-def request_bytes(head: RequestHead, body: list[bytes], octets: int, own_fields: bytes) -> list[bytes]:
-    """The request as the backend gets it: same method, target and fields, our Host, framing and credentials."""
-    dropped = _NOT_FORWARDED
-    if b"connection" in head.known:
-        dropped = dropped | connection_options(head.known)
-    lines = [head.method, b" ", head.target, b" HTTP/1.1\r\n", own_fields]
-    for (name, value), lower in zip(head.fields, head.names, strict=True):
-        if lower not in dropped:
-            lines += (name, b": ", value, CRLF)
-    if octets or head.method not in (b"GET", b"HEAD"):
-        lines.append(b"Content-Length: %d\r\n" % octets)
-    lines.append(CRLF)
-    return lines + body
+def ask(backend: BackendWire, request: bytes) -> Promise[bytes]:
+    """Send a request; the promise is its response's head."""
+    head: Promise[bytes] = Promise()
+    backend.deadline_s = inf
+    backend.ask(request, head)
+    return head
 
 
-@lru_cache(maxsize=128)
-def read_head(raw: bytes) -> tuple[ResponseHead, bytes]:
-    """Parse a response's head, and serialize what of it goes on to the client. Raises BACKEND_MALFORMED.
+class Asked(NamedTuple):
+    """A request that has gone out: to whom, and the promise of the answer's head."""
 
-    llama-server's heads differ in their length at most, and those of its streams not even in that.
-    """
-    head = parse_response_head(raw)
-    return head, relayed_lines(head)
+    backend: BackendWire
+    head: Promise[bytes]
 
 
 class Relay:
@@ -152,6 +127,7 @@ class Relay:
     __slots__ = (
         "_answer",
         "_answered",
+        "_asked",
         "_body",
         "_client",
         "_clock",
@@ -159,10 +135,12 @@ class Relay:
         "_last",
         "_meter",
         "_patience",
+        "_request",
         "error",
         "first_byte_s",
         "sent",
         "status",
+        "told",
         "whole",
     )
 
@@ -170,38 +148,48 @@ class Relay:
         self,
         client: ClientWire,
         answer: Answer,
-        answered: Callable[[ResponseHead], Meter | None],
+        request: bytes,
+        answered: Callable[[Opening], str | None],
         patience: Patience,
         clock: Callable[[], float],
+        asked: Asked | None = None,
     ) -> None:
-        """`answered` is called with the final response's head and says who reads the payload."""
+        """`asked` is the request where it has been sent already.
+
+        `answered` is called with the final response's opening and says as what the payload is metered, if it is."""
         self._client = client
         self._answer = answer
+        self._request = request
         self._answered = answered
         self._patience = patience
         self._clock = clock
         self._meter: Meter | None = None
         self._last = b"\n\n"  # the end of what was passed; where a stream begins, an event may
-        self.sent = False  # the request went out to the backend
+        self._asked = asked
+        self.sent = asked is not None
         self.status = 0  # the backend's
         self.first_byte_s = 0.0
+        self.told: Meter | bytes | None = None  # of a metered answer: what has read it, or all of it
         self.whole = False
         self.error: GatewayError | None = None  # why an answer that had begun is not whole
 
-    async def run(self, pool: Pool, request: list[bytes], *, repeatable: bool) -> None:
+    async def run(self, pool: Pool, *, repeatable: bool) -> None:
         """Raises GatewayError while nothing has been answered, PeerGone whenever the client has left.
 
         A request that missed a kept connection by a hair is sent again on a new one, if it is safe to repeat.
         """
-        backend = pool.take()
+        asked, self._asked = self._asked, None
+        backend = pool.take() if asked is None else None
         while True:
-            if backend is None:
-                backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
-            backend.deadline_s = inf
+            if asked is None:
+                if backend is None:
+                    backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
+                self.sent = True
+                asked = Asked(backend, ask(backend, self._request))
+            backend = asked.backend
             reusable = False
             try:
-                self.sent = True
-                raw = await self._client.wait(backend.ask(request), self._patience.request_s, BACKEND_TIMEOUT)
+                raw = await self._client.wait(asked.head, self._patience.request_s, BACKEND_TIMEOUT)
                 reusable = await self._pass_answer(backend, raw)
                 return
             except GatewayError:
@@ -209,53 +197,58 @@ class Relay:
                     raise
             finally:
                 self._client.feeder = None
-                if reusable and not backend.ended:
-                    pool.give(backend)
-                else:
-                    backend.abort()
-            backend = None
+                pool.take_back(backend, reusable=reusable)
+            asked = backend = None
 
     async def _pass_answer(self, backend: BackendWire, raw: bytes) -> bool:
         """Pass the answer on, from its head; return whether the connection is fit for another."""
-        head, lines = read_head(raw)
-        if head.status < 200:
-            head, lines = await self._after_interim(backend, head)
-        self.status = head.status
+        opening = open_response(raw, self._answer.method)
+        if opening.status < 200:
+            opening = await self._after_interim(backend, opening)
+        self.status = opening.status
         self.first_byte_s = self._clock()
-        self._meter = self._answered(head)
-        framing = response_framing(head, self._answer.method)
-        self._body = body = response_body(framing)
-        if not self._answer.started:
-            begun = self._answer.begin_relayed(head, lines, framing)
+        kind = self._answered(opening)
+        if kind is not None:
+            self.told = self._meter = Meter(kind)
+        return await self._pass_body(backend, opening)
+
+    async def _pass_body(self, backend: BackendWire, opening: Opening) -> bool:
+        """Pass on an answer of which more is to come; return whether the connection is fit for another."""
+        self._body = body = response_body(opening.framing)
+        if self._answer.started:
+            await self._go_on(backend, opening)
+            begun = b""
         else:
-            begun = await self._go_on(backend, head)
-        taken = self._take(backend.take_rest())
+            begun = self._answer.begin_relayed(opening)
         self._client.feeder = backend
-        self._answer.write(begun + taken)
+        self._answer.write(begun + self._take(backend.take_rest()))
         self.whole = body.done or await self._pass_rest(backend)
         # llama-server closes behind a stream, whatever its head says, and not always before the next request.
-        return body.done and not body.surplus and keeps_alive(head) and not isinstance(body, ChunkedBody)
+        return body.done and opening.keeps_alive and not body.surplus and not opening.framing.chunked
 
-    async def _after_interim(self, backend: BackendWire, head: ResponseHead) -> tuple[ResponseHead, bytes]:
+    async def _after_interim(self, backend: BackendWire, opening: Opening) -> Opening:
         """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
         for _ in range(_INTERIM_RESPONSES):
-            if head.status == 101:
+            if opening.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 raise GatewayError(BACKEND_MALFORMED, "The backend switched protocols without being asked.")
-            raw = await self._client.wait(backend.next_head(), self._patience.request_s, BACKEND_TIMEOUT)
-            head, lines = read_head(raw)
-            if head.status >= 200:
-                return head, lines
+            head: Promise[bytes] = Promise()
+            backend.hear(head)
+            raw = await self._client.wait(head, self._patience.request_s, BACKEND_TIMEOUT)
+            opening = open_response(raw, self._answer.method)
+            if opening.status >= 200:
+                return opening
         raise GatewayError(BACKEND_MALFORMED, "The backend sent too many interim responses.")
 
     # --- The answer ---
 
-    async def _go_on(self, backend: BackendWire, head: ResponseHead) -> bytes:
+    async def _go_on(self, backend: BackendWire, opening: Opening) -> None:
         """Go on with a stream that the gateway has begun: it has its head."""
-        if self._answer.continues(head, self._body):
-            return b""
+        if opening.status == HTTPStatus.OK and opening.is_stream:
+            self._answer.go_on(self._body)
+            return
         # The backend refuses what the client has been promised: its own error can only become an event.
         payload = await self._client.run(_collect(backend, self._body), self._patience.request_s, BACKEND_TIMEOUT)
-        raise GatewayError(BACKEND_UNAVAILABLE, backend_message(head, payload))
+        raise GatewayError(BACKEND_UNAVAILABLE, backend_message(opening.head, payload))
 
     async def _pass_rest(self, backend: BackendWire) -> bool:
         """Let bytes flow from transport to transport until the body is over; return whether all of it came."""
@@ -327,19 +320,16 @@ async def fetch(pool: Pool, target: bytes, own_fields: bytes, seconds: float) ->
 
 async def _fetch(pool: Pool, target: bytes, own_fields: bytes) -> tuple[int, bytes]:
     backend = pool.take() or await pool.connect()
-    backend.deadline_s = inf
     reusable = False
     try:
-        head = parse_response_head(await backend.ask([b"GET ", target, b" HTTP/1.1\r\n", own_fields, CRLF]).in_task())
+        raw = await ask(backend, b"GET %b HTTP/1.1\r\n%b\r\n" % (target, own_fields)).in_task()
+        head = parse_response_head(raw)
         body = response_body(response_framing(head, b"GET"))
         payload = await _collect(backend, body)
         reusable = body.done and not body.surplus and keeps_alive(head)
         return head.status, payload
     finally:
-        if reusable and not backend.ended:
-            pool.give(backend)
-        else:
-            backend.abort()
+        pool.take_back(backend, reusable=reusable)
 
 
 async def _collect(backend: BackendWire, body: Body) -> bytes:

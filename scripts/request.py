@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
+from math import inf
 
 import local
 from admission import Ticket
-from answer import Answer, field_lines
-from auth import Caller, credential, unauthorized
+from answer import Answer, Opening, connection_line, open_response
+from auth import Caller, unauthorized
 from bodies import RequestBody
 from errors import (
     BACKEND_TIMEOUT,
@@ -25,139 +27,172 @@ from errors import (
     GatewayError,
     PeerGone,
 )
-from exchange import CLIENT_CLOSED_REQUEST, Exchange, Outcome, Stage
+from exchange import Exchange, Outcome, Stage
 from heartbeat import sign_of_life
-from http1 import (
-    CONTINUE,
-    Framing,
-    RequestHead,
-    ResponseHead,
-    expects_continue,
-    keeps_alive,
-    request_framing,
-)
+from http1 import CONTINUE, CRLF
 from parts import Parts
+from plan import Plan
 from readiness import DEAD, READY
-from relay import Relay, request_bytes
-from routes import PREFLIGHT, Role, Route
-from usage import Meter
-from wire import ClientWire
+from relay import Asked, Relay
+from routes import PREFLIGHT, Role
+from usage import keep_whole
+from waiting import Promise
+from wire import BackendWire, ClientWire
 
 log = logging.getLogger("gateway")
 
+_PUBLIC, _OPERATOR = Role.PUBLIC, Role.OPERATOR
 _TIMEOUTS = frozenset((REQUEST_TIMEOUT, QUEUE_TIMEOUT, BACKEND_TIMEOUT))
 
 
 class Request:
-    """One request of one client's connection. `run` answers it, whatever happens, and observes it once."""
+    """One request of one client's connection, from its head to the record of what became of it.
+
+    What is at hand is taken at once, in the callback that brought the head, and what is not is waited for in a
+    conversation. Most requests find their body, a slot and a connection to the backend there already, and most answers
+    that are no streams come in one piece: these never need one.
+    """
 
     __slots__ = (
+        "_answer",
+        "_backend",
+        "_body_octets",
         "_caller",
+        "_charged",
         "_client",
-        "_framing",
+        "_has_slot",
         "_held_bytes",
-        "_octets",
+        "_length",
+        "_lines",
         "_parts",
         "_pieces",
+        "_plan",
         "_relay",
+        "_relaying",
         "_sent_before",
+        "_then",
         "_ticket",
         "_unread",
-        "answer",
         "exchange",
     )
 
-    def __init__(self, parts: Parts, client: ClientWire, head: RequestHead | None) -> None:
+    def __init__(
+        self, parts: Parts, client: ClientWire, plan: Plan, length: int | None, stage: str = Stage.AUTHENTICATING
+    ) -> None:
+        """`length` is the body's, None where that is chunked."""
         self._parts = parts
         self._client = client
-        self._framing: Framing | None = None
-        self._unread = True  # bytes of the request may come that nobody will read
+        self._plan = plan
+        self._length = length
+        self._unread = length != 0  # bytes of the request may come that nobody will read
         self._pieces: list[bytes] = []
-        self._octets = 0
-        self._held_bytes = 0
-        self._caller: Caller | None = None  # set once the request has been counted towards the key's rate
-        self._ticket: Ticket | None = None
-        self._relay: Relay | None = None
+        self._body_octets = self._held_bytes = 0
         self._sent_before = client.sent_bytes
-        if head is None:
-            method, minor, keeps, name = b"GET", 1, False, parts.ids.make()
-        else:
-            method, minor, keeps, name = head.method, head.minor, keeps_alive(head), parts.ids.of(head)
-        self.exchange = Exchange(name, client.peer, parts.clock(), head)
-        fields = b"X-Request-Id: %b\r\n" % name.encode()
-        if parts.cors.on:
-            fields += field_lines(parts.cors.fields(head))
-        self.answer = Answer(client, fields, method=method, minor=minor, keep_alive=keeps and not parts.draining)
+        self._caller: Caller | None = None
+        self._charged = False  # it counts towards the key's rate
+        self._has_slot = False  # without a ticket
+        self._ticket: Ticket | None = None
+        self._relaying = 0  # the backend works on it
+        self._backend: BackendWire | None = None  # that was asked without a conversation
+        self._relay: Relay | None = None
+        self._answer: Answer | None = None
+        self._then: Callable[[Request, bool], None] | None = None
+        name = plan.request_id or next(parts.ids)
+        self._lines = b"X-Request-Id: %b\r\n%b" % (name.encode(), plan.own_lines)
+        self.exchange = Exchange(name, client.peer, plan, parts.clock(), stage)
 
-    async def run(self, head: RequestHead) -> bool:
-        """Serve the request; return whether its connection can carry another."""
+    def begin(self, then: Callable[["Request", bool], None]) -> None:
+        """Answer the request, whatever happens, and observe it once.
+
+        `then` is called when it is over, with whether its connection can carry another.
+        """
+        self._then = then
         try:
-            await self._serve(head)
-        except GatewayError as error:
-            self.refuse(error.with_traceback(None))  # whose frames hold the error and this request: a cycle
-        except PeerGone as left:
-            left.with_traceback(None)
-            self.cancel()
-        except Exception:
-            log.exception("request %s failed", self.exchange.id)
-            self.refuse(GatewayError(INTERNAL_ERROR))
+            self._check()
+            if self._take_all():
+                self._ask()
+                return
+        except Exception as error:
+            self._fail(error)
+            self.finish()
+            self._end(self._keeps())
+            return
+        self._client.converse(self._converse(), self._end)
+
+    async def _converse(self) -> bool:
+        """Wait for what was not at hand, to the request's end; return whether its connection can carry another."""
+        try:
+            if self._plan.route.kind.local:
+                await self._answer_locally()
+            else:
+                if self._unread:
+                    await self._read_body()
+                await self._admit_and_relay()
+        except Exception as error:
+            self._fail(error)
         finally:
             self.finish()
-        if not self.answer.keep_alive or self._client.ended:
-            return False
-        if self._client.choked:
-            await self._client.until_taken(self._parts.config.timeouts.stream_idle_s)
-        return not self._parts.draining
+        return self._keeps()
 
-    async def _serve(self, head: RequestHead) -> None:
-        exchange, parts = self.exchange, self._parts
-        exchange.stage = Stage.AUTHENTICATING
-        framing = self._framing = request_framing(head, parts.config.limits)
-        self._unread = framing.length != 0
-        expects = b"expect" in head.known and expects_continue(head)
-        route = exchange.route = parts.routes.find(head.method, head.target)
-        self.answer.dialect = route.dialect
+    def _keeps(self) -> bool:
+        keep_alive = self._plan.keep_alive if self._answer is None else self._answer.keep_alive
+        return keep_alive and not self._client.ended and not self._parts.draining
+
+    def _end(self, keep: bool) -> None:
+        then, self._then = self._then, None
+        if then is not None:
+            then(self, keep)
+
+    @property
+    def stage(self) -> str:
+        return self.exchange.stage
+
+    @property
+    def answer(self) -> Answer:
+        """The client's side of the answer, for all answers but whole ones of the backend's."""
+        if self._answer is None:
+            keep_alive = self._plan.keep_alive and not self._parts.draining
+            self._answer = Answer(self._client, self._plan, self._lines, keep_alive=keep_alive)
+        return self._answer
+
+    # --- What the head says ---
+
+    def _check(self) -> None:
+        """Find out who is calling, raise what forbids the request, and count it towards its key's rate."""
+        parts, plan = self._parts, self._plan
+        route = plan.route
+        kind = route.kind
+        if plan.fault is not None:
+            raise plan.fault
         if route is PREFLIGHT:
-            self._skip_body()
-            self.answer.send(204, b"", b"", parts.cors.preflight(head))
-            exchange.stage = Stage.DONE
             return
-        caller = self._identify(route, head)
+        caller = self._caller = self._identify()
         if route.refusal is not None:
             raise route.error()
-        if route.kind.role is Role.OPERATOR and (caller is None or caller.role != "operator"):
+        if kind.role is _OPERATOR and (caller is None or caller.role != "operator"):
             raise GatewayError(ROUTE_NOT_ALLOWED)
-        if route.kind.local:
-            self._skip_body()
-            await local.serve(parts, self._client, self.answer, head, route, caller)
-            exchange.stage = Stage.DONE
+        if kind.local:
             return
         assert caller is not None  # only local routes are public
         if parts.draining:
             raise GatewayError(DRAINING)
-        if route.needs_body and framing.length == 0 and b"content-length" not in head.known:
+        if self._length == 0 and route.needs_body and not plan.sized:
             raise GatewayError(LENGTH_REQUIRED)
-        if route.kind.rated and parts.auth_enabled:
-            self._charge(route, caller)
-        if self._unread:
-            await self._read_body(framing, expects)
-        await self._admit_and_relay(head, route, caller)
+        if kind.rated and parts.auth_enabled:
+            self._charge(caller)
 
-    # --- The caller ---
-
-    def _identify(self, route: Route, head: RequestHead) -> Caller | None:
+    def _identify(self) -> Caller | None:
         """Who is calling; None only where the route is public. A bad credential on a public route is no credential."""
-        parts = self._parts
-        public = route.kind.role is Role.PUBLIC
-        if not public and self._client in parts.public_only:
+        parts, plan = self._parts, self._plan
+        public = plan.route.kind.role is _PUBLIC
+        if parts.public_only and not public and self._client in parts.public_only:
             raise GatewayError(TOO_MANY_CONNECTIONS)
         if not parts.auth_enabled:
             return parts.anonymous
         try:
-            secret = credential(head.known)
-            if secret is None:
-                raise unauthorized()
-            caller = parts.keys.keyring.find(secret, time.time())
+            if plan.credential is None:
+                raise plan.no_credential or unauthorized()
+            caller = parts.keys.keyring.find(plan.credential, time.time())
         except GatewayError:
             if public:
                 return None
@@ -165,36 +200,47 @@ class Request:
         self.exchange.key_id = caller.key_id
         return caller
 
-    def _charge(self, route: Route, caller: Caller) -> None:
+    def _charge(self, caller: Caller) -> None:
         """Count the request against the key's rate, once the key's tokens for today are known not to be spent."""
         parts = self._parts
-        if route.kind.metered and caller.tokens_per_day is not None:
+        if caller.tokens_per_day is not None and self._plan.route.kind.metered:
             parts.observer.flush()
             if parts.ledger.spent_today(caller.key_id) >= caller.tokens_per_day:
                 raise GatewayError(TOKEN_QUOTA_EXCEEDED, retry_after_s=int(parts.ledger.resets_in_s()) + 1)
-        self.answer.add_lines(parts.rates.take(caller).lines())
-        self._caller = caller
+        self._lines += parts.rates.take(caller).lines()
+        self._charged = True
+
+    async def _answer_locally(self) -> None:
+        self._skip_body()
+        if self._plan.route is PREFLIGHT:
+            self.answer.send(204, b"", b"", self._plan.preflight)
+        else:
+            await local.serve(self._parts, self._client, self.answer, self._plan, self._caller)
+        self.exchange.stage = Stage.DONE
 
     # --- The body, read whole before a slot is asked for: a slow uploader never holds one ---
 
-    async def _read_body(self, framing: Framing, expects: bool) -> None:
+    def _take_body(self) -> bool:
+        """Take the body, if all of it is here already."""
+        data = None if self._length is None else self._client.take_sized_body(self._length)
+        if data is None:
+            return False
+        self._body_octets = len(data)
+        self._hold(len(data))
+        self._pieces.append(data)
+        self._unread = False
+        return True
+
+    async def _read_body(self) -> None:
         self.exchange.stage = Stage.READING_BODY
-        client, length = self._client, framing.length
-        data = None if length is None else client.take_sized_body(length)
-        if data is not None:
-            self._hold(len(data))
-            self._pieces.append(data)
-            self._octets = len(data)
-        else:
-            if expects and not client.has_unread:
-                client.write(CONTINUE)
-            body = RequestBody(framing, self._parts.config.limits)
-            self._pieces = body.pieces
-            try:
-                await client.read_body(body, self._parts.config.timeouts.client_body_s, self._hold)
-            finally:
-                self._octets = body.octets
-        self.exchange.bytes_in = self._octets
+        if self._plan.expects and not self._client.has_unread:
+            self._client.write(CONTINUE)
+        body = RequestBody(self._length, self._parts.config.limits)
+        self._pieces = body.pieces
+        try:
+            await self._client.read_body(body, self._parts.config.timeouts.client_body_s, self._hold)
+        finally:
+            self._body_octets = body.octets
         self._unread = False
 
     def _hold(self, octets: int) -> None:
@@ -213,39 +259,163 @@ class Request:
     def _skip_body(self) -> None:
         """Drop a body that nobody reads, if all of it is here already; else the answer is this connection's last."""
         if self._unread:
-            length = None if self._framing is None else self._framing.length
-            if length is not None and self._client.take_sized_body(length) is not None:
+            if self._length and self._client.take_sized_body(self._length) is not None:
                 self._unread = False
             else:
                 self.answer.keep_alive = False
 
-    # --- The slot and the backend ---
+    # --- The straight way: all that it needs is at hand, and the answer comes in one piece ---
 
-    async def _admit_and_relay(self, head: RequestHead, route: Route, caller: Caller) -> None:
+    def _take_all(self) -> bool:
+        """Take the body, a slot and a connection to the backend, as far as they are there; whether all of them are."""
+        parts, plan, exchange = self._parts, self._plan, self.exchange
+        kind = plan.route.kind
+        if kind.local or not plan.minor or (self._unread and not self._take_body()):
+            return False
+        caller = self._caller
+        if caller is None or parts.readiness.state != READY or self._client.ended:
+            return False
+        exchange.queued_s = parts.clock()
+        if kind.slot:
+            if not parts.gate.take(caller.key_id, caller.parallel, caller.priority):
+                return False
+            self._has_slot = True
+            exchange.admitted_s = exchange.queued_s
+        self._backend = parts.pool.take()
+        return self._backend is not None
+
+    def _ask(self) -> None:
+        """Send the request on; `keep` or `fail` will be told of the answer's head."""
+        parts, client, backend = self._parts, self._client, self._backend
+        assert backend is not None
+        self._begin_relaying()
+        backend.deadline_s = inf
+        backend.ask(self._request_bytes(), self)
+        client.expect(self, parts.patience.request_s, BACKEND_TIMEOUT)
+
+    def keep(self, head: bytes) -> None:
+        """The backend's head is here."""
+        backend, plan = self._backend, self._plan
+        assert backend is not None
+        self._client.settle()
+        try:
+            opening = open_response(head, plan.method)
+            whole = opening.framing.length == len(backend.rest) and self._answer is None and not self._parts.draining
+        except GatewayError:
+            whole = False  # the conversation meets the same error
+        if whole:
+            self._pass_whole(backend, opening)
+        else:
+            heard: Promise[bytes] = Promise()
+            heard.keep(head)
+            self._hand_over(backend, heard)
+
+    def fail(self, error: Exception) -> None:
+        """The backend's head will not come: the client has left, or its time is up, or the backend failed."""
+        backend = self._backend
+        assert backend is not None
+        self._client.settle()
+        heard: Promise[bytes] = Promise()
+        heard.fail(error)
+        backend.hear(heard)  # in this request's place
+        self._hand_over(backend, heard)
+
+    def _hand_over(self, backend: BackendWire, heard: Promise[bytes]) -> None:
+        """Go on in a conversation, as if that had asked."""
+        if self._has_slot and self._caller is not None:
+            self._has_slot = False
+            self._ticket = self._parts.gate.ticket(self._caller.key_id, self._caller.parallel)
+        self._backend = None
+        self._open_relay(Asked(backend, heard))
+        self._client.converse(self._converse(), self._end)
+
+    def _pass_whole(self, backend: BackendWire, opening: Opening) -> None:
+        parts, plan, exchange = self._parts, self._plan, self.exchange
+        exchange.first_byte_s = parts.clock()
+        exchange.backend_status = exchange.status = opening.status
+        payload = backend.take_rest()
+        if opening.tells and plan.route.kind.metered:
+            exchange.told = keep_whole(plan.route.label, payload)
+        self._client.write(opening.lines + connection_line(plan.minor, plan.keep_alive) + self._lines + CRLF + payload)
+        parts.pool.take_back(backend, reusable=opening.keeps_alive)
+        exchange.stage = Stage.DONE
+        self.finish()
+        self._end(self._keeps())
+
+    def _request_bytes(self) -> bytes:
+        return b"".join([self._plan.backend_head(self.exchange.id, self._body_octets), *self._pieces])
+
+    def _begin_relaying(self) -> None:
+        parts, kind = self._parts, self._plan.route.kind
+        self.exchange.stage = Stage.AWAITING_RESPONSE
+        if parts.duration_s:
+            self._client.limit(parts.duration_s)
+        if kind.slot:
+            self._relaying = 1
+            parts.relaying += 1
+            if parts.beat_s and self._plan.method == b"POST":
+                self._client.beat_s = parts.deadlines.now_s + parts.beat_s
+
+    def _end_relaying(self) -> None:
+        self._parts.relaying -= self._relaying
+        self._relaying = 0
+        if self._parts.duration_s:
+            self._client.limit(0)
+
+    # --- The conversation: a slot and the backend, as long as they take ---
+
+    async def _admit_and_relay(self) -> None:
+        """Wait for a slot and for the backend to be ready, then relay, until the backend has taken the request.
+
+        Where it refused the connection nothing was sent and nothing is lost: the process may only be loading.
+        """
+        parts, exchange, repeatable = self._parts, self.exchange, self._plan.route.kind.repeatable
+        while True:
+            relay = self._relay
+            if relay is None:
+                await self._admit()
+                self._begin_relaying()
+                relay = self._open_relay()
+            try:
+                await relay.run(parts.pool, repeatable=repeatable)
+                break
+            except GatewayError as error:
+                if error.kind is not BACKEND_UNAVAILABLE or relay.sent:
+                    raise
+            parts.readiness.doubt()
+            self._end_relaying()
+            self._relay = None
+        if relay.error is None:
+            exchange.stage = Stage.DONE
+        else:
+            exchange.outcome = Outcome.TIMED_OUT if relay.error.kind is BACKEND_TIMEOUT else Outcome.TRUNCATED
+
+    async def _admit(self) -> None:
         parts, exchange = self._parts, self.exchange
+        if self._ticket is None:
+            self._apply()
+        if parts.readiness.state != READY:
+            await self._until_ready()
+        if self._ticket is not None:
+            if self._ticket.waiting is not None:
+                await self._until_admitted(self._ticket.waiting)
+            exchange.admitted_s = parts.clock()
+
+    def _apply(self) -> None:
+        """Get into the queue, and into a slot if one is free."""
+        parts, caller = self._parts, self._caller
+        assert caller is not None  # only local routes are public
         if parts.readiness.state == DEAD:
             raise GatewayError(LOADING, "The backend is down; it is being restarted.")
-        exchange.queued_s = parts.clock()
-        ticket = None
-        if route.kind.slot:
-            ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
-            self._ticket = ticket
-            self._start_beating()
-        try:
-            while True:
-                if parts.readiness.state != READY:
-                    await self._until_ready()
-                if ticket is not None:
-                    if ticket.waiting is not None:
-                        await self._until_admitted(ticket.waiting)
-                    exchange.admitted_s = parts.clock()
-                if await self._relay_once(head, route):
-                    return
-        finally:
-            self._client.stop_beating()
-            if ticket is not None:
-                parts.last_work_s = parts.clock()
-                self._release(ticket)
+        if not self.exchange.queued_s:
+            self.exchange.queued_s = parts.clock()
+        if self._has_slot:
+            self._has_slot = False
+            self._ticket = parts.gate.ticket(caller.key_id, caller.parallel)
+        elif self._plan.route.kind.slot:
+            self._ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
+        if self._ticket is not None and parts.beat_s and self._plan.method == b"POST":
+            self._client.beat_s = parts.deadlines.now_s + parts.beat_s
 
     async def _until_ready(self) -> None:
         """The model loads: wait for it, COLD_START_WAIT at most from when the request was ready to go."""
@@ -259,82 +429,54 @@ class Request:
         self.exchange.stage = Stage.QUEUED
         await self._client.wait_for(waiting, self._parts.config.queue.timeout_s, QUEUE_TIMEOUT)
 
-    async def _relay_once(self, head: RequestHead, route: Route) -> bool:
-        """Relay; False where the backend refused the connection, so that nothing was sent and nothing is lost."""
-        parts, exchange = self._parts, self.exchange
-        exchange.stage = Stage.AWAITING_RESPONSE
-        if parts.config.timeouts.duration_s:
-            self._client.limit(parts.config.timeouts.duration_s)
-        own_fields = b"%bX-Request-Id: %b\r\n" % (parts.backend_fields, exchange.id.encode())
-        request = request_bytes(head, self._pieces, self._octets, own_fields)
-        relay = self._relay = Relay(self._client, self.answer, self._answered, parts.patience, parts.clock)
-        parts.relaying += route.kind.slot
-        try:
-            await relay.run(parts.pool, request, repeatable=route.kind.repeatable)
-        except GatewayError as error:
-            if error.kind is not BACKEND_UNAVAILABLE or relay.sent:
-                raise
-            parts.readiness.doubt()  # the process may only be loading
-            return False
-        finally:
-            self._client.limit(0)
-            parts.relaying -= route.kind.slot
-            exchange.backend_status = relay.status
-            exchange.first_byte_s = relay.first_byte_s
-        if relay.error is None:
-            exchange.stage = Stage.DONE
-        else:
-            exchange.outcome = Outcome.TIMED_OUT if relay.error.kind is BACKEND_TIMEOUT else Outcome.TRUNCATED
-        return True
+    def _open_relay(self, asked: Asked | None = None) -> Relay:
+        parts, request = self._parts, self._request_bytes()
+        relay = Relay(self._client, self.answer, request, self._answered, parts.patience, parts.clock, asked)
+        self._relay = relay
+        return relay
 
-    def _answered(self, head: ResponseHead) -> Meter | None:
-        """The backend has answered: nothing needs the request's body any more, and no heartbeat may come between."""
-        exchange = self.exchange
-        exchange.stage = Stage.STREAMING
-        self._client.stop_beating()
+    def _answered(self, opening: Opening) -> str | None:
+        """The backend has answered: nothing needs the request's body any more, and no heartbeat may come between.
+
+        Returns as which route's answer the payload is metered, if it is.
+        """
+        self.exchange.stage = Stage.STREAMING
+        self._client.beat_s = inf
         self._let_body_go()
         if self._parts.draining:
             self.answer.keep_alive = False
-        if exchange.route.kind.metered and head.status == 200 and b"content-encoding" not in head.known:
-            exchange.meter = Meter(exchange.route.label)
-        return exchange.meter
+        route = self._plan.route
+        return route.label if opening.tells and route.kind.metered else None
 
-    def _release(self, ticket: Ticket) -> None:
-        """Free the slot; where the backend was cut short, only once it has let go."""
-        relay = self._relay
-        if relay is not None and relay.sent and not relay.whole:
-            self._parts.letting_go.release(ticket, streamed=self.answer.is_stream)
-        else:
-            ticket.release()
-
-    # --- Signs of life while the backend is silent ---
-
-    def _start_beating(self) -> None:
-        interval_s = self._parts.config.queue.sse_heartbeat_s
-        if interval_s and self.answer.method == b"POST":
-            self._client.beat_s = self._parts.deadlines.now_s + interval_s
-            self._client.on_beat = self._beat
-
-    def _beat(self, now_s: float) -> None:
+    def beat(self, now_s: float) -> None:
+        """Give a sign of life while the backend is silent."""
         ticket = self._ticket
         waits = ticket is not None and ticket.waiting is not None and not ticket.waiting.done()
-        if sign_of_life(self.answer, self._pieces, ticket.position() if ticket is not None and waits else 0):
-            self._client.beat_s = now_s + self._parts.config.queue.sse_heartbeat_s
-        else:
-            self._client.stop_beating()
+        goes_on = sign_of_life(self.answer, self._pieces, ticket.position() if ticket is not None and waits else 0)
+        self._client.beat_s = now_s + self._parts.beat_s if goes_on else inf
 
     # --- The end ---
 
+    def _fail(self, error: Exception) -> None:
+        """End the request as an exception says."""
+        if isinstance(error, PeerGone):
+            self.cancel()
+        elif isinstance(error, GatewayError):
+            self.refuse(error)
+        else:
+            log.error("request %s failed", self.exchange.id, exc_info=error)
+            self.refuse(GatewayError(INTERNAL_ERROR))
+        error.with_traceback(None)  # whose frames hold the error and this request: a cycle
+
     def refuse(self, error: GatewayError) -> None:
         """Answer with an error of the gateway's own. It gives back what the key's rate was charged."""
-        exchange = self.exchange
-        exchange.refusal = error.kind
-        if self._caller is not None:
+        self.exchange.refusal = error.kind
+        if self._charged and self._caller is not None:
             self._parts.rates.give_back(self._caller)
         if self._client.ended:
             self.cancel()
         else:
-            exchange.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
+            self.exchange.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
             if not error.kind.closes:
                 self._skip_body()
             self.answer.send_error(error)
@@ -344,16 +486,37 @@ class Request:
         self.exchange.outcome = Outcome.CANCELLED
 
     def finish(self) -> None:
-        """Hand the exchange over to be observed, once, whatever became of it."""
-        exchange, parts = self.exchange, self._parts
+        """Give back what the request holds, and hand over what became of it."""
+        parts, client, exchange = self._parts, self._client, self.exchange
+        client.beat_s = inf
         if self._held_bytes:
             self._let_body_go()
+        self._end_relaying()
         exchange.ended_s = parts.clock()
+        self._give_slot_back()
+        if self._answer is not None and self._answer.started:
+            exchange.status = self._answer.status
+        relay = self._relay
+        if relay is not None:
+            exchange.backend_status, exchange.first_byte_s, exchange.told = relay.status, relay.first_byte_s, relay.told
+            self._relay = None  # it knows this request: the two would keep each other from being freed at once
+        exchange.bytes_in = self._body_octets
+        exchange.bytes_out = client.sent_bytes - self._sent_before
         exchange.ended_at = time.time()
-        exchange.status = self.answer.status if self.answer.started else CLIENT_CLOSED_REQUEST
-        exchange.bytes_out = self._client.sent_bytes - self._sent_before
-        self._relay = None  # it knows this request: the two would keep each other from being freed at once
         parts.observer.observe(exchange)
+
+    def _give_slot_back(self) -> None:
+        """Free the slot; where the backend was cut short, only once it has let go."""
+        parts, ticket, relay = self._parts, self._ticket, self._relay
+        if self._has_slot and self._caller is not None:
+            parts.gate.give(self._caller.key_id)
+        elif ticket is None:
+            return
+        elif relay is not None and relay.sent and not relay.whole:
+            parts.letting_go.release(ticket, streamed=self.answer.is_stream)
+        else:
+            ticket.release()
+        parts.last_work_s = self.exchange.ended_s
 
     def close(self) -> None:
         """End the connection behind the answer, unless the answer has ended it already."""

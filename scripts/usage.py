@@ -20,14 +20,28 @@ from datetime import date, timedelta
 from operator import add
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from meter import Meter, Tokens
+from meter import Meter, Tokens, keep_whole, read_tokens
 
 if TYPE_CHECKING:
     import sqlite3
 
-__all__ = ["GROUPINGS", "Ledger", "LedgerUnreadable", "Meter", "Tokens", "Usage", "cost", "first_day", "query"]
+__all__ = [
+    "GROUPINGS",
+    "Charge",
+    "Ledger",
+    "LedgerUnreadable",
+    "Meter",
+    "Tokens",
+    "Usage",
+    "charge",
+    "cost",
+    "first_day",
+    "keep_whole",
+    "query",
+    "read_tokens",
+]
 
 LOG = logging.getLogger(__name__)
 
@@ -232,21 +246,38 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _row(tokens: Tokens | None, outcome: str) -> tuple[float, ...]:
-    """Return what one request adds, in the order of the columns."""
-    told = tokens or Tokens(0, 0, 0)
-    return (
-        1,
-        told.prompt,
-        told.cached,
-        told.completion,
-        int(outcome not in ("done", "cancelled")),
-        int(outcome == "cancelled"),
-        told.prompt - told.cached if told.prompt_ms else 0,
-        told.prompt_ms,
-        told.completion if told.predicted_ms else 0,
-        told.predicted_ms,
-        0,
+class Charge(NamedTuple):
+    """What requests add to the ledger, in the order of its columns."""
+
+    requests: int
+    prompt: int
+    cached: int
+    completion: int
+    errors: int
+    cancelled: int
+    timed_prompt: int
+    prompt_ms: float
+    timed_completion: int
+    completion_ms: float
+
+
+def charge(uses: Sequence[tuple[Tokens | None, str]]) -> Charge:
+    """Sum up requests that have ended: what each took, and its outcome, which is the access log's word."""
+    outcomes = [outcome for _, outcome in uses]
+    told = [tokens for tokens, _ in uses if tokens is not None]
+    cancelled = outcomes.count("cancelled")
+    prompt, cached, completion, prompt_ms, completion_ms = map(sum, zip(*told, strict=True)) if told else (0,) * 5
+    return Charge(
+        requests=len(uses),
+        prompt=prompt,
+        cached=cached,
+        completion=completion,
+        errors=len(uses) - outcomes.count("done") - cancelled,
+        cancelled=cancelled,
+        timed_prompt=sum([tokens.prompt - tokens.cached for tokens in told if tokens.prompt_ms]),
+        prompt_ms=prompt_ms,
+        timed_completion=sum([tokens.completion for tokens in told if tokens.predicted_ms]),
+        completion_ms=completion_ms,
     )
 
 
@@ -254,7 +285,7 @@ class Ledger:
     """Counts what keys use. `path` None keeps the counts in memory; `clock` tells seconds since the epoch.
 
     `record` and `spent_today` belong to one thread, the event loop's; `query` may wait for the disk and belongs to
-    another. An `outcome` is the access log's word: all but `done` and `cancelled` count as errors.
+    another. All outcomes but `done` and `cancelled` count as errors.
     """
 
     def __init__(
@@ -287,13 +318,16 @@ class Ledger:
 
     # On the event loop
 
-    def record(self, key_id: str, tokens: Tokens | None, outcome: str) -> None:
-        """Count one request that has ended."""
-        day = self._this_day()
+    def record(self, charges: Mapping[str, Charge]) -> None:
+        """Count requests that have ended, by key."""
+        if not charges:
+            return
+        day, spent = self._this_day(), self._spent
         with self._counting:
-            _add(self._pending, (day, key_id or "-"), _row(tokens, outcome))
-        if tokens is not None:
-            self._spent[key_id] = self._spent.get(key_id, 0) + tokens.prompt + tokens.completion
+            for key_id, row in charges.items():
+                _add(self._pending, (day, key_id or "-"), (*row, 0))
+        for key_id, row in charges.items():
+            spent[key_id] = spent.get(key_id, 0) + row.prompt + row.completion
         if not self._work.is_set():
             self._work.set()
 

@@ -14,11 +14,11 @@ import struct
 import types
 from collections.abc import Callable, Coroutine, Generator
 from math import inf
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from bodies import RequestBody
 from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
-from http1 import HEAD_END, HeadScanner, Limits, RequestHead, parse_request_head
+from http1 import HEAD_END, HeadScanner, Limits
 from waiting import Deadlines, Promise
 
 T = TypeVar("T")
@@ -26,6 +26,24 @@ T = TypeVar("T")
 _AHEAD_BYTES = 65536  # pipelined bytes held while an answer is under way; more stay in the kernel
 _LINGER_S = 2.0
 _LINGER_BYTES = 16 << 20
+
+
+class Expectant(Protocol):
+    """Somebody who is told once what has become of something: a Promise, or who needs none."""
+
+    def keep(self, value: Any) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+class Occupant(Protocol):
+    """The request that a client's connection is about."""
+
+    @property
+    def stage(self) -> str: ...
+
+    def beat(self, now_s: float) -> None:
+        """The moment that was set as the wire's `beat_s` has come."""
 
 
 class Wire(asyncio.Protocol):
@@ -115,19 +133,23 @@ class ClientWire(Wire):
 
     __slots__ = (
         "_ahead",
+        "_awaits_room",
         "_conversation",
         "_kind",
         "_limit_s",
         "_limits",
+        "_paused",
         "_pending",
         "_renewal_s",
         "_scanner",
-        "_taken",
-        "on_beat",
+        "_then",
+        "_whole_s",
         "on_lost",
         "peer",
+        "request",
         "sent_bytes",
     )
+    _whole_s: float  # how long a head may take once it has begun
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, limits: Limits) -> None:
         super().__init__(writer, deadlines)
@@ -136,13 +158,15 @@ class ClientWire(Wire):
         self._limits = limits
         self._scanner = HeadScanner(limits)
         self._ahead = b""  # received, and not yet anybody's
-        self._conversation: Coroutine[None, None, None] | None = None
-        self._pending: Promise[Any] | None = None
+        self._conversation: Coroutine[None, None, Any] | None = None
+        self._then: Callable[[Any], None] | None = None
+        self._pending: Expectant | None = None
+        self._paused = False
         self._kind: Kind | None = None
         self._renewal_s = 0.0
         self._limit_s = inf
-        self._taken: Promise[None] | None = None
-        self.on_beat: Callable[[float], None] | None = None
+        self._awaits_room = False
+        self.request: Occupant | None = None
         self.on_lost: Callable[[ClientWire], None] | None = None  # called when the last byte has gone
         self.sent_bytes = 0
 
@@ -153,6 +177,7 @@ class ClientWire(Wire):
         else:
             self._ahead += data
             if len(self._ahead) > _AHEAD_BYTES:
+                self._paused = True
                 self.transport.pause_reading()
 
     def write(self, data: bytes) -> None:
@@ -161,9 +186,13 @@ class ClientWire(Wire):
 
     # --- The conversation ---
 
-    def converse(self, conversation: Coroutine[None, None, None]) -> None:
-        """Begin the coroutine that speaks with this client. It may only await what this wire offers."""
+    def converse(self, conversation: Coroutine[None, None, T], then: Callable[[T], None]) -> None:
+        """Begin a coroutine that speaks with this client; `then` gets what it returns.
+
+        It may only await what this wire offers, and never ends by an exception.
+        """
         self._conversation = conversation
+        self._then = then
         self.resume()
 
     def resume(self) -> None:
@@ -171,42 +200,57 @@ class ClientWire(Wire):
         if self._conversation is not None:
             try:
                 self._conversation.send(None)
-            except StopIteration:
-                self._conversation = None
+            except StopIteration as end:
+                then, self._conversation, self._then = self._then, None, None
+                if then is not None:
+                    then(end.value)
 
     def hang_up(self) -> None:
-        """End the conversation where it stands, and the connection."""
-        conversation, self._conversation = self._conversation, None
-        if conversation is not None:
-            conversation.close()
+        """End whatever is waited for, and the connection."""
+        self.ended = True
+        self.interrupt(PeerGone())
         self.abort()
 
     # --- Waiting ---
+
+    def expect(self, expectant: Expectant, seconds: float, kind: Kind | None) -> None:
+        """Let `expectant` fail when the client leaves (PeerGone) or time is up (GatewayError(kind), or with no kind
+        PeerGone, too). 0 seconds are without end. It holds until `settle`.
+        """
+        self._pending = expectant
+        self._kind = kind
+        self._renewal_s = 0.0
+        deadline_s = self._deadlines.now_s + seconds if seconds else inf
+        self.deadline_s = deadline_s if deadline_s < self._limit_s else self._limit_s
+
+    def settle(self) -> None:
+        """What was expected has come, or will not."""
+        self._pending = None
+        self._awaits_room = False
+        self.deadline_s = inf
 
     @types.coroutine
     def wait(
         self, promise: Promise[T], seconds: float, kind: Kind | None, *, renewing: bool = False
     ) -> Generator[None, None, T]:
-        """Wait for `promise` as long as the client stays, for `seconds` (0 = without end) at most.
+        """Wait in the conversation for what has been promised, as long as `expect` allows.
 
-        `renewing`: any activity grants the time anew. Raises PeerGone, GatewayError(kind) when the time is up (with no
-        kind that, too, is PeerGone), or what the promise fails with.
+        `renewing`: any activity grants the time anew. Raises PeerGone, GatewayError(kind), or what the promise fails
+        with.
         """
         if self.ended:
             raise PeerGone
         if not promise.done:
-            self._pending = promise
-            self._kind = kind
-            self._renewal_s = seconds if renewing else 0.0
-            self.heard = False
-            deadline_s = self._deadlines.now_s + seconds if seconds else inf
-            self.deadline_s = deadline_s if deadline_s < self._limit_s else self._limit_s
+            self.expect(promise, seconds, kind)
+            if renewing:
+                self._renewal_s = seconds
+                self.heard = False
             promise.wake = self.resume
             try:
                 yield
             finally:
-                promise.wake = self._pending = None
-                self.deadline_s = inf
+                promise.wake = None
+                self.settle()
         return promise.result()
 
     async def wait_for(self, future: "asyncio.Future[T]", seconds: float, kind: Kind | None) -> T:
@@ -227,10 +271,19 @@ class ClientWire(Wire):
         """No wait from now on ends later than in `seconds` (0 = no such limit)."""
         self._limit_s = self._deadlines.now_s + seconds if seconds else inf
 
+    def satisfy(self, value: object) -> None:
+        """What is being waited for has come, if anything is."""
+        expectant = self._pending
+        if expectant is not None:
+            self.settle()
+            expectant.keep(value)
+
     def interrupt(self, error: Exception) -> None:
         """End what is being waited for, if anything is."""
-        if self._pending is not None:
-            self._pending.fail(error)
+        expectant = self._pending
+        if expectant is not None:
+            self.settle()
+            expectant.fail(error)
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)
@@ -243,57 +296,54 @@ class ClientWire(Wire):
             self.heard = False
             self.deadline_s = min(now_s + self._renewal_s, self._limit_s)
         else:
-            self.deadline_s = inf
             self.interrupt(PeerGone() if self._kind is None else GatewayError(self._kind))
 
     def beat(self, now_s: float) -> None:
-        if self.on_beat is not None:
-            self.on_beat(now_s)
-
-    def stop_beating(self) -> None:
-        self.on_beat = None
-        self.beat_s = inf
+        if self.request is not None:
+            self.request.beat(now_s)
 
     # --- Requests ---
 
-    async def read_head(self, idle_s: float, whole_s: float) -> RequestHead:
-        """Read one request head: `idle_s` for its first byte, then `whole_s` for all of it.
+    def read_head(self, reader: Expectant, idle_s: float, whole_s: float) -> None:
+        """Let `reader` have the next head, its empty line included, or what HeadScanner finds wrong with it.
 
-        Raises PeerGone where the peer sends nothing more, REQUEST_TIMEOUT, or what http1 finds wrong.
+        It may take `idle_s` to its first byte, then `whole_s` for all of it.
         """
-        scanner = self._scanner
-        raw = scanner.feed(self._ahead) if self._ahead else None
-        if raw is None:
-            promise: Promise[bytes] = Promise()
-            begun = scanner.begun
+        self._whole_s = whole_s
+        if self._ahead:  # pipelined: who came meanwhile has a turn first
+            self.expect(reader, whole_s, REQUEST_TIMEOUT)
+            asyncio.get_running_loop().call_soon(self._scan_ahead, reader)
+        else:
+            self.expect(reader, idle_s, None)
+            self._sink = self._scan_head
+            self._read_on()
 
-            def arrived(data: bytes) -> None:
-                nonlocal begun
-                if not begun:
-                    begun = True
-                    self._kind = REQUEST_TIMEOUT
-                    self.deadline_s = self._deadlines.now_s + whole_s
-                try:
-                    head = scanner.feed(data)
-                except GatewayError as error:
-                    promise.fail(error)
-                else:
-                    if head is not None:
-                        self._sink = None
-                        promise.keep(head)
+    def _scan_ahead(self, reader: Expectant) -> None:
+        if self._pending is reader:
+            ahead, self._ahead = self._ahead, b""
+            self._sink = self._scan_head
+            self._scan_head(ahead)
+            self._read_on()
 
-            self._ahead = b""
-            self._sink = arrived
+    def _scan_head(self, data: bytes) -> None:
+        try:
+            raw = self._scanner.feed(data)
+        except GatewayError as error:
+            self._sink = None
+            self.interrupt(error)
+            return
+        if raw is not None:
+            self._sink = None
+            self._ahead = self._scanner.rest
+            self.satisfy(raw)
+        elif self._kind is None:  # the first byte of a head, or of empty lines before it
+            self._kind = REQUEST_TIMEOUT
+            self.deadline_s = self._deadlines.now_s + self._whole_s
+
+    def _read_on(self) -> None:
+        if self._paused:
+            self._paused = False
             self.transport.resume_reading()
-            try:
-                if begun:
-                    raw = await self.wait(promise, whole_s, REQUEST_TIMEOUT)
-                else:
-                    raw = await self.wait(promise, idle_s, None)
-            finally:
-                self._sink = None
-        self._ahead = scanner.rest
-        return parse_request_head(raw, self._limits)
 
     @property
     def has_unread(self) -> bool:
@@ -329,7 +379,7 @@ class ClientWire(Wire):
 
         ahead, self._ahead = self._ahead, b""
         self._sink = arrived
-        self.transport.resume_reading()
+        self._read_on()
         try:
             arrived(ahead)
             await self.wait(promise, seconds, REQUEST_TIMEOUT, renewing=True)
@@ -349,20 +399,15 @@ class ClientWire(Wire):
         if self.on_lost is not None:
             self.on_lost(self)
 
-    async def until_taken(self, seconds: float) -> None:
-        """Wait until the client has taken what was written, but for a little. Raises PeerGone where it does not."""
-        promise = self._taken = Promise[None]()
-        try:
-            await self.wait(promise, seconds, None)
-        except GatewayError:
-            raise PeerGone from None
-        finally:
-            self._taken = None
+    def expect_room(self, expectant: Expectant, seconds: float) -> None:
+        """Let `expectant` know once the client has taken what was written, but for a little."""
+        self._awaits_room = True
+        self.expect(expectant, seconds, None)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._taken is not None:
-            self._taken.keep(None)
+        if self._awaits_room:
+            self.satisfy(None)
 
     def truncate(self, *, reset: bool, flush_s: float) -> None:
         """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""
@@ -399,77 +444,88 @@ class ClientWire(Wire):
         self._ahead = b""
         if not self.transport.is_closing():
             self.transport.resume_reading()
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
-            else:
-                self.transport.close()
+            try:
+                if self.transport.can_write_eof():
+                    self.transport.write_eof()
+                else:
+                    self.transport.close()
+            except OSError:  # it has reset the connection, which nobody has been told yet
+                self.abort()
 
 
 class BackendWire(Wire):
     """A connection to the backend. It is abandoned, never repaired: what surprises it aborts it."""
 
-    __slots__ = ("_head", "_head_bytes", "_part", "_rest", "reused")
+    __slots__ = ("_asked", "_cut", "_head_bytes", "_hearer", "_part", "_reused", "rest")
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, head_bytes: int) -> None:
         super().__init__(writer, deadlines)
         self._head_bytes = head_bytes
-        self._head: Promise[bytes] | None = None
+        self._hearer: Expectant | None = None  # who waits for a head
+        self._asked = False  # a request is out, and bytes may come
+        self._reused = False
+        self._cut = False  # it closed while a head was awaited
         self._part = b""
-        self._rest = b""  # what came behind the last head
-        self.reused = False
+        self.rest = b""  # what came behind the last head
 
     def data_received(self, data: bytes) -> None:
         self.heard = True
         if self._sink is not None:
             self._sink(data)
-        elif self._head is None:
-            self.abort()  # it speaks without being asked
-        elif self._head.done:
-            self._rest += data
+        elif self._hearer is not None:
+            self._find_head(data, self._hearer)
+        elif self._asked:
+            self.rest += data
         else:
-            self._find_head(data)
+            self.abort()  # it speaks without being asked
 
-    def ask(self, request: list[bytes]) -> Promise[bytes]:
-        """Send a request; the promise is its response's head."""
-        self.transport.writelines(request)
-        return self.next_head()
+    def ask(self, request: bytes, hearer: Expectant) -> None:
+        """Send a request; `hearer` is told its response's head."""
+        self._asked = True
+        self.transport.write(request)
+        self.hear(hearer)
 
-    def next_head(self) -> Promise[bytes]:
-        """The next response head, its empty line included. Fails with BACKEND_UNAVAILABLE or BACKEND_MALFORMED."""
-        promise: Promise[bytes] = Promise()
-        self._head = promise
-        if self._rest:
-            self._find_head(self.take_rest())
+    def hear(self, hearer: Expectant) -> None:
+        """Let `hearer` have the next response head, its empty line included.
+
+        It fails with BACKEND_UNAVAILABLE or BACKEND_MALFORMED.
+        """
+        self._hearer = hearer
+        if self.rest:
+            self._find_head(self.take_rest(), hearer)
         if self.ended:
             self._cut_before_head()
-        return promise
 
-    def _find_head(self, data: bytes) -> None:
-        assert self._head is not None  # only called while a head is awaited
+    def _find_head(self, data: bytes, hearer: Expectant) -> None:
         searched = len(self._part)
-        data = self._part + data
+        if searched:
+            data = self._part + data
         end = data.find(HEAD_END, max(0, searched - 3))
         if (end if end >= 0 else len(data)) > self._head_bytes:
+            self._hearer = None
             words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
-            self._head.fail(GatewayError(BACKEND_MALFORMED, words))
+            hearer.fail(GatewayError(BACKEND_MALFORMED, words))
         elif end < 0:
             self._part = data
         else:
+            self._hearer = None
             self._part = b""
-            self._rest = data[end + 4 :]
-            self._head.keep(data[: end + 4])
+            self.rest = data[end + 4 :]
+            hearer.keep(data[: end + 4])
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)
         self._cut_before_head()
 
     def _cut_before_head(self) -> None:
-        if self._head is not None and not self._head.done:
-            self._head.fail(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
+        hearer, self._hearer = self._hearer, None
+        if hearer is not None:
+            self._cut = True
+            hearer.fail(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
 
     def take_rest(self) -> bytes:
         """What has come behind the last head so far."""
-        rest, self._rest = self._rest, b""
+        rest, self.rest = self.rest, b""
         return rest
 
     def pass_to(self, sink: Callable[[bytes], None], on_end: Callable[[bool], None]) -> None:
@@ -479,11 +535,12 @@ class BackendWire(Wire):
 
     def rest_idle(self) -> None:
         """Nobody expects bytes any more; any that come abort the connection."""
-        self._sink = self._head = self.on_end = None
+        self._sink = self._hearer = self.on_end = None
+        self._asked = False
+        self._reused = True
         self.transport.resume_reading()
-        self.reused = True
 
     def was_stale(self) -> bool:
         """Whether it was closed in an orderly way before it had said anything in answer to a request: as a server does
         with a connection that it has kept open long enough, and that a request has just missed."""
-        return self.reused and self.orderly and not self._part and self._head is not None and self._head.failed
+        return self._reused and self.orderly and self._cut and not self._part

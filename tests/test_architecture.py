@@ -35,18 +35,20 @@ TABLE = {
     "backend_page": "errors metrics",
     "config": "accept http1",
     "wire": "bodies errors http1 waiting",
+    "plan": "auth cors errors http1 routes",
     # layer 3: one exchange
-    "exchange": "errors http1 logs metrics routes usage",
-    "answer": "bodies errors http1 wire",
+    "exchange": "errors logs metrics plan usage",
+    "answer": "bodies errors http1 plan wire",
     "heartbeat": "answer errors",
-    "relay": "answer bodies errors http1 waiting wire",
+    "relay": "answer bodies errors http1 usage waiting wire",
     # layer 4: the gateway put together
-    "parts": "admission auth backend_page config cors exchange logs metrics readiness relay routes slots usage"
+    "parts": "admission auth backend_page config cors exchange logs metrics plan readiness relay routes slots usage"
     " waiting wire",
-    "local": "answer auth errors http1 metrics parts readiness routes usage wire",
-    "request": "admission answer auth bodies errors exchange heartbeat http1 local parts readiness relay routes"
-    " usage wire",
-    "gateway": "config errors exchange logs parts request waiting wire",
+    "local": "answer auth errors metrics parts plan readiness usage wire",
+    "request": "admission answer auth bodies errors exchange heartbeat http1 local parts plan readiness relay routes"
+    " usage waiting wire",
+    "connection": "errors exchange parts request wire",
+    "gateway": "config connection errors exchange logs parts waiting wire",
     # the boot
     "probes": "",
     "processes": "",

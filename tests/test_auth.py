@@ -27,6 +27,10 @@ NOW_S = 1_000_000_000.0
 CHALLENGE = ((b"WWW-Authenticate", b"Bearer"),)
 
 
+def digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
+
+
 def refusal(call: Callable[[], object]) -> GatewayError:
     with pytest.raises(GatewayError) as caught:
         call()
@@ -150,22 +154,22 @@ def test_the_holder_of_a_key_is_found() -> None:
     ring = Keyring.of(
         [entry(), entry(L, key_id="b", rate_limit=7, role="operator", parallel=2, priority=-1, tokens_per_day=9)], 60
     )
-    assert ring.find(K, NOW_S) == Caller("a", "infer", 60, None, 0, None)
-    assert ring.find(L, NOW_S) == Caller("b", "operator", 7, 2, -1, 9)
+    assert ring.find(digest(K), NOW_S) == Caller("a", "infer", 60, None, 0, None)
+    assert ring.find(digest(L), NOW_S) == Caller("b", "operator", 7, 2, -1, 9)
     assert len(ring) == 2
 
 
 def test_no_keys_let_nobody_in() -> None:
     for ring in (Keyring({}), Keyring.of([])):
-        assert refusal(lambda ring=ring: ring.find(K, NOW_S)).kind is INVALID_API_KEY
+        assert refusal(lambda ring=ring: ring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
 
 
 def test_a_key_expires_at_its_moment() -> None:
     at = datetime.fromtimestamp(NOW_S, timezone.utc)
     ring = Keyring.of([entry(expires_at=at)])
-    assert ring.find(K, NOW_S - 0.001).key_id == "a"
+    assert ring.find(digest(K), NOW_S - 0.001).key_id == "a"
     for late_s in (0.0, 0.001, 1e9):
-        assert refusal(lambda late_s=late_s: ring.find(K, NOW_S + late_s)).kind is INVALID_API_KEY
+        assert refusal(lambda late_s=late_s: ring.find(digest(K), NOW_S + late_s)).kind is INVALID_API_KEY
 
 
 @pytest.mark.parametrize("text", ["2001-09-09T01:46:40", "2001-09-09T03:46:40+02:00", "2001-09-09T01:46:40Z"])
@@ -174,8 +178,8 @@ def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monke
     time.tzset()
     try:
         ring = Keyring.of(keyfile.parse(b"a:%s::%s\n" % (K, text.encode())).entries)
-        assert ring.find(K, NOW_S - 1).key_id == "a"
-        assert refusal(lambda: ring.find(K, NOW_S)).kind is INVALID_API_KEY
+        assert ring.find(digest(K), NOW_S - 1).key_id == "a"
+        assert refusal(lambda: ring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -183,16 +187,16 @@ def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monke
 
 def test_a_suspended_key_is_told_so_unless_it_has_expired() -> None:
     suspended = entry(rate_limit=0)
-    assert refusal(lambda: Keyring.of([suspended]).find(K, NOW_S)).kind is KEY_SUSPENDED
+    assert refusal(lambda: Keyring.of([suspended]).find(digest(K), NOW_S)).kind is KEY_SUSPENDED
     gone = replace(suspended, expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))
-    assert refusal(lambda: Keyring.of([gone]).find(K, NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: Keyring.of([gone]).find(digest(K), NOW_S)).kind is INVALID_API_KEY
 
 
 def test_every_401_is_the_same() -> None:
     ring = Keyring.of([entry(expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))])
     errors = [
-        refusal(lambda: ring.find(L, NOW_S)),
-        refusal(lambda: ring.find(K, NOW_S)),
+        refusal(lambda: ring.find(digest(L), NOW_S)),
+        refusal(lambda: ring.find(digest(K), NOW_S)),
         refusal(lambda: auth.credential({b"authorization": [b"Basic eDp5"]})),
         refusal(lambda: auth.credential({b"x-api-key": [b"short"]})),
     ]
@@ -204,11 +208,11 @@ def test_every_401_is_the_same() -> None:
 def test_no_secret_and_no_id_is_in_any_error() -> None:
     ring = Keyring.of([entry(key_id="alice", rate_limit=0), entry(L, key_id="alice", rate_limit=1)])
     rates = Rates(lambda: 0.0)
-    caller = ring.find(L, NOW_S)
+    caller = ring.find(digest(L), NOW_S)
     rates.take(caller)
     errors = [
-        refusal(lambda: ring.find(K, NOW_S)),
-        refusal(lambda: ring.find(K + b"x", NOW_S)),
+        refusal(lambda: ring.find(digest(K), NOW_S)),
+        refusal(lambda: ring.find(digest(K + b"x"), NOW_S)),
         refusal(lambda: rates.take(caller)),
         refusal(lambda: auth.credential({b"authorization": [K], b"x-api-key": [L]})),
     ]
@@ -235,7 +239,7 @@ def test_pitfall_41_memory_holds_digests_only(tmp_path: Path) -> None:
 
 def test_pitfall_41_a_rotation_overlaps_with_each_line_s_own_limit() -> None:
     ring = Keyring.of([entry(rate_limit=1), entry(L, rate_limit=3)])
-    old, new = ring.find(K, NOW_S), ring.find(L, NOW_S)
+    old, new = ring.find(digest(K), NOW_S), ring.find(digest(L), NOW_S)
     rates = Rates(lambda: 0.0)
     assert rates.take(new).remaining == 2
     assert refusal(lambda: rates.take(old)).kind is RATE_LIMIT_EXCEEDED  # one window for both
@@ -243,7 +247,7 @@ def test_pitfall_41_a_rotation_overlaps_with_each_line_s_own_limit() -> None:
 
 
 def test_callers_and_keyrings_do_not_change() -> None:
-    caller = Keyring.of([entry()]).find(K, NOW_S)
+    caller = Keyring.of([entry()]).find(digest(K), NOW_S)
     with pytest.raises(FrozenInstanceError):
         caller.role = "operator"  # type: ignore[misc]
     with pytest.raises(AttributeError):
@@ -272,7 +276,7 @@ def loaded(path: Path) -> KeyStore:
 
 
 def test_a_store_begins_with_no_keys(path: Path) -> None:
-    assert refusal(lambda: KeyStore(path, 60).keyring.find(K, NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: KeyStore(path, 60).keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
 
 
 def test_a_reload_swaps_the_keyring_whole(path: Path) -> None:
@@ -280,9 +284,9 @@ def test_a_reload_swaps_the_keyring_whole(path: Path) -> None:
     before = store.keyring
     path.write_bytes(b"b:" + L + b":5\n")
     assert store.reload() == auth.Reload(True, 1)
-    assert store.keyring.find(L, NOW_S) == Caller("b", "infer", 5)
-    assert refusal(lambda: store.keyring.find(K, NOW_S)).kind is INVALID_API_KEY
-    assert before.find(K, NOW_S).key_id == "a"  # whoever holds it is not disturbed
+    assert store.keyring.find(digest(L), NOW_S) == Caller("b", "infer", 5)
+    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+    assert before.find(digest(K), NOW_S).key_id == "a"  # whoever holds it is not disturbed
 
 
 def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) -> None:
@@ -293,7 +297,7 @@ def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) ->
     reload = store.reload()
     assert (reload.ok, reload.keys, reload.reason) == (True, 1, "")
     assert reload.complaints[0].startswith("line 2: ")
-    assert refusal(lambda: store.keyring.find(L, NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(L), NOW_S)).kind is INVALID_API_KEY
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"# nobody today\n"])
@@ -301,7 +305,7 @@ def test_an_empty_file_revokes_everything(path: Path, data: bytes) -> None:
     store = loaded(path)
     path.write_bytes(data)
     assert store.reload() == auth.Reload(True, 0)
-    assert refusal(lambda: store.keyring.find(K, NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
 
 
 def as_folder(path: Path) -> None:
@@ -341,7 +345,7 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
     reload = store.reload()
     assert (reload.ok, reload.keys) == (False, 1)
     assert reload.reason.startswith(reason)
-    assert store.keyring.find(K, NOW_S).key_id == "a"
+    assert store.keyring.find(digest(K), NOW_S).key_id == "a"
     for _ in range(3):
         assert not store.changed()  # one failure is told once
 
@@ -349,7 +353,7 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
 def test_pitfall_36_missing_keys_file_at_boot_lets_nobody_in(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "none", 60)
     assert store.reload().ok is False
-    assert refusal(lambda: store.keyring.find(K, NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
 
 
 def test_a_reload_never_raises(tmp_path: Path) -> None:
@@ -363,9 +367,9 @@ def test_rates_outlast_a_reload(path: Path) -> None:
     store = KeyStore(path, 60)
     store.reload()
     rates = Rates(lambda: 0.0)
-    rates.take(store.keyring.find(K, NOW_S))
+    rates.take(store.keyring.find(digest(K), NOW_S))
     store.reload()
-    assert refusal(lambda: rates.take(store.keyring.find(K, NOW_S))).kind is RATE_LIMIT_EXCEEDED
+    assert refusal(lambda: rates.take(store.keyring.find(digest(K), NOW_S))).kind is RATE_LIMIT_EXCEEDED
 
 
 def touch_later(path: Path, seconds: int) -> None:
@@ -693,5 +697,5 @@ def test_ten_thousand_keys_are_found_by_the_same_one_lookup(path: Path) -> None:
     path.write_bytes(keys(10_000))
     store = KeyStore(path, 60)
     assert store.reload() == auth.Reload(True, 10_000)
-    assert store.keyring.find(b"sk-secret-%020d" % 9_999, NOW_S).key_id == "key9999"
-    assert refusal(lambda: store.keyring.find(b"sk-secret-%020d" % 10_000, NOW_S)).kind is INVALID_API_KEY
+    assert store.keyring.find(digest(b"sk-secret-%020d" % 9_999), NOW_S).key_id == "key9999"
+    assert refusal(lambda: store.keyring.find(digest(b"sk-secret-%020d" % 10_000), NOW_S)).kind is INVALID_API_KEY

@@ -248,7 +248,7 @@ async def test_pitfall_39_place_of_a_request_refused_for_load_is_given_back(stac
     assert (await client.response()).status == 200
     client.send(post())
     assert (await client.response()).code == "rate_limit_exceeded"
-    stack.parts.gate._free("somebody")
+    stack.parts.gate.give("somebody")
 
 
 @scenario(KEYS=f"alice:{KEY.decode()}:100 tokens_per_day=30\n")

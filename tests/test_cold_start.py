@@ -40,7 +40,7 @@ async def test_cheap_and_operator_routes_are_held_as_well(stack):
     client, other = await stack.client(), await stack.client()
     client.send(get(b"/v1/models"))
     other.send(get(b"/slots", key=OPERATOR_KEY))
-    await until(lambda: len(stack.parts.exchanges) == 2)
+    await until(lambda: len(stack.parts.clients) == 2)
     await stack.turn("ready")
     assert (await client.response()).status == 200
     assert (await other.response()).status == 200

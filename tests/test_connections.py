@@ -34,7 +34,7 @@ async def test_pitfall_31_one_connection_each_for_many_requests(stack):
         client.send(post(CHAT, b"%d" % number))
         assert (await client.response()).body == b"%d" % number
     assert len(stack.backend.connections) == 1
-    assert len(stack.parts.exchanges) == 1
+    assert len(stack.parts.clients) == 1
 
 
 @scenario()
@@ -228,7 +228,7 @@ async def test_sixteen_more_and_not_one_beyond(stack):
     late = [await stack.client()]
     for number in range(1, 17):
         late[-1].send(b"GET /ping HTTP/1.1\r\n")  # one that says nothing would make room for the next
-        await until(lambda number=number: sum(wire.has_unread for wire in stack.parts.exchanges) == number)
+        await until(lambda number=number: sum(wire.has_unread for wire in stack.parts.clients) == number)
         if number < 16:
             late.append(await stack.client())
     too_late = await stack.client()
@@ -251,7 +251,7 @@ async def test_connection_that_has_gone_counts_no_more(stack):
 async def test_bytes_already_sent_save_a_connection_from_making_room(stack):
     first = await stack.client()
     first.send(b"GET /ping HT")
-    await until(lambda: any(wire.has_unread for wire in stack.parts.exchanges))
+    await until(lambda: any(wire.has_unread for wire in stack.parts.clients))
     second = await stack.client()
     second.send(get(b"/ping", key=None))
     assert (await second.response()).status == 200
@@ -265,7 +265,7 @@ async def test_room_that_was_made_can_be_made_again(stack):
         client = await stack.client()
         client.send(get(b"/ping"))
         assert (await client.response()).status == 200
-    assert len(stack.parts.exchanges) == 1
+    assert len(stack.parts.clients) == 1
 
 
 def has_ipv6_loopback() -> bool:

@@ -20,9 +20,9 @@ ways = pytest.mark.parametrize("way", WAYS)
 
 async def leave(stack: Stack, client: RawClient, way: str) -> None:
     """Leave, and wait until the gateway has let the connection go."""
-    before = len(stack.parts.exchanges)
+    before = len(stack.parts.clients)
     WAYS[way](client)
-    await until(lambda: len(stack.parts.exchanges) < before, "the connection is gone")
+    await until(lambda: len(stack.parts.clients) < before, "the connection is gone")
     if way == "half-close":
         await client.until(lambda: bool(client.ended))
 
@@ -48,7 +48,7 @@ async def test_between_requests_nothing_is_counted(stack, way):
 async def test_in_the_middle_of_a_head(stack, way, sent):
     client = await stack.client()
     client.send(sent)
-    await until(lambda: any(wire.has_unread for wire in stack.parts.exchanges), "the bytes are there")
+    await until(lambda: any(wire.has_unread for wire in stack.parts.clients), "the bytes are there")
     await leave(stack, client, way)
     await told(stack, "reading_head")
 

@@ -57,7 +57,7 @@ async def working(stack: Stack, *first: bytes) -> RawClient:
 @scenario(**PATIENT)
 async def test_idle_gateway_drains_at_once(stack):
     idle = await stack.client()
-    await until(lambda: stack.parts.exchanges)
+    await until(lambda: stack.parts.clients)
     stack.gateway.drain()
     await ended(stack)
     assert await idle.take_all() == b""
@@ -146,7 +146,7 @@ async def test_head_that_is_on_its_way_is_answered_and_its_connection_closed(sta
     idle = await stack.client()
     for client in clients:
         client.send(b"GET ")
-    await until(lambda: sum(wire.has_unread for wire in stack.parts.exchanges) == 3)
+    await until(lambda: sum(wire.has_unread for wire in stack.parts.clients) == 3)
     stack.gateway.drain()
     assert await idle.take_all() == b""
     for client, rest, status in zip(

@@ -2,20 +2,21 @@
 
 import json
 import logging
-from dataclasses import replace
+from collections.abc import Iterable
 
 import pytest
 
+from cors import Cors
 from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED
-from exchange import Exchange, KeyCounts, Metrics, Observer, Outcome, RequestIds, Stage, Strangers, json_line, text_line
-from http1 import Limits, parse_request_head
+from exchange import Exchange, KeyCounts, Metrics, Observer, Outcome, Stage, Strangers, request_ids
+from http1 import Limits
 from metrics import Registry, render
+from plan import Plan, Planner
 from routes import Routes
 from support.clock import Clock
-from usage import Meter, Tokens
+from usage import Charge, Meter, Tokens, charge
 
-CHAT = Routes().find(b"POST", b"/v1/chat/completions")
-PING = Routes().find(b"GET", b"/ping")
+PLANNER = Planner(Limits(), Routes(), Cors(()), b"")
 ANSWER = b'{"choices":[],"timings":{"cache_n":3,"prompt_n":7,"prompt_ms":350.0,"predicted_n":20,"predicted_ms":500.0}}'
 EVENTS = (b'data: {"choices":[{"delta":{"content":"a"}}]}\n\n', b'data: {"choices":[{"delta":{"content":"b"}}]}\n\n')
 
@@ -24,14 +25,14 @@ class Recording:
     """A ledger and an access log that keep what they are told."""
 
     def __init__(self) -> None:
-        self.told: list[tuple[object, ...]] = []
+        self.charges: dict[str, Charge] = {}
         self.lines: list[str] = []
 
-    def record(self, *told: object) -> None:
-        self.told.append(told)
+    def record(self, charges: dict[str, Charge]) -> None:
+        self.charges |= charges
 
-    def write(self, line: str) -> None:
-        self.lines.append(line)
+    def write_lines(self, lines: Iterable[str]) -> None:
+        self.lines += lines
 
 
 class Place:
@@ -63,46 +64,47 @@ class Place:
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
-def head(target: str = "/v1/chat/completions?secret=1", method: str = "POST"):
-    return parse_request_head(f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode(), Limits())
+def plan(method: str, target: str) -> Plan:
+    return PLANNER.find(f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())[0]
+
+
+CHAT = plan("POST", "/v1/chat/completions?secret=1")
+PING = plan("GET", "/ping")
 
 
 def metered(*payloads: bytes) -> Meter:
-    meter = Meter(CHAT.label)
+    meter = Meter(CHAT.route.label)
     for payload in payloads:
         meter.feed(payload)
     return meter
 
 
-def exchange(**changes: object) -> Exchange:
+def exchange(of: Plan = CHAT, name: str = "req-1", **changes: object) -> Exchange:
     """A chat that went well: 2 s in all, 0.5 s queued, answered after 1 s."""
-    whole = Exchange(
-        id="req-1",
-        peer="192.0.2.7",
-        started_s=100.0,
-        head=head(),
-        route=CHAT,
-        key_id="alice",
-        stage=Stage.DONE,
-        status=200,
-        backend_status=200,
-        bytes_in=11,
-        bytes_out=222,
-        queued_s=100.25,
-        admitted_s=100.75,
-        first_byte_s=101.0,
-        ended_s=102.0,
-        ended_at=1767323045.678,
-        meter=metered(ANSWER),
-    )
-    return replace(whole, **changes)
+    whole = Exchange(name, "192.0.2.7", of, 100.0, Stage.DONE)
+    fields = {
+        "key_id": "alice",
+        "status": 200,
+        "backend_status": 200,
+        "bytes_in": 11,
+        "bytes_out": 222,
+        "queued_s": 100.25,
+        "admitted_s": 100.75,
+        "first_byte_s": 101.0,
+        "ended_s": 102.0,
+        "ended_at": 1767323045.678,
+        "told": metered(ANSWER) if of is CHAT else None,
+    }
+    for field, value in {**fields, **changes}.items():
+        setattr(whole, field, value)
+    return whole
 
 
 # --- Series ---
 
 
 def test_a_request_is_counted_by_route_and_status():
-    page = Place().observe(exchange(), exchange(status=503), exchange(route=PING, key_id="-", meter=None))
+    page = Place().observe(exchange(), exchange(status=503), exchange(PING, key_id="-"))
     assert page['gateway_requests_total{route="/v1/chat/completions",code="200"}'] == 1
     assert page['gateway_requests_total{route="/v1/chat/completions",code="503"}'] == 1
     assert page['gateway_requests_total{route="/ping",code="200"}'] == 1
@@ -118,7 +120,7 @@ def test_spans_are_observed(name, seconds):
 
 
 def test_what_was_not_reached_is_not_observed():
-    page = Place().observe(exchange(admitted_s=0.0, first_byte_s=0.0, meter=None))
+    page = Place().observe(exchange(admitted_s=0.0, first_byte_s=0.0, told=None))
     assert page["gateway_queue_wait_seconds_count"] == 0
     assert page["gateway_time_to_first_byte_seconds_count"] == 0
     assert page["gateway_inter_event_gap_seconds_count"] == 0
@@ -136,13 +138,13 @@ def test_tokens_and_their_speed():
 
 def test_an_answer_without_times_has_no_speed():
     usage = b'{"usage":{"prompt_tokens":4,"completion_tokens":0}}'
-    page = Place().observe(exchange(meter=metered(usage)), exchange(meter=metered(b"{}")))
+    page = Place().observe(exchange(told=metered(usage)), exchange(told=metered(b"{}")))
     assert page['gateway_tokens_total{type="prompt"}'] == 4
     assert page["gateway_prompt_tokens_per_second_count"] == page["gateway_generation_tokens_per_second_count"] == 0
 
 
 def test_the_gap_between_events_is_the_mean_of_a_stream():
-    page = Place().observe(exchange(meter=metered(*EVENTS, *EVENTS, EVENTS[0])))
+    page = Place().observe(exchange(told=metered(*EVENTS, *EVENTS, EVENTS[0])))
     assert page["gateway_inter_event_gap_seconds_sum"] == 0.25  # five events in the second from first byte to end
 
 
@@ -167,7 +169,7 @@ def test_a_client_that_left_is_counted_by_stage():
     ],
 )
 def test_refusals_are_counted_by_their_kind(kind, name):
-    page = Place().observe(exchange(refusal=kind, outcome=Outcome.REFUSED, meter=None))
+    page = Place().observe(exchange(refusal=kind, outcome=Outcome.REFUSED, told=None))
     counts = {other: page[f"gateway_{other}_total"] for other in ("unauthorized", "rate_limited", "queue_rejections")}
     assert counts == {other: float(other == name) for other in counts}
 
@@ -188,15 +190,20 @@ def test_keys_are_shown_to_operators_only_and_do_not_grow_the_public_page():
 
 def test_the_ledger_is_told_of_metered_requests_with_a_key():
     place = Place()
-    place.observe(exchange(), exchange(key_id="-"), exchange(route=PING), exchange(outcome=Outcome.CANCELLED))
+    place.observe(
+        exchange(), exchange(key_id="-"), exchange(PING), exchange(outcome=Outcome.CANCELLED), exchange(key_id="bob")
+    )
     tokens = Tokens(10, 3, 20, 350.0, 500.0)
-    assert place.kept.told == [("alice", tokens, "done"), ("alice", tokens, "cancelled")]
+    assert place.kept.charges == {
+        "alice": charge([(tokens, "done"), (tokens, "cancelled")]),
+        "bob": charge([(tokens, "done")]),
+    }
 
 
 def test_many_are_counted_before_anybody_looks():
     place = Place()
     for _ in range(600):
-        place.observer.observe(exchange(meter=None))
+        place.observer.observe(exchange(told=None))
     assert len(place.kept.lines) >= 500
 
 
@@ -239,9 +246,21 @@ def test_json_line_has_every_field_and_no_path():
 
 
 def test_a_request_without_a_head_has_a_line_too():
-    nothing = Exchange(id="req-2", peer="192.0.2.7", started_s=1.0, status=400, ended_s=1.0, outcome=Outcome.REFUSED)
-    assert " | - | - - | 400 | id=req-2 " in text_line(nothing)
-    assert json.loads(json_line(nothing))["method"] == "-"
+    nothing = {"key_id": "-", "status": 400, "outcome": Outcome.REFUSED, "queued_s": 0.0, "admitted_s": 0.0}
+    place, as_json = Place(), Place(as_json=True)
+    for each in (place, as_json):
+        each.observe(exchange(PLANNER.none, "req-2", **nothing, first_byte_s=0.0))
+    assert " | - | - - | 400 | id=req-2 " in place.kept.lines[0]
+    assert place.kept.lines[0].endswith(
+        " queue_ms=0 first_byte_ms=0 total_ms=2000 prompt_tokens=0 cached_tokens=0 completion_tokens=0"
+    )
+    assert json.loads(as_json.kept.lines[0])["method"] == "-"
+
+
+def test_a_whole_answer_and_one_metered_in_passing_tell_the_same():
+    whole, passed = Place(), Place()
+    assert whole.observe(exchange(told=ANSWER)) == passed.observe(exchange(told=metered(ANSWER)))
+    assert whole.kept.lines == passed.kept.lines
 
 
 # --- Strangers and ids ---
@@ -252,7 +271,7 @@ def test_a_flood_without_keys_cannot_fill_the_log(caplog):
     strangers = Strangers(clock)
     with caplog.at_level(logging.WARNING):
         for number in range(1000):
-            strangers.note(exchange(id=f"req-{number}"))
+            strangers.note(exchange(name=f"req-{number}"))
         assert len(caplog.messages) == Strangers.LINES
         assert caplog.messages[0] == "no valid key: 192.0.2.7 for /v1/chat/completions (request req-0)"
         strangers.sum_up()
@@ -264,16 +283,8 @@ def test_a_flood_without_keys_cannot_fill_the_log(caplog):
         assert len(caplog.messages) == Strangers.LINES + 2
 
 
-@pytest.mark.parametrize("sane", ["a", "req-1", "A1b2.C3_~+/=:@-", "x" * 128])
-def test_a_sane_request_id_is_taken_over(sane):
-    raw = f"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: {sane}\r\n\r\n".encode()
-    assert RequestIds().of(parse_request_head(raw, Limits())) == sane
-
-
-@pytest.mark.parametrize("odd", ["", "-a", "a b", "a;b", "x" * 129, "ä", "a\r\nX-Request-Id: b"])
-def test_any_other_gets_an_id_of_its_own(odd):
-    raw = f"GET / HTTP/1.1\r\nHost: a\r\nX-Request-Id: {odd}\r\n\r\n".encode()
-    ids = RequestIds()
-    made = [ids.of(parse_request_head(raw, Limits())) for _ in range(2)]
-    assert made[0] != made[1]
+def test_ids_are_unique_across_processes():
+    one, other = request_ids(), request_ids()
+    made = [next(ids) for ids in (one, one, other, other)]
+    assert len(set(made)) == 4
     assert all(name.startswith("req-") for name in made)

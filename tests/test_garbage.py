@@ -57,7 +57,7 @@ async def one(stack: Stack, end: str) -> None:
     if not end.startswith("cancelled"):
         await client.take_all()
     client.close()
-    await until(lambda: not stack.parts.exchanges, "the client's connection is gone")
+    await until(lambda: not stack.parts.clients, "the client's connection is gone")
     stack.parts.pool.close()
     await asyncio.wait_for(call.gone.wait(), 10)
     await until(lambda: not stack.open_clients, "the wires are gone")

@@ -153,7 +153,7 @@ async def test_request_that_the_backend_defers_and_the_end_of_beats_with_its_fir
     await begun(client)
     assert await client.take_through(b"\n\n\r\n") == chunk(sign("waiting"))
     speak.set()
-    await until(lambda: [each.stage for each in stack.parts.exchanges.values()] == ["streaming"])
+    await until(lambda: [client.request.stage for client in stack.parts.clients if client.request] == ["streaming"])
     for _ in range(3):
         stack.advance(BEAT_S)
     go_on.set()

@@ -16,7 +16,6 @@ import pytest
 from bodies import ChunkedBody, RequestBody, SizedBody, UnboundedBody, encode_chunk, response_body
 from errors import BACKEND_MALFORMED, GatewayError
 from http1 import (
-    CHUNKED,
     CRLF,
     Framing,
     HeadScanner,
@@ -248,7 +247,7 @@ def test_limit_holds_before_the_rest_arrives(
 
 
 def test_chunks_that_come_one_a_read_are_counted_too() -> None:
-    body = RequestBody(CHUNKED, LIMITS)
+    body = RequestBody(None, LIMITS)
     body.feed(encode_chunk(b"a" * 32))
     body.feed(encode_chunk(b"b" * 32))
     assert (body.octets, body.pieces) == (64, [b"a" * 32, b"b" * 32])

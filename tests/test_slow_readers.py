@@ -16,11 +16,11 @@ BOUND_BYTES = 1 << 20
 
 async def deaf(stack: Stack, tls: ssl.SSLContext | None = None) -> RawClient:
     """A client that reads nothing, on a connection whose buffers in the kernel hold next to nothing."""
-    before = set(stack.parts.exchanges)
+    before = set(stack.parts.clients)
     client = await stack.client(receive_buffer=4096, tls=tls)
     client.transport.pause_reading()
-    await until(lambda: set(stack.parts.exchanges) - before)
-    (wire,) = set(stack.parts.exchanges) - before
+    await until(lambda: set(stack.parts.clients) - before)
+    (wire,) = set(stack.parts.clients) - before
     wire.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     return client
 
@@ -117,7 +117,7 @@ async def served_but_not_taken(stack: Stack, *after: bytes) -> RawClient:
     whole = answer(b"x" * 85_000)
     stack.backend.script(send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
     client.send(post(CHAT, b"{}", b"Connection: close") + b"".join(after))
-    await until(lambda: stack.backend.calls and not stack.parts.exchanges)
+    await until(lambda: stack.backend.calls and not stack.parts.clients)
     assert held_bytes(stack) > 1 << 16
     return client
 
@@ -159,7 +159,7 @@ async def test_one_that_takes_nothing_does_not_hold_up_the_end(stack):
     await settled(stack)
     stack.gateway.drain()
     await asyncio.wait_for(stack.gateway.run_until_ended(), 20)
-    await until(lambda: not stack.parts.exchanges)
+    await until(lambda: not stack.parts.clients)
 
 
 @scenario(STREAM_IDLE_TIMEOUT="60")

@@ -19,7 +19,7 @@ def only_line(stack: Stack) -> tuple[int, str, str]:
 
 
 async def unread(stack: Stack) -> None:
-    await until(lambda: any(wire.has_unread for wire in stack.parts.exchanges), "bytes of a head are there")
+    await until(lambda: any(wire.has_unread for wire in stack.parts.clients), "bytes of a head are there")
 
 
 # --- The client ---
@@ -28,7 +28,7 @@ async def unread(stack: Stack) -> None:
 @scenario(CLIENT_HEADER_TIMEOUT="30")
 async def test_connection_that_never_speaks_is_closed_in_silence(stack):
     client = await stack.client()
-    await until(lambda: stack.parts.exchanges)
+    await until(lambda: stack.parts.clients)
     stack.advance(30 - LITTLE_S)
     await client.silent()
     stack.advance(LITTLE_S)
@@ -115,7 +115,7 @@ async def test_client_that_goes_on_sending_after_a_refusal_is_not_listened_to_fo
     client.send(post(CHAT, b"x" * 1000, key=None)[:-500])
     assert (await client.response()).status == 401
     client.send(b"x")
-    assert stack.parts.exchanges == {} or client.ended
+    assert stack.parts.clients == {} or client.ended
     stack.advance(2)
     await until(lambda: not stack.open_clients, "the connection is gone")
 
@@ -129,7 +129,7 @@ async def test_last_answer_that_is_not_taken_is_dropped(stack):
     await until(lambda: not stack.parts.relaying or not stack.backend.used[0].can_write, "all that fits is sent")
     stack.advance(20)
     stack.advance(20)
-    await until(lambda: not stack.parts.exchanges)
+    await until(lambda: not stack.parts.clients)
 
 
 # --- The backend ---
@@ -297,7 +297,7 @@ async def test_pool_retires_a_connection_before_the_backend_does(stack):
 
 def held_bytes(stack: Stack) -> int:
     """What the gateway holds for its clients, in octets."""
-    return sum(wire.transport.get_write_buffer_size() for wire in stack.parts.exchanges)
+    return sum(wire.transport.get_write_buffer_size() for wire in stack.parts.clients)
 
 
 async def stream_to_one_that_does_not_read(stack: Stack, payload: bytes) -> RawClient:
@@ -321,7 +321,7 @@ async def test_slow_reader_holds_bounded_memory_and_is_dropped(stack):
     stack.advance(60)
     await asyncio.wait_for(stack.backend.calls[0].gone.wait(), 10)
     stack.advance(60)
-    await until(lambda: not stack.parts.exchanges and not stack.open_clients, "the client is dropped")
+    await until(lambda: not stack.parts.clients and not stack.open_clients, "the client is dropped")
     client.transport.resume_reading()
     assert not (await client.take_all()).endswith(LAST_CHUNK)
 

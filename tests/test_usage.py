@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import usage
-from usage import FLUSH_S, MEMORY_DAYS, Ledger, LedgerUnreadable, Tokens, Usage, cost, first_day, query
+from usage import FLUSH_S, MEMORY_DAYS, Ledger, LedgerUnreadable, Tokens, Usage, charge, cost, first_day, query
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DAY_S = 86400
@@ -56,11 +56,11 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("in_file", [True, False])
 def test_what_was_recorded_is_reported_by_key(path: Path, in_file: bool) -> None:
     with opened(path if in_file else None, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
-        ledger.record("alice", UNTIMED, "cancelled")
-        ledger.record("alice", None, "refused")
-        ledger.record("bob", None, "timed_out")
-        ledger.record("", None, "truncated")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
+        ledger.record({"alice": charge([(UNTIMED, "cancelled")])})
+        ledger.record({"alice": charge([(None, "refused")])})
+        ledger.record({"bob": charge([(None, "timed_out")])})
+        ledger.record({"": charge([(None, "truncated")])})
         expected = [
             Usage("", "-", 1, 0, 0, 0, 1, 0, 0.0),
             Usage("", "alice", 3, 20, 8, 10, 1, 1, 0.0),
@@ -76,10 +76,10 @@ def test_what_was_recorded_is_reported_by_key(path: Path, in_file: bool) -> None
 def test_the_file_sums_over_runs_and_writers(path: Path) -> None:
     with opened(path, Clock()) as first, opened(path, Clock()) as second:
         for ledger in (first, second, first):
-            ledger.record("alice", ANSWER, "done")
+            ledger.record({"alice": charge([(ANSWER, "done")])})
             assert ledger.flush()
     with opened(path, Clock()) as third:
-        third.record("alice", ANSWER, "done")
+        third.record({"alice": charge([(ANSWER, "done")])})
     assert [(row.requests, row.prompt) for row in query(path)] == [(4, 40)]
 
 
@@ -87,9 +87,9 @@ def test_reports_are_by_key_or_day_or_both_and_begin_where_told(path: Path) -> N
     clock = Clock()
     with opened(path, clock) as ledger:
         for key_id in ("bob", "alice", "bob"):
-            ledger.record(key_id, ANSWER, "done")
+            ledger.record({key_id: charge([(ANSWER, "done")])})
         clock.now_s += DAY_S
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert ledger.query("2026-03-03") == [Usage("", "alice", 1, 10, 4, 5, 0, 0, DAY_S / 2)]
     days = [(row.day, row.key_id, row.requests) for row in query(path, by="day")]
     assert days == [("2026-03-02", "", 3), ("2026-03-03", "", 1)]
@@ -109,9 +109,9 @@ def test_what_was_spent_today_counts_prompt_and_completion_and_ends_at_midnight_
     clock = Clock()
     with opened(path, clock) as ledger:
         assert ledger.spent_today("alice") == 0
-        ledger.record("alice", ANSWER, "done")
-        ledger.record("alice", ANSWER, "cancelled")
-        ledger.record("alice", None, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
+        ledger.record({"alice": charge([(ANSWER, "cancelled")])})
+        ledger.record({"alice": charge([(None, "done")])})
         assert ledger.spent_today("alice") == 30
         assert ledger.spent_today("bob") == 0
         assert ledger.resets_in_s() == DAY_S / 2
@@ -126,13 +126,13 @@ def test_what_was_spent_today_counts_prompt_and_completion_and_ends_at_midnight_
 def test_a_restart_takes_up_what_was_spent_today_and_only_today(path: Path) -> None:
     clock = Clock(NOON_S - DAY_S)
     with opened(path, clock) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         clock.now_s += DAY_S
-        ledger.record("alice", UNTIMED, "done")
-        ledger.record("bob", ANSWER, "done")
+        ledger.record({"alice": charge([(UNTIMED, "done")])})
+        ledger.record({"bob": charge([(ANSWER, "done")])})
     with opened(path, clock) as ledger:
         assert (ledger.spent_today("alice"), ledger.spent_today("bob")) == (15, 15)
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert ledger.spent_today("alice") == 30
 
 
@@ -147,9 +147,9 @@ def test_the_cost_of_an_hour() -> None:
 def test_the_time_the_gateway_ran_is_shared_by_the_milliseconds_spent(path: Path) -> None:
     clock = Clock()
     with opened(path, clock) as ledger:
-        ledger.record("alice", Tokens(100, 0, 10, prompt_ms=100.0, predicted_ms=200.0), "done")
-        ledger.record("bob", Tokens(100, 0, 30, prompt_ms=100.0, predicted_ms=500.0), "done")
-        ledger.record("carol", None, "refused")
+        ledger.record({"alice": charge([(Tokens(100, 0, 10, prompt_ms=100.0, predicted_ms=200.0), "done")])})
+        ledger.record({"bob": charge([(Tokens(100, 0, 30, prompt_ms=100.0, predicted_ms=500.0), "done")])})
+        ledger.record({"carol": charge([(None, "refused")])})
         clock.now_s += 900.0
         assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 600.0, 0.0]
         clock.now_s += 900.0
@@ -159,8 +159,8 @@ def test_the_time_the_gateway_ran_is_shared_by_the_milliseconds_spent(path: Path
 def test_tokens_without_times_count_what_such_a_token_took_on_average() -> None:
     clock = Clock()
     with opened(None, clock) as ledger:
-        ledger.record("alice", Tokens(110, 10, 10, prompt_ms=100.0, predicted_ms=200.0), "done")
-        ledger.record("anthropic", Tokens(60, 10, 5), "done")
+        ledger.record({"alice": charge([(Tokens(110, 10, 10, prompt_ms=100.0, predicted_ms=200.0), "done")])})
+        ledger.record({"anthropic": charge([(Tokens(60, 10, 5), "done")])})
         clock.now_s += 450.0
         assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 150.0]
 
@@ -168,8 +168,8 @@ def test_tokens_without_times_count_what_such_a_token_took_on_average() -> None:
 def test_without_any_times_tokens_count_alike() -> None:
     clock = Clock()
     with opened(None, clock) as ledger:
-        ledger.record("alice", Tokens(20, 0, 0), "done")
-        ledger.record("bob", Tokens(5, 0, 5), "done")
+        ledger.record({"alice": charge([(Tokens(20, 0, 0), "done")])})
+        ledger.record({"bob": charge([(Tokens(5, 0, 5), "done")])})
         clock.now_s += 30.0
         assert [row.gpu_s for row in ledger.query()] == [20.0, 10.0]
 
@@ -177,9 +177,9 @@ def test_without_any_times_tokens_count_alike() -> None:
 def test_each_day_is_shared_among_its_own_keys_and_an_idle_one_is_nobodys(path: Path) -> None:
     clock = Clock()
     with opened(path, clock) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         clock.now_s += 2 * DAY_S
-        ledger.record("bob", ANSWER, "done")
+        ledger.record({"bob": charge([(ANSWER, "done")])})
     rows = query(path, by="key-day")
     assert [(row.day, row.key_id, row.gpu_s) for row in rows] == [
         ("2026-03-02", "alice", DAY_S / 2),
@@ -193,7 +193,7 @@ def test_a_clock_that_was_set_makes_no_uptime(jump_s: float) -> None:
     clock = Clock()
     with opened(None, clock) as ledger:
         clock.now_s += jump_s
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert [row.gpu_s for row in ledger.query()] == [0.0]
         clock.now_s += 10.0
         assert [row.gpu_s for row in ledger.query()] == [10.0]
@@ -202,12 +202,12 @@ def test_a_clock_that_was_set_makes_no_uptime(jump_s: float) -> None:
 def test_memory_forgets_the_days_of_long_ago() -> None:
     clock = Clock()
     with opened(None, clock) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         clock.now_s += MEMORY_DAYS * DAY_S
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert [row.requests for row in ledger.query()] == [2]
         clock.now_s += DAY_S
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert [row.requests for row in ledger.query()] == [2]
 
 
@@ -239,14 +239,14 @@ def test_what_is_neither_days_nor_a_date_is_refused(since: str) -> None:
 
 def test_a_report_can_be_read_while_the_ledger_is_written(path: Path) -> None:
     with opened(path, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert ledger.flush()
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
             other.execute("BEGIN IMMEDIATE")
             assert [row.requests for row in query(path)] == [1]
             other.execute("ROLLBACK")
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert [row.requests for row in query(path)] == [1]
         assert [row.requests for row in ledger.query()] == [2]
 
@@ -256,7 +256,7 @@ def test_reading_changes_nothing_and_makes_nothing(path: Path) -> None:
         query(path)
     assert not path.parent.exists()
     with opened(path, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
     before = path.read_bytes()
     assert [row.requests for row in query(path)] == [1]
     assert path.read_bytes() == before
@@ -267,12 +267,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from usage import Ledger, Tokens
+from usage import Ledger, Tokens, charge
 ledger = Ledger(Path(sys.argv[2]), lambda: 1772452800.0, flush_s=3600.0)
 for _ in range(100):
-    ledger.record("alice", Tokens(10, 4, 5, 6.0, 50.0), "done")
+    ledger.record({"alice": charge([(Tokens(10, 4, 5, 6.0, 50.0), "done")])})
 ledger.flush()
-ledger.record("alice", Tokens(10, 4, 5, 6.0, 50.0), "done")
+ledger.record({"alice": charge([(Tokens(10, 4, 5, 6.0, 50.0), "done")])})
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -297,7 +297,7 @@ def test_the_thread_writes_without_being_told(path: Path) -> None:
 
     ledger = Ledger(path, clock, flush_s=0.0)
     try:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert looked.wait(10)
         # Waits for the write that has begun.
         assert ledger.flush()
@@ -308,22 +308,22 @@ def test_the_thread_writes_without_being_told(path: Path) -> None:
 
 def test_the_end_writes_what_is_left_and_may_come_twice(path: Path) -> None:
     ledger = Ledger(path, Clock(), flush_s=3600.0)
-    ledger.record("alice", ANSWER, "done")
+    ledger.record({"alice": charge([(ANSWER, "done")])})
     ledger.close()
     ledger.close()
     assert [row.requests for row in query(path)] == [1]
-    ledger.record("alice", ANSWER, "done")
+    ledger.record({"alice": charge([(ANSWER, "done")])})
     assert ledger.spent_today("alice") == 30
     Ledger(None, Clock()).close()
 
 
 def test_a_file_that_was_moved_away_is_made_anew(path: Path) -> None:
     with opened(path, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert ledger.flush()
         for part in path.parent.iterdir():
             part.rename(part.with_name("old-" + part.name))
-        ledger.record("bob", ANSWER, "done")
+        ledger.record({"bob": charge([(ANSWER, "done")])})
         assert ledger.flush()
         assert [row.key_id for row in query(path)] == ["bob"]
 
@@ -357,7 +357,7 @@ def test_a_file_that_cannot_be_used_costs_one_warning_and_nothing_else(
     broken(path)
     with caplog.at_level(logging.INFO, "usage"), opened(path, Clock()) as ledger:
         for _ in range(3):
-            ledger.record("alice", ANSWER, "done")
+            ledger.record({"alice": charge([(ANSWER, "done")])})
             assert not ledger.flush()
         assert ledger.spent_today("alice") == 45
         assert [row.requests for row in ledger.query()] == [3]
@@ -372,9 +372,9 @@ def test_counts_that_waited_in_memory_are_written_when_the_file_can_be(
 ) -> None:
     broken_by_garbage(path)
     with caplog.at_level(logging.INFO, "usage"), opened(path, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert not ledger.flush()
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         path.unlink()
         assert ledger.flush()
         assert [row.requests for row in query(path)] == [2]
@@ -385,16 +385,16 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from usage import Ledger, Tokens, query
+from usage import Ledger, Tokens, charge, query
 path = Path(sys.argv[2])
 ledger = Ledger(path, lambda: 1772452800.0, flush_s=3600.0)
-ledger.record("alice", Tokens(10, 4, 5), "done")
+ledger.record({"alice": charge([(Tokens(10, 4, 5), "done")])})
 assert ledger.flush()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
 for _ in range(3):
-    ledger.record("alice", Tokens(10, 4, 5), "done")
+    ledger.record({"alice": charge([(Tokens(10, 4, 5), "done")])})
     assert not ledger.flush()
 assert ledger.spent_today("alice") == 60
 resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
@@ -414,10 +414,10 @@ def test_a_full_disk_loses_nothing_that_memory_can_hold(path: Path) -> None:
 def test_the_thread_tries_again_after_a_failure(path: Path) -> None:
     broken_by_garbage(path)
     ledger = Ledger(path, Clock(), flush_s=0.0, retry_s=0.0)
-    ledger.record("alice", ANSWER, "done")
+    ledger.record({"alice": charge([(ANSWER, "done")])})
     ledger.flush()
     path.unlink()
-    ledger.record("alice", ANSWER, "done")
+    ledger.record({"alice": charge([(ANSWER, "done")])})
     ledger.close()
     assert [row.requests for row in query(path)] == [2]
 
@@ -427,7 +427,7 @@ def test_a_python_without_sqlite_counts_in_memory(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sqlite3", None)
     with opened(path, Clock()) as ledger:
-        ledger.record("alice", ANSWER, "done")
+        ledger.record({"alice": charge([(ANSWER, "done")])})
         assert not ledger.flush()
         assert [row.requests for row in ledger.query()] == [1]
     assert [record.message for record in caplog.records] == [

@@ -90,7 +90,7 @@ class RequestReader:
         self._head = parse_request_head(raw, self._limits)
         framing = request_framing(self._head, self._limits)
         expects_continue(self._head)
-        self._body = RequestBody(framing, self._limits)
+        self._body = RequestBody(framing.length, self._limits)
 
     def _end(self, body: RequestBody) -> None:
         assert self._head is not None

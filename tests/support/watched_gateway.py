@@ -26,7 +26,7 @@ def held(parts: Parts) -> dict[str, int]:
     return {
         "slots": parts.gate.active,
         "waiters": parts.gate.queued,
-        "exchanges": len(parts.exchanges),
+        "exchanges": len(parts.clients),
         "client connections": len(wires) - backend,
         "backend connections": backend,
         "tasks": len(asyncio.all_tasks()),

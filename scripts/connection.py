@@ -1,0 +1,106 @@
+"""One client's connection: its requests, one after the other, until one of the two sides ends it."""
+
+from collections.abc import Callable
+
+from errors import TOO_MANY_CONNECTIONS, GatewayError
+from exchange import Stage
+from parts import Parts
+from request import Request
+from wire import ClientWire
+
+_PUBLIC_ONLY_CONNECTIONS = 16
+
+
+class Backlog:
+    """What a client has to take before it gets more."""
+
+    __slots__ = ("_gone", "_taken")
+
+    def __init__(self, taken: Callable[[], None], gone: Callable[[], None]) -> None:
+        self._taken = taken
+        self._gone = gone
+
+    def keep(self, value: object) -> None:
+        self._taken()
+
+    def fail(self, error: Exception) -> None:
+        self._gone()
+
+
+class Connection:
+    """Reads heads and hands each to a Request; what happens to that is the request's affair."""
+
+    __slots__ = ("_client", "_idle_s", "_parts")
+
+    def __init__(self, parts: Parts, client: ClientWire) -> None:
+        self._parts = parts
+        self._client = client
+        self._idle_s = parts.config.timeouts.client_header_s  # to the first byte of the next head
+
+    def begin(self) -> None:
+        parts = self._parts
+        parts.clients[self._client] = None
+        if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and self._client in parts.public_only:
+            self._refuse(GatewayError(TOO_MANY_CONNECTIONS))
+        else:
+            self._await_head()
+
+    def _await_head(self) -> None:
+        self._parts.idle[self._client] = None
+        self._client.read_head(self, self._idle_s, self._parts.config.timeouts.client_header_s)
+
+    def keep(self, head: bytes) -> None:
+        """The next head is here."""
+        parts, client = self._parts, self._client
+        del parts.idle[client]
+        try:
+            plan, length = parts.planner.find(head)
+        except GatewayError as error:
+            self._refuse(error)
+            return
+        request = client.request = Request(parts, client, plan, length)
+        request.begin(self._go_on)
+
+    def fail(self, error: Exception) -> None:
+        """There will be no next head: it is wrong, its time is up, or the client has left."""
+        self._parts.idle.pop(self._client, None)
+        if isinstance(error, GatewayError):
+            self._refuse(error)
+        else:
+            self._leave()
+
+    def _go_on(self, request: Request, keep: bool) -> None:
+        """A request is over: the next, if this connection can carry another."""
+        if not keep:
+            self._forget()
+            request.close()
+            return
+        client, timeouts = self._client, self._parts.config.timeouts
+        client.request = None
+        self._idle_s = timeouts.keepalive_s
+        if client.choked:  # it asks for more before it has taken what it got
+            client.expect_room(Backlog(self._await_head, self._leave), timeouts.stream_idle_s)
+        else:
+            self._await_head()
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer what never became a request."""
+        request = Request(self._parts, self._client, self._parts.planner.none, None, Stage.READING_HEAD)
+        request.refuse(error)
+        request.finish()
+        self._forget()
+        request.close()
+
+    def _leave(self) -> None:
+        """The connection ends between requests, or its client left in the middle of a head."""
+        if self._client.has_unread:
+            request = Request(self._parts, self._client, self._parts.planner.none, None, Stage.READING_HEAD)
+            request.cancel()
+            request.finish()
+        self._forget()
+        self._client.abort()
+
+    def _forget(self) -> None:
+        self._parts.public_only.discard(self._client)
+        self._client.request = None
+        del self._parts.clients[self._client]

@@ -1,0 +1,207 @@
+"""What a request's head asks for, worked out once for all requests that come with the same head.
+
+A client repeats its head with every request; what differs is the number in Content-Length. So a head is looked up by
+the digest of all its other octets, and only one that is new is parsed, routed and prepared for the backend. Everything
+here follows from the head and the settings alone: whether a key is good, or its rate used up, is asked each time.
+
+What is kept holds no secret: the head by its digest, the credential by its own, and the lines for the backend are
+without it.
+"""
+
+import re
+from dataclasses import dataclass
+from hashlib import sha256
+
+from auth import credential
+from cors import Cors
+from errors import Fields, GatewayError
+from http1 import (
+    CRLF,
+    HOP_BY_HOP,
+    NO_BODY,
+    Limits,
+    RequestHead,
+    connection_options,
+    expects_continue,
+    field_lines,
+    keeps_alive,
+    parse_request_head,
+    request_framing,
+)
+from routes import PREFLIGHT, UNROUTED, Route, Routes
+
+_MOST_PLANS = 256
+_LONGEST_HEAD = 2048  # what is longer is rare, and would make 256 of them large
+_LENGTH_LINE = b"\r\nContent-Length: "
+_LENGTH_LINE_LOWER = _LENGTH_LINE.lower()
+_MOST_DIGITS = 19
+_WITHOUT_BODY = (b"GET", b"HEAD")
+_SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._~+/=:@-]{0,127}")
+
+# Credentials are the gateway's to check and the backend's own to carry. With X-Conversation-Id llama-server goes on
+# generating after a disconnect.
+_NOT_FORWARDED = HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"expect",
+    b"authorization",
+    b"x-api-key",
+    b"api-key",
+    b"x-conversation-id",
+    b"x-request-id",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that a head says, but for the number in Content-Length where that is spelt as usual.
+
+    `fault` is what makes the request unacceptable whoever sends it, `no_credential` why it names no key.
+    """
+
+    method: bytes
+    target: bytes
+    minor: int
+    verb: str  # the method, for the access log, as the path is
+    path: str
+    keep_alive: bool
+    sized: bool  # has a Content-Length
+    length: int | None  # of the body in octets, as `Planner.find` tells it: None where that is chunked
+    expects: bool  # the client waits for 100 Continue
+    accept: bytes
+    request_id: str  # as the client gave it, if it did
+    credential: bytes | None  # the key's SHA-256 digest
+    own_lines: bytes  # CORS, for every answer
+    preflight: Fields
+    route: Route
+    before: bytes  # the backend's head up to the request's id
+    after: bytes
+    fault: GatewayError | None
+    no_credential: GatewayError | None
+
+    def backend_head(self, request_id: str, octets: int) -> bytes:
+        """The head that goes to the backend, with a body of so many octets."""
+        if octets or self.method not in _WITHOUT_BODY:
+            return b"%b%b%bContent-Length: %d\r\n\r\n" % (self.before, request_id.encode(), self.after, octets)
+        return b"%b%b%b\r\n" % (self.before, request_id.encode(), self.after)
+
+
+def no_plan(cors: Cors) -> Plan:
+    """What stands for a head that could not be read, or did not come: whatever follows is nobody's."""
+    return Plan(
+        method=b"GET",
+        target=b"",
+        minor=1,
+        verb="-",
+        path="-",
+        keep_alive=False,
+        sized=False,
+        length=None,
+        expects=False,
+        accept=b"",
+        request_id="",
+        credential=None,
+        own_lines=field_lines(cors.fields(None)),
+        preflight=(),
+        route=UNROUTED,
+        before=b"",
+        after=b"",
+        fault=None,
+        no_credential=None,
+    )
+
+
+class Planner:
+    """Makes plans, and keeps the latest ones."""
+
+    def __init__(self, limits: Limits, routes: Routes, cors: Cors, backend_fields: bytes) -> None:
+        """`backend_fields` are the lines that every request to the backend carries first."""
+        self._limits = limits
+        self._routes = routes
+        self._cors = cors
+        self._backend_fields = backend_fields
+        self._kept: dict[bytes, Plan] = {}
+        self.none = no_plan(cors)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, raw: bytes) -> tuple[Plan, int | None]:
+        """The plan for a whole head, and its body's length in octets, None where that is chunked.
+
+        Raises what `parse_request_head` does.
+        """
+        before, name, rest = raw.partition(_LENGTH_LINE)
+        if not name:
+            before, name, rest = raw.partition(_LENGTH_LINE_LOWER)
+        if not name:
+            plan = self._kept.get(sha256(raw).digest()) or self._make(raw, raw)
+            return plan, plan.length
+        digits, _, rest = rest.partition(CRLF)
+        if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > self._limits.body_bytes:
+            plan = self._parse(raw)  # which tells what is wrong, if anything is
+            return plan, plan.length
+        others = before + name + rest
+        return self._kept.get(sha256(others).digest()) or self._make(raw, others), int(digits)
+
+    def _make(self, raw: bytes, others: bytes) -> Plan:
+        """A new plan; kept where it is likely to be wanted again. `others` are the octets that it holds for."""
+        plan = self._parse(raw)
+        unusual = plan.fault or plan.no_credential or plan.route.refusal or plan.request_id
+        if not unusual and len(raw) <= _LONGEST_HEAD:
+            if len(self._kept) >= _MOST_PLANS:
+                self._kept.clear()
+            self._kept[sha256(others).digest()] = plan
+        return plan
+
+    def _parse(self, raw: bytes) -> Plan:
+        head = parse_request_head(raw, self._limits)
+        route, framing, expects, fault = UNROUTED, NO_BODY, False, None
+        try:
+            framing = request_framing(head, self._limits)
+            expects = expects_continue(head)
+            route = self._routes.find(head.method, head.target)
+        except GatewayError as error:
+            fault = error.with_traceback(None)  # its frames hold it: a cycle
+        secret, no_credential = None, None
+        try:
+            secret = credential(head.known)
+        except GatewayError as error:
+            no_credential = error.with_traceback(None)
+        before, after = self._backend_lines(head)
+        return Plan(
+            method=head.method,
+            target=head.target,
+            minor=head.minor,
+            verb=head.method.decode("ascii"),
+            path=head.target.partition(b"?")[0].decode("ascii"),
+            keep_alive=keeps_alive(head),
+            sized=b"content-length" in head.known,
+            length=framing.length,
+            expects=expects,
+            accept=b", ".join(head.known.get(b"accept", ())),
+            request_id=given_id(head),
+            credential=None if secret is None else sha256(secret).digest(),
+            own_lines=field_lines(self._cors.fields(head)),
+            preflight=self._cors.preflight(head) if route is PREFLIGHT else (),
+            route=route,
+            before=before,
+            after=after,
+            fault=fault,
+            no_credential=no_credential,
+        )
+
+    def _backend_lines(self, head: RequestHead) -> tuple[bytes, bytes]:
+        """The request as the backend gets it: same method, target and fields, our Host and credentials."""
+        dropped = _NOT_FORWARDED
+        if b"connection" in head.known:
+            dropped = dropped | connection_options(head.known)
+        before = b"%b %b HTTP/1.1\r\n%bX-Request-Id: " % (head.method, head.target, self._backend_fields)
+        passed = [field for field, lower in zip(head.fields, head.names, strict=True) if lower not in dropped]
+        return before, CRLF + field_lines(passed)
+
+
+def given_id(head: RequestHead) -> str:
+    """The id that the client gave its request, if it is a sane one; else none."""
+    given = head.known.get(b"x-request-id", ())
+    return given[0].decode("ascii") if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else ""
