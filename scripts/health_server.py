@@ -17,6 +17,7 @@ from pathlib import Path
 
 import config
 import logs
+import signals
 from config import Config, ConfigError
 
 HEAD_BYTES = 8192  # a browser's head fits; a probe's has about 100
@@ -164,6 +165,7 @@ async def serve(settings: Config) -> int:
     log.info("listening on %s port %d", listen.host, port)
     await stop.wait()
     await server.close()
+    signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     return 0
 
 

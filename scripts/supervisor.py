@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import exit_words
 import llama
 import logs
+import signals
 from backend_process import GRACE_S as BACKEND_GRACE_S
 from backend_process import NAME as BACKEND
 from backend_process import Backend, setup_output_log
@@ -112,6 +113,12 @@ class Supervisor:
 
     async def run(self) -> int:
         self._listen_to_signals()
+        try:
+            return await self._run()
+        finally:
+            signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+    async def _run(self) -> int:
         try:
             self._publish()
         except OSError as error:
