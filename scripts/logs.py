@@ -13,10 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 FLUSH_INTERVAL_S = 0.25
+BUSY_LINES = 256  # so many are written at once: what waits longer has left the processor's caches
 CLOSE_TIMEOUT_S = 2.0
 # C0, DEL and C1 controls, and the two characters beyond Latin-1 that end a line for some readers.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
@@ -49,7 +52,17 @@ def encode_lines(lines: Sequence[str]) -> bytes:
 
 def timestamp(epoch_s: float) -> str:
     """Write a time as UTC with milliseconds: 2026-01-02T03:04:05.678Z."""
-    seconds, milliseconds = divmod(round(epoch_s * 1000), 1000)
+    return _whole_millisecond(round(epoch_s * 1000))
+
+
+def timestamps(epochs_s: Iterable[float]) -> Iterable[str]:
+    """The same for many times at once, of which a busy second has many in each millisecond."""
+    return map(_whole_millisecond, map(round, map(mul, epochs_s, repeat(1000.0))))
+
+
+@functools.lru_cache(maxsize=256)
+def _whole_millisecond(epoch_ms: int) -> str:
+    seconds, milliseconds = divmod(epoch_ms, 1000)
     return f"{_whole_second(seconds)}.{milliseconds:03d}Z"
 
 
@@ -132,8 +145,11 @@ class AccessLog:
         self.dropped = 0
         self._path = path
         self._capacity = capacity
-        # None stands for "reopen here". Appending and popping are atomic, so there is no lock to wait for.
-        self._waiting: deque[str | None] = deque()
+        # Blocks of whole lines, encoded while they are at hand; None stands for "reopen here". Appending and popping
+        # are atomic, and each of the two counts is one thread's, so there is no lock to wait for.
+        self._waiting: deque[bytes | None] = deque()
+        self._queued = 0
+        self._taken = 0
         self._pending = b""
         self._written = 0
         self._file: int | None = None
@@ -141,17 +157,22 @@ class AccessLog:
         self._reopened = 0
         self._failing = False
         self._drops_to_tell = 1
-        self._stop = threading.Event()
+        self._stopping = False
+        self._wake = threading.Event()
         self._attempt(self._open)
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
 
     def write_lines(self, lines: Iterable[str]) -> None:
         """Queue lines, given without their ends; never blocks, never raises."""
-        room = max(self._capacity - len(self._waiting), 0)
         given = list(lines)
-        self._waiting.extend(given[:room])
-        self.dropped += max(len(given) - room, 0)
+        kept = given[: max(self._capacity - (self._queued - self._taken), 0)]
+        if kept:
+            self._queued += len(kept)
+            self._waiting.append(encode_lines(kept))
+            if self._queued - self._taken >= BUSY_LINES:
+                self._wake.set()
+        self.dropped += len(given) - len(kept)
 
     def reopen(self) -> None:
         """Open the path anew, as after a rotation; lines written before this call still go to the old file."""
@@ -161,9 +182,12 @@ class AccessLog:
     def close(self) -> None:
         """Write what waits and stop; a disk that hangs is given CLOSE_TIMEOUT_S, one that fails a last attempt."""
         self._capacity = 0
-        self._stop.set()
+        self._stopping = True
+        self._wake.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        lost = self._pending.count(b"\n", self._written) + sum(line is not None for line in list(self._waiting))
+        lost = self._pending.count(b"\n", self._written) + sum(
+            block.count(b"\n") for block in list(self._waiting) if block is not None
+        )
         self._waiting.clear()
         self._pending = b""
         if lost:
@@ -175,7 +199,9 @@ class AccessLog:
     def _run(self) -> None:
         stopping = False
         while not stopping:
-            stopping = self._stop.wait(FLUSH_INTERVAL_S)
+            self._wake.wait(FLUSH_INTERVAL_S)
+            self._wake.clear()
+            stopping = self._stopping
             self._flush()
             self._tell_drops()
         self._close_file()
@@ -190,17 +216,18 @@ class AccessLog:
                 return
 
     def _take(self, due: int) -> int:
-        """Move up to `due` lines before the next reopening to `_pending`, or do that reopening; tell how many."""
-        lines: list[str] = []
-        while len(lines) < due and (line := self._waiting[0]) is not None:
+        """Move up to `due` blocks before the next reopening to `_pending`, or do that reopening; tell how many."""
+        blocks: list[bytes] = []
+        while len(blocks) < due and (block := self._waiting[0]) is not None:
             self._waiting.popleft()
-            lines.append(line)
-        self._pending = encode_lines(lines)
+            blocks.append(block)
+        self._pending = b"".join(blocks)
         self._written = 0
-        if not lines:
+        self._taken += self._pending.count(b"\n")
+        if not blocks:
             self._waiting.popleft()
             self._reopen_up_to(min(self._asked, self._reopened + 1))
-        return len(lines) or 1
+        return len(blocks) or 1
 
     # On the disk…
 
