@@ -9,12 +9,12 @@ import logging
 import os
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
-from operator import add, attrgetter, sub
+from itertools import compress, count, groupby, repeat
+from operator import add, attrgetter, itemgetter, mul, sub
 from typing import Any
 
 from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED, Kind
-from logs import AccessLog, timestamp
+from logs import AccessLog, timestamps
 from metrics import Counter, Histogram, Registry
 from plan import Plan
 from usage import Charge, Ledger, Meter, Tokens, charge, read_tokens
@@ -31,7 +31,7 @@ CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
 NO_KEY = "-"
 TOKEN_TYPES = ("prompt", "cached", "completion")
-_BATCH = 64
+_BATCH = 128
 _NO_TOKENS = Tokens(0, 0, 0)
 
 _FIELDS = [
@@ -81,15 +81,15 @@ class Outcome:
     TIMED_OUT = "timed_out"
 
 
-def request_ids() -> Iterator[str]:
+def request_ids() -> Iterator[bytes]:
     """Ids for requests that bring none worth keeping: unique across processes, cheap to make."""
-    return map(f"req-{os.urandom(6).hex()}-".__add__, map(str, count(1)))
+    return map(f"req-{os.urandom(6).hex()}-%d".encode().__mod__, count(1))
 
 
 class Exchange:
     """One request and what became of it, filled as it moves. Times are monotonic seconds, 0 where it never came so far.
 
-    `bytes_in`, `bytes_out`, `ended_s` and `ended_at`, which is epoch time, are known at its end.
+    `bytes_out`, `ended_s` and `ended_at`, which is epoch time, are known at its end.
     """
 
     __slots__ = (
@@ -113,13 +113,12 @@ class Exchange:
         "told",
     )
 
-    bytes_in: int
     bytes_out: int
     ended_s: float
     ended_at: float
 
-    def __init__(self, name: str, peer: str, plan: Plan, started_s: float, stage: str) -> None:
-        self.id = name
+    def __init__(self, name: bytes, peer: str, plan: Plan, started_s: float, stage: str) -> None:
+        self.id = name  # as the fields have it
         self.peer = peer
         self.plan = plan
         self.key_id = NO_KEY
@@ -128,7 +127,7 @@ class Exchange:
         self.started_s = started_s
         self.queued_s = self.admitted_s = self.first_byte_s = 0.0
         self.status = CLIENT_CLOSED_REQUEST
-        self.backend_status = 0
+        self.backend_status = self.bytes_in = 0
         self.refusal: Kind | None = None
         self.told: Meter | bytes | None = None  # the answer, for its tokens
 
@@ -204,7 +203,9 @@ class Strangers:
     def note(self, exchange: Exchange) -> None:
         self._count += 1
         if self._count <= self.LINES:
-            log.warning("no valid key: %s for %s (request %s)", exchange.peer, exchange.plan.route.label, exchange.id)
+            log.warning(
+                "no valid key: %s for %s (request %s)", exchange.peer, exchange.plan.route.label, exchange.id.decode()
+            )
 
     def sum_up(self) -> None:
         """Once a window, say how many lines it did not get."""
@@ -253,7 +254,7 @@ class Observer:
         if not ended:
             return
         columns: Columns = dict(zip(_FIELDS, zip(*map(_READ_FIELDS, ended), strict=True), strict=True))
-        tokens = [read_tokens(*each) for each in zip(columns["plan.route.label"], columns["told"], strict=True)]
+        tokens = list(map(read_tokens, columns["plan.route.label"], columns["told"]))
         self._count(columns)
         self._count_ends(ended, columns)
         self._count_tokens([each for each in tokens if each is not None])
@@ -266,7 +267,7 @@ class Observer:
         for (label, status), number in Tally(zip(columns["plan.route.label"], columns["status"], strict=True)).items():
             metrics.requests.inc((label, str(status)), number)
         metrics.bytes_sent.inc((), sum(columns["bytes_out"]))
-        metrics.duration.observe_all([*map(sub, columns["ended_s"], started)])
+        metrics.duration.observe_all(_spans(started, columns["ended_s"]))
         metrics.queue_wait.observe_all(_spans(columns["queued_s"], columns["admitted_s"]))
         metrics.first_byte.observe_all(_spans(started, columns["first_byte_s"]))
 
@@ -304,11 +305,11 @@ class Observer:
 
     def _charge(self, columns: Columns, tokens: Sequence[Tokens | None]) -> None:
         uses: dict[str, list[tuple[Tokens | None, str]]] = {}
-        whose = zip(columns["key_id"], columns["plan.route.kind.metered"], strict=True)
-        for (key_id, metered), use in zip(whose, zip(tokens, columns["outcome"], strict=True), strict=True):
-            if metered and key_id != NO_KEY:
-                uses.setdefault(key_id, []).append(use)
-        charges = {key_id: charge(own) for key_id, own in uses.items()}
+        whose = compress(columns["key_id"], columns["plan.route.kind.metered"])
+        what = compress(zip(tokens, columns["outcome"], strict=True), columns["plan.route.kind.metered"])
+        for key_id, of_key in groupby(zip(whose, what, strict=True), itemgetter(0)):
+            uses.setdefault(key_id, []).extend(map(itemgetter(1), of_key))
+        charges = {key_id: charge(own) for key_id, own in uses.items() if key_id != NO_KEY}
         self._keys.add(columns["key_id"], charges)
         self._ledger.record(charges)
 
@@ -371,19 +372,17 @@ def json_lines(columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[st
 
 def _log_rows(names: Sequence[str], columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[tuple[Any, ...]]:
     prompts, cacheds, completions, *_ = zip(*[each or _NO_TOKENS for each in tokens], strict=True)
-    started, queued, admitted, answered = (
-        columns[f"{name}_s"] for name in ("started", "queued", "admitted", "first_byte")
-    )
     told = {
         **columns,
-        "ts": map(timestamp, columns["ended_at"]),
+        "ts": timestamps(columns["ended_at"]),
         "key": columns["key_id"],
         "method": columns["plan.verb"],
         "path": columns["plan.path"],
+        "id": map(bytes.decode, columns["id"]),
         "route": columns["plan.route.label"],
-        "queue_ms": _milliseconds(queued, admitted),
-        "first_byte_ms": _milliseconds(started, answered),
-        "total_ms": _milliseconds(started, columns["ended_s"]),
+        "queue_ms": _milliseconds(columns["queued_s"], columns["admitted_s"]),
+        "first_byte_ms": _milliseconds(columns["started_s"], columns["first_byte_s"]),
+        "total_ms": _milliseconds(columns["started_s"], columns["ended_s"]),
         "prompt_tokens": prompts,
         "cached_tokens": cacheds,
         "completion_tokens": completions,
@@ -392,10 +391,14 @@ def _log_rows(names: Sequence[str], columns: Columns, tokens: Sequence[Tokens | 
 
 
 def _spans(begins: Sequence[float], ends: Sequence[float]) -> list[float]:
-    """The spans of those that came to their end."""
+    """The spans of those that came to their end, which as a rule are all."""
+    if all(ends):
+        return list(map(sub, ends, begins))
     return [end - begin for begin, end in zip(begins, ends, strict=True) if end]
 
 
-def _milliseconds(begins: Sequence[float], ends: Sequence[float]) -> list[int]:
+def _milliseconds(begins: Sequence[float], ends: Sequence[float]) -> Iterable[int]:
     """The spans in whole milliseconds, 0 for those that did not come to their end."""
+    if all(ends):
+        return map(round, map(mul, map(sub, ends, begins), repeat(1000.0)))
     return [round((end - begin) * 1000) if end else 0 for begin, end in zip(begins, ends, strict=True)]

@@ -152,6 +152,9 @@ _PROGRESS = b'"prompt_progress":{'
 # How an event says that it is not the last of its choice.
 _UNFINISHED = (b'"finish_reason":null', b'"stop":false')
 
+# An event with content, as llama-server begins it.
+_ORDINARY_EVENT = b'data: {"choices":[{"finish_reason":null'
+
 # What stands for one token in a stream, as near as framing tells, and how many of these carry none. An event may tell
 # more than one token, and a token that is half a character has none; this matters only where a stream was cut.
 _MARKS = {
@@ -204,14 +207,17 @@ _USAGE_AT_END = re.compile(
 
 def _told_as_usual(text: bytes) -> Tokens | None:
     """Return what an answer tells that ends as llama-server's answers do; None where it must be parsed."""
-    if (place := text.rfind(_TIMINGS)) >= 0:
+    place = text.rfind(_TIMINGS)
+    if place >= 0:
         if match := _TIMINGS_AT_END(text, place):
             cached, prompt, prompt_ms, completion, predicted_ms = match.groups()
             beside = int(cached)
             return Tokens(beside + int(prompt), beside, int(completion), float(prompt_ms), float(predicted_ms))
-    elif match := _USAGE_AT_END(text, max(text.rfind(_USAGE), 0)):
+        return None
+    place = text.rfind(_USAGE)
+    if place >= 0 and (match := _USAGE_AT_END(text, place)):
         completion, prompt, cached = match.groups()
-        return Tokens(int(prompt), int(cached or 0), int(completion))
+        return Tokens(int(prompt), int(cached) if cached else 0, int(completion))
     return None
 
 
@@ -250,6 +256,16 @@ class Meter:
 
     def feed(self, payload: bytes) -> None:
         """Take the next piece of the payload, chunk coding removed."""
+        if (
+            self.events
+            and not self._rest
+            and payload.startswith(_ORDINARY_EVENT)
+            and payload.find(b"\n\n") == len(payload) - 2
+        ):  # as nearly all pieces are: one event, and not the last of its choice
+            if payload.endswith(self._mark):
+                self.events += 1
+                self._last = payload
+            return
         if self._rest or self._form != _STREAM or not payload.endswith(b"\n\n"):
             payload = self._whole_events(payload)
         if count := payload.count(self._mark):
@@ -392,10 +408,8 @@ def keep_whole(kind: str, answer: bytes) -> Meter | bytes:
 
 def read_tokens(kind: str, told: Meter | bytes | None) -> Tokens | None:
     """Return what an answer took: one that was metered as it passed, one that is here whole, or none."""
-    if told is None:
-        return None
     if not isinstance(told, bytes):
-        return told.finish()
+        return None if told is None else told.finish()
     if told.startswith(b"{") and (tokens := _told_as_usual(told)):
         return tokens
     meter = Meter(kind)

@@ -191,16 +191,15 @@ class Histogram:
                 self.observe(value)
             return
         cell = self._cells[()]
-        ordered = sorted(values)
-        below = 0
-        for at, bound in enumerate(self._bounds):
-            if below == len(ordered):
-                break
-            upto = bisect_right(ordered, bound, below)
-            cell[at] += upto - below
-            below = upto
-        cell[-2] += len(ordered) - below
         cell[-1] += total
+        ordered = sorted(values)
+        counted = 0
+        at = bisect_left(self._bounds, ordered[0]) if ordered else 0
+        while counted < len(ordered):
+            upto = bisect_right(ordered, self._bounds[at], counted) if at < len(self._bounds) else len(ordered)
+            cell[at] += upto - counted
+            counted = upto
+            at += 1
 
     def families(self) -> Iterable[Family]:
         series = []

@@ -81,7 +81,7 @@ def metered(*payloads: bytes) -> Meter:
 
 def exchange(of: Plan = CHAT, name: str = "req-1", **changes: object) -> Exchange:
     """A chat that went well: 2 s in all, 0.5 s queued, answered after 1 s."""
-    whole = Exchange(name, "192.0.2.7", of, 100.0, Stage.DONE)
+    whole = Exchange(name.encode(), "192.0.2.7", of, 100.0, Stage.DONE)
     fields = {
         "key_id": "alice",
         "status": 200,
@@ -287,4 +287,4 @@ def test_ids_are_unique_across_processes():
     one, other = request_ids(), request_ids()
     made = [next(ids) for ids in (one, one, other, other)]
     assert len(set(made)) == 4
-    assert all(name.startswith("req-") for name in made)
+    assert all(name.startswith(b"req-") for name in made)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meter import HEAD_BYTES, MAX_TOKENS, TAIL_BYTES, Meter, Tokens
+from meter import HEAD_BYTES, MAX_TOKENS, TAIL_BYTES, Meter, Tokens, keep_whole, read_tokens
 
 ANSWERS = Path(__file__).parent / "answers"
 
@@ -392,3 +392,61 @@ def test_any_bytes_are_read_without_raising(seed: int) -> None:
         raw += dice.randbytes(dice.randrange(3))
         for kind in (CHAT, MESSAGES, RESPONSES, NATIVE):
             assert measured(kind, [raw]) == measured(kind, bytewise(raw))
+
+
+# Whole answers
+
+
+@each_sample
+def test_a_whole_answer_tells_what_it_would_in_passing(name: str) -> None:
+    kind, tokens, _ = SAMPLES[name]
+    raw = (ANSWERS / name).read_bytes()
+    for text in (raw, raw + b"\n", b" " + raw, raw.replace(b'":', b'" : ') if name.endswith("json") else raw):
+        assert read_tokens(kind, keep_whole(kind, text)) == measured_exactly(kind, text)
+    assert tokens is None or read_tokens(kind, raw) is not None
+
+
+def measured_exactly(kind: str, raw: bytes) -> Tokens | None:
+    meter = Meter(kind)
+    for place in range(0, len(raw), 100):
+        meter.feed(raw[place : place + 100])
+    return meter.finish()
+
+
+def test_of_a_large_answer_no_more_is_kept_than_a_meter_holds() -> None:
+    raw = (ANSWERS / "chat.json").read_bytes()
+    large = raw.replace(b'"content":"', b'"content":"' + b"x" * (HEAD_BYTES + TAIL_BYTES))
+    kept = keep_whole(CHAT, large)
+    assert isinstance(kept, Meter)
+    assert read_tokens(CHAT, kept) == read_tokens(CHAT, raw)
+    assert keep_whole(CHAT, raw) is raw
+    assert read_tokens(CHAT, None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        (b'{"usage":{"completion_tokens":5,"prompt_tokens":7,"total_tokens":12},"id":"a"}', Tokens(7, 0, 5)),
+        (
+            b'{"usage":{"completion_tokens":5,"prompt_tokens":7,"total_tokens":12,'
+            b'"prompt_tokens_details":{"cached_tokens":3}},"id":"a"}',
+            Tokens(7, 3, 5),
+        ),
+        (b'{"a":{"usage":{"completion_tokens":5,"prompt_tokens":7,"total_tokens":12}}}', None),
+        (b'{"usage":{"completion_tokens":5,"prompt_tokens":07,"total_tokens":12}}', None),
+        (b'{"usage":{"prompt_tokens":7},"a":[{"b":1}]}', Tokens(7, 0, 0)),
+        (b'{"timings":{"cache_n":1,"prompt_n":2,"predicted_n":3}}', Tokens(3, 1, 3)),
+        (b'{"a":"\\"usage\\":{","usage":{"completion_tokens":5,"prompt_tokens":7,"total_tokens":12}}', Tokens(7, 0, 5)),
+    ],
+)
+def test_only_members_of_the_answer_itself_count(text: bytes, tokens: Tokens | None) -> None:
+    assert read_tokens(CHAT, text) == tokens == measured_exactly(CHAT, text)
+
+
+def test_an_event_of_progress_among_those_with_content_is_none_of_them() -> None:
+    progress = b'data: {"choices":[{"finish_reason":null,"delta":{}}],"prompt_progress":{"total":9,"cache":1}}\n\n'
+    content = b'data: {"choices":[{"finish_reason":null,"delta":{"content":"a"}}],"object":"chat.completion.chunk"}\n\n'
+    meter = Meter(CHAT)
+    for text in (progress, content, progress, content):
+        meter.feed(text)
+    assert (meter.events, meter.finish()) == (2, Tokens(9, 1, 1))  # the first names the role

@@ -221,6 +221,27 @@ def test_a_bound_is_part_of_its_bucket(value: float, counts: list[int]):
     assert (series["count"], series["sum"]) == (1, value)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        [],
+        [0.5],
+        [9.0],
+        [1.0, 2.0, 1.0, 3.0, 2.5, -1.0, 7.0, 7.5],
+        [4.0] * 5,
+        [1.0, math.inf, 2.0],
+        [math.nan, 1.0, 7.0],
+        [math.inf, -math.inf, 3.0],
+    ],
+)
+def test_many_values_at_once_are_counted_as_one_by_one(values: list[float]):
+    one_by_one, at_once = Histogram("x", "X.", (1, 2, 4, 7)), Histogram("x", "X.", (1, 2, 4, 7))
+    for value in values:
+        one_by_one.observe(value)
+    at_once.observe_all(values)
+    assert list(at_once.families()) == list(one_by_one.families())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_does_not_spoil_the_sum(value: float):
     registry = Registry()
