@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from bodies import LAST_CHUNK, Body, ChunkedBody, encode_chunk
+from client_wire import ClientWire
 from errors import Dialect, Fields, GatewayError, envelope, event
 from http1 import (
     CRLF,
@@ -24,7 +25,6 @@ from http1 import (
     response_framing,
 )
 from plan import Plan
-from wire import ClientWire
 
 # Not the backend's to tell a client of the gateway: its own origin policy, and an id that is not the request's.
 _NOT_PASSED = HOP_BY_HOP | {
@@ -36,6 +36,8 @@ _NOT_PASSED = HOP_BY_HOP | {
     b"access-control-max-age",
     b"x-request-id",
 }
+
+CLOSE = b"Connection: close\r\n"
 
 
 def http_date() -> str:
@@ -82,10 +84,18 @@ def open_response(raw: bytes, method: bytes) -> Opening:
     return Opening(head, head.status, relayed_lines(head), framing, is_event_stream(head), keeps_alive(head), tells)
 
 
+def peek(raw: bytes, method: bytes) -> Opening | None:
+    """As `open_response`; None where there is an error, for somebody else to meet."""
+    try:
+        return open_response(raw, method)
+    except GatewayError:
+        return None
+
+
 def connection_line(minor: int, keep_alive: bool) -> bytes:
     """What a client of HTTP/1.<minor> has to be told of its connection (RFC 9112 section 9.3)."""
     if not keep_alive:
-        return b"Connection: close\r\n"
+        return CLOSE
     return b"" if minor else b"Connection: keep-alive\r\n"
 
 
@@ -98,8 +108,8 @@ class Answer:
         "_lines",
         "_plan",
         "_sized",
-        "_verbatim",
         "is_stream",
+        "is_verbatim",
         "keep_alive",
         "started",
         "status",
@@ -110,7 +120,8 @@ class Answer:
         self._client = client
         self._plan = plan
         self._lines = lines
-        self._chunked = self._sized = self._verbatim = False
+        self._chunked = self._sized = False
+        self.is_verbatim = False  # the backend's chunks go on as they are
         self.keep_alive = keep_alive
         self.started = False
         self.is_stream = False  # a text/event-stream, whose events may end with one of ours
@@ -134,7 +145,7 @@ class Answer:
         """The head for a relayed response; `write` sends it together with the first of the body."""
         self.is_stream = opening.is_stream
         self._frame(opening.framing)
-        self._verbatim = opening.framing.chunked and self._chunked
+        self.is_verbatim = opening.framing.chunked and self._chunked
         return self._begin(opening.status, opening.lines)
 
     def begin_stream(self) -> None:
@@ -167,7 +178,7 @@ class Answer:
 
     def encode(self, body: Body, data: bytes, payload: bytes) -> bytes:
         """What to write for `data`, just fed to the backend's `body`, which found `payload` in it."""
-        if self._verbatim and isinstance(body, ChunkedBody):
+        if self.is_verbatim and isinstance(body, ChunkedBody):
             passed = data if body.passable == len(data) else data[: body.passable]
             return passed + CRLF if body.done else passed
         if not self._chunked:
@@ -176,7 +187,7 @@ class Answer:
 
     def go_on(self, body: Body) -> None:
         """The backend's answer goes on in the stream that the gateway began; its chunks pass as they are."""
-        self._verbatim = self._chunked and isinstance(body, ChunkedBody)
+        self.is_verbatim = self._chunked and isinstance(body, ChunkedBody)
 
     def end_of_close_delimited(self) -> bytes:
         return LAST_CHUNK if self._chunked else b""

@@ -222,9 +222,9 @@ class _Group:
 
     __slots__ = ("count", "last_s")
 
-    def __init__(self, now_s: float) -> None:
-        self.last_s = now_s
-        self.count = 1
+    def __init__(self) -> None:
+        self.last_s = 0.0
+        self.count = 0
 
 
 class _Window:
@@ -240,17 +240,11 @@ class _Window:
         self.began_s = -math.inf
         self.due_s = math.inf
 
-    def add(self, now_s: float) -> None:
-        """Count a request."""
-        self.total += 1
-        if now_s - self.began_s < GROUP_S:
-            self.last.last_s = now_s
-            self.last.count += 1
-        else:
-            self.last = _Group(now_s)
-            self.began_s = now_s
-            self.groups.append(self.last)
-            self.due_s = min(self.due_s, now_s + WINDOW_S)
+    def begin_group(self, now_s: float) -> None:
+        self.last = _Group()
+        self.began_s = now_s
+        self.groups.append(self.last)
+        self.due_s = min(self.due_s, now_s + WINDOW_S)
 
     def take_away(self) -> None:
         """Uncount the newest request."""
@@ -301,11 +295,16 @@ class Rates:
         window = self._windows.get(caller.key_id) or self._begin(caller.key_id, now_s)
         if window.due_s <= now_s:
             window.age(now_s)
-        limit = caller.rate_limit
-        if window.total >= limit:
+        limit, total = caller.rate_limit, window.total
+        if total >= limit:
             _refuse(window, limit, now_s)
-        window.add(now_s)
-        return Quota(limit, limit - window.total, WINDOW_S)
+        if now_s - window.began_s >= GROUP_S:
+            window.begin_group(now_s)
+        group = window.last
+        group.last_s = now_s
+        group.count += 1
+        window.total = total = total + 1
+        return Quota(limit, limit - total, WINDOW_S)
 
     def give_back(self, caller: Caller) -> None:
         """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing.

@@ -4,6 +4,7 @@ Each takes what was received and returns the payload among it; what follows the 
 """
 
 import re
+from functools import lru_cache
 
 from errors import BACKEND_MALFORMED, BAD_REQUEST, GatewayError, Kind
 from http1 import CRLF, HEAD_END, TOKEN, Framing, Limits, parse_fields, too_large
@@ -13,9 +14,16 @@ LAST_CHUNK = b"0\r\n\r\n"
 _QUOTED = rb'"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*"'
 _EXTENSION = rb"[ \t]*;[ \t]*" + TOKEN + rb"(?:[ \t]*=[ \t]*(?:" + TOKEN + rb"|" + _QUOTED + rb"))?"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:" + _EXTENSION + rb")*")
-_PLAIN_CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_PLAIN_DIGITS = 8
+_PLAIN_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
 _CHUNK_LINE_BYTES = 1024  # room for any extension seen in the wild, none for a parser to be starved with
 _TRAILER_BYTES = 8192
+
+
+@lru_cache(maxsize=1024)
+def plain_size(line: bytes) -> int:
+    """The size that a chunk's line of digits alone tells; 0 for any other line."""
+    return int(line, 16) if _PLAIN_SIZE.fullmatch(line) else 0
 
 
 class SizedBody:
@@ -93,23 +101,20 @@ class ChunkedBody:
         self.done = False
         self.surplus = b""
 
+    def whole_chunk(self, data: bytes) -> bytes:
+        """The payload of received bytes that are exactly one chunk, which is what a stream consists of: one event, one
+        chunk, one read. For any others nothing has happened, and the payload is empty: they are to be fed."""
+        if self._state != self._SIZE or self._line:
+            return b""
+        end = data.find(CRLF)
+        size = plain_size(data[:end]) if 0 < end <= _PLAIN_DIGITS else 0
+        return data[end + 2 : -2] if size and len(data) == end + size + 4 and data.endswith(CRLF) else b""
+
     def feed(self, data: bytes) -> bytes:
         """Take received bytes and return the payload among them. Raises the kind given, or PAYLOAD_TOO_LARGE."""
-        if self._state == self._SIZE and not self._line and self._limits is None:
-            # What a stream consists of: one event, one chunk, one read.
-            match = _PLAIN_CHUNK_LINE.match(data)
-            if match is not None:
-                start = match.end()
-                size = int(match[1], 16)
-                if size and len(data) == start + size + 2 and data.endswith(CRLF):
-                    self.passable = len(data)
-                    return data[start:-2]
-        return self._feed_any(data)
-
-    def _feed_any(self, data: bytes) -> bytes:
         payload: list[bytes] = []
         self._sound = False  # unless the end is reached
-        at = self.passable = 0
+        at = self.passable = self._feed_whole_chunks(data, payload)
         while at < len(data) and not self.done:
             if self._state == self._DATA:
                 piece = data[at : at + self._left]
@@ -125,6 +130,19 @@ class ChunkedBody:
         self.surplus = data[at:]
         self._sound = True
         return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def _feed_whole_chunks(self, data: bytes, payload: list[bytes]) -> int:
+        """Take the chunks that `data` begins with and that are here whole; return where they end."""
+        at = 0
+        if self._state != self._SIZE or self._line or self._limits is not None:
+            return at
+        while (end := data.find(CRLF, at, at + _PLAIN_DIGITS + 2)) > at and (size := plain_size(data[at:end])):
+            after = end + size + 4
+            if data[after - 2 : after] != CRLF:
+                break
+            payload.append(data[end + 2 : after - 2])
+            at = after
+        return at
 
     def _feed_line(self, data: bytes, at: int) -> int:
         """Take one line, or the part of it that is there; return where it ends in `data`."""

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
+from client_wire import ClientWire
 from errors import TOO_MANY_CONNECTIONS, GatewayError
 from exchange import Stage
 from parts import Parts
 from request import Request
-from wire import ClientWire
 
 _PUBLIC_ONLY_CONNECTIONS = 16
 
@@ -30,12 +30,11 @@ class Backlog:
 class Connection:
     """Reads heads and hands each to a Request; what happens to that is the request's affair."""
 
-    __slots__ = ("_client", "_idle_s", "_parts")
+    __slots__ = ("_client", "_parts")
 
     def __init__(self, parts: Parts, client: ClientWire) -> None:
         self._parts = parts
         self._client = client
-        self._idle_s = parts.config.timeouts.client_header_s  # to the first byte of the next head
 
     def begin(self) -> None:
         parts = self._parts
@@ -43,11 +42,12 @@ class Connection:
         if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and self._client in parts.public_only:
             self._refuse(GatewayError(TOO_MANY_CONNECTIONS))
         else:
-            self._await_head()
+            self._await_head(parts.header_s)
 
-    def _await_head(self) -> None:
+    def _await_head(self, idle_s: float) -> None:
+        """Wait for the next head, `idle_s` for its first byte."""
         self._parts.idle[self._client] = None
-        self._client.read_head(self, self._idle_s, self._parts.config.timeouts.client_header_s)
+        self._client.read_head(self, idle_s, self._parts.header_s)
 
     def keep(self, head: bytes) -> None:
         """The next head is here."""
@@ -71,17 +71,20 @@ class Connection:
 
     def _go_on(self, request: Request, keep: bool) -> None:
         """A request is over: the next, if this connection can carry another."""
+        client, parts = self._client, self._parts
         if not keep:
             self._forget()
             request.close()
-            return
-        client, timeouts = self._client, self._parts.config.timeouts
-        client.request = None
-        self._idle_s = timeouts.keepalive_s
-        if client.choked:  # it asks for more before it has taken what it got
-            client.expect_room(Backlog(self._await_head, self._leave), timeouts.stream_idle_s)
+        elif client.choked:  # it asks for more before it has taken what it got
+            client.request = None
+            client.expect_room(Backlog(self._take_up, self._leave), parts.config.timeouts.stream_idle_s)
         else:
-            self._await_head()
+            client.request = None
+            parts.idle[client] = None
+            client.read_head(self, parts.keepalive_s, parts.header_s)
+
+    def _take_up(self) -> None:
+        self._await_head(self._parts.keepalive_s)
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer what never became a request."""

@@ -18,13 +18,14 @@ from collections.abc import Sequence
 
 import config
 import logs
+import signals
+from client_wire import ClientWire
 from config import Config, ConfigError
 from connection import Connection
 from errors import DRAINING, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
 from waiting import end_tasks
-from wire import ClientWire
 
 log = logging.getLogger("gateway")
 
@@ -73,7 +74,7 @@ class Gateway:
         if self._turned_away:  # its TLS handshake has taken that long
             writer.transport.abort()
             return
-        client = ClientWire(writer, self._parts.deadlines, self._parts.config.limits)
+        client = ClientWire(writer, self._parts.deadlines, self._parts.outbox, self._parts.config.limits)
         client.on_lost = self._lost
         if len(self._open) >= self._parts.config.queue.max_connections:
             self._make_room(client)
@@ -184,6 +185,7 @@ async def serve(settings: Config) -> int:
         await gateway.run_until_ended()
     finally:
         await gateway.close()
+        signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     log.info("stopped")
     return 0
 

@@ -10,11 +10,11 @@ import metrics
 import usage
 from answer import Answer
 from auth import Caller
+from client_wire import ClientWire
 from errors import BAD_REQUEST, RELOAD_FAILED, GatewayError
 from parts import Parts
 from plan import Plan
 from readiness import DRAINING, READY
-from wire import ClientWire
 
 _TEXT = b"text/plain; charset=utf-8"
 _JSON = b"application/json"

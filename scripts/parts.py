@@ -11,6 +11,8 @@ import auth
 import logs
 from admission import Gate
 from backend_page import BackendPage
+from backend_wire import BackendWire
+from client_wire import ClientWire
 from config import Config
 from cors import Cors
 from exchange import KeyCounts, Metrics, Observer, request_ids
@@ -22,7 +24,7 @@ from routes import Routes
 from slots import LettingGo, total_slots
 from usage import Ledger
 from waiting import Deadlines
-from wire import BackendWire, ClientWire
+from wire import Outbox
 
 log = logging.getLogger("gateway")
 
@@ -43,11 +45,15 @@ class Parts:
         self.anonymous = auth.ANONYMOUS_OPERATOR if own.admin_routes else auth.ANONYMOUS
         self.gate = Gate(config.queue.max_concurrent or 1, config.queue.max_size, clock)
         self.gate.hold()
-        self.pool = Pool(config.backend.host, config.backend.port, self.deadlines, config.limits.response_head_bytes)
+        self.outbox = Outbox()
+        backend, most = config.backend, config.limits.response_head_bytes
+        self.pool = Pool(backend.host, backend.port, self.deadlines, self.outbox, most)
         self.backend_fields = backend_fields(config)
         self.planner = Planner(config.limits, self.routes, self.cors, self.backend_fields)
         timeouts = config.timeouts
         self.duration_s = timeouts.duration_s
+        self.header_s = timeouts.client_header_s
+        self.keepalive_s = timeouts.keepalive_s
         self.beat_s = config.queue.sse_heartbeat_s
         self.patience = Patience(timeouts.connect_s, timeouts.request_s, timeouts.stream_idle_s)
         self.ledger = Ledger(config.usage.file, time.time)
@@ -73,7 +79,7 @@ class Parts:
         self.idle: dict[ClientWire, None] = {}  # connections between requests, the longest idle first
         self.public_only: set[ClientWire] = set()  # connections beyond MAX_CONNECTIONS
         self.buffered_bytes = 0
-        self.relaying = 0  # requests that the backend works on and whose clients still want them
+        self.most_buffered_bytes = config.queue.max_buffered_bytes
         self.last_work_s = clock()
         self.last_backend_byte_s = clock()
         self.draining = False
@@ -84,11 +90,17 @@ class Parts:
         self._started_s = clock()
         self._scrape_time_series()
 
+    @property
+    def relaying(self) -> int:
+        """Requests that the backend works on in a slot, and whose clients still want them."""
+        return sum(client.request is not None and client.request.holds_backend for client in self.clients)
+
     def uptime_s(self) -> float:
         return self.clock() - self._started_s
 
     def _each_tick(self) -> None:
         self.observer.flush()
+        self.pool.tick()
 
     # --- Numbers that are read when somebody looks ---
 

@@ -28,7 +28,7 @@ from http1 import (
     parse_request_head,
     request_framing,
 )
-from routes import PREFLIGHT, UNROUTED, Route, Routes
+from routes import PREFLIGHT, UNROUTED, Role, Route, Routes
 
 _MOST_PLANS = 256
 _LONGEST_HEAD = 2048  # what is longer is rare, and would make 256 of them large
@@ -65,11 +65,11 @@ class Plan:
     verb: str  # the method, for the access log, as the path is
     path: str
     keep_alive: bool
-    sized: bool  # has a Content-Length
+    is_lasting: bool  # its connection goes on, without a word about it (HTTP/1.1)
     length: int | None  # of the body in octets, as `Planner.find` tells it: None where that is chunked
     expects: bool  # the client waits for 100 Continue
     accept: bytes
-    request_id: str  # as the client gave it, if it did
+    request_id: bytes  # as the client gave it, if it did
     credential: bytes | None  # the key's SHA-256 digest
     own_lines: bytes  # CORS, for every answer
     preflight: Fields
@@ -78,12 +78,14 @@ class Plan:
     after: bytes
     fault: GatewayError | None
     no_credential: GatewayError | None
+    is_special: bool  # a key alone is not enough, or not needed: refused, local, an operator's
+    lacks_body: bool  # the route needs one
 
-    def backend_head(self, request_id: str, octets: int) -> bytes:
+    def backend_head(self, request_id: bytes, octets: int) -> bytes:
         """The head that goes to the backend, with a body of so many octets."""
         if octets or self.method not in _WITHOUT_BODY:
-            return b"%b%b%bContent-Length: %d\r\n\r\n" % (self.before, request_id.encode(), self.after, octets)
-        return b"%b%b%b\r\n" % (self.before, request_id.encode(), self.after)
+            return b"%b%b%bContent-Length: %d\r\n\r\n" % (self.before, request_id, self.after, octets)
+        return b"%b%b%b\r\n" % (self.before, request_id, self.after)
 
 
 def no_plan(cors: Cors) -> Plan:
@@ -95,11 +97,11 @@ def no_plan(cors: Cors) -> Plan:
         verb="-",
         path="-",
         keep_alive=False,
-        sized=False,
+        is_lasting=False,
         length=None,
         expects=False,
         accept=b"",
-        request_id="",
+        request_id=b"",
         credential=None,
         own_lines=field_lines(cors.fields(None)),
         preflight=(),
@@ -108,6 +110,8 @@ def no_plan(cors: Cors) -> Plan:
         after=b"",
         fault=None,
         no_credential=None,
+        is_special=True,
+        lacks_body=False,
     )
 
 
@@ -165,7 +169,7 @@ class Planner:
             fault = error.with_traceback(None)  # its frames hold it: a cycle
         secret, no_credential = None, None
         try:
-            secret = credential(head.known)
+            secret = None if route is PREFLIGHT else credential(head.known)
         except GatewayError as error:
             no_credential = error.with_traceback(None)
         before, after = self._backend_lines(head)
@@ -176,7 +180,7 @@ class Planner:
             verb=head.method.decode("ascii"),
             path=head.target.partition(b"?")[0].decode("ascii"),
             keep_alive=keeps_alive(head),
-            sized=b"content-length" in head.known,
+            is_lasting=keeps_alive(head) and head.minor == 1,
             length=framing.length,
             expects=expects,
             accept=b", ".join(head.known.get(b"accept", ())),
@@ -189,6 +193,8 @@ class Planner:
             after=after,
             fault=fault,
             no_credential=no_credential,
+            is_special=route.kind.local or route.kind.role is not Role.INFER or route.refusal is not None,
+            lacks_body=route.needs_body and framing.length == 0 and b"content-length" not in head.known,
         )
 
     def _backend_lines(self, head: RequestHead) -> tuple[bytes, bytes]:
@@ -201,7 +207,7 @@ class Planner:
         return before, CRLF + field_lines(passed)
 
 
-def given_id(head: RequestHead) -> str:
+def given_id(head: RequestHead) -> bytes:
     """The id that the client gave its request, if it is a sane one; else none."""
     given = head.known.get(b"x-request-id", ())
-    return given[0].decode("ascii") if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else ""
+    return given[0] if len(given) == 1 and _SANE_ID.fullmatch(given[0]) else b""

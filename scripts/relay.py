@@ -9,11 +9,12 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from math import inf
 from typing import NamedTuple
 
 from answer import Answer, Opening, open_response
+from backend_wire import BackendWire
 from bodies import Body, ChunkedBody, response_body
+from client_wire import ClientWire
 from errors import (
     BACKEND_MALFORMED,
     BACKEND_TIMEOUT,
@@ -28,12 +29,13 @@ from http1 import (
 )
 from usage import Meter
 from waiting import Deadlines, Promise
-from wire import BackendWire, ClientWire
+from wire import Outbox
 
 # llama-server closes a connection that has idled for 5 s, and says so itself before its hundredth answer.
 _IDLE_S = 3.5
 _INTERIM_RESPONSES = 16
 _COLLECTED_BYTES = 1 << 20
+_LAST_OCTETS = 4  # of an event, which tell that it is over
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,15 @@ class Patience:
 class Pool:
     """Idle connections to the backend, the last used first: the rest age and go."""
 
-    def __init__(self, host: str, port: int, deadlines: Deadlines, response_head_bytes: int) -> None:
+    def __init__(self, host: str, port: int, deadlines: Deadlines, outbox: Outbox, response_head_bytes: int) -> None:
         self._host = host
         self._port = port
         self._deadlines = deadlines
+        self._outbox = outbox
         self._head_bytes = response_head_bytes
         self._idle: list[BackendWire] = []
-        self._resting: list[BackendWire] = []
+        self._tired: list[BackendWire] = []  # they carried a stream
+        self._resting: list[BackendWire] = []  # the same, a tick later
 
     def take(self) -> BackendWire | None:
         while self._idle:
@@ -63,28 +67,26 @@ class Pool:
                 return wire
         return None
 
-    def give(self, wire: BackendWire) -> None:
-        """Keep a connection whose last answer was read to its end.
+    def take_back(self, wire: BackendWire, *, reusable: bool, streamed: bool = False) -> None:
+        """Keep a connection whose last answer was read to its end, or close one that cannot carry another.
 
-        It rests for a turn of the loop: llama-server closes behind every streamed answer without having said so, and
-        that must be seen before another request is sent there.
+        llama-server closes behind a stream without having said so, and not always before the next request would be on
+        its way: such a connection rests until whoever closes would have done so.
         """
-        wire.rest_idle()
-        wire.deadline_s = self._deadlines.now_s + _IDLE_S
-        if not self._resting:
-            asyncio.get_running_loop().call_soon(self._end_rest)
-        self._resting.append(wire)
-
-    def take_back(self, wire: BackendWire, *, reusable: bool) -> None:
-        """Keep a connection, or close it."""
-        if reusable and not wire.ended:
-            self.give(wire)
-        else:
+        if not reusable or wire.ended:
             wire.abort()
+            return
+        wire.rest_idle(_IDLE_S)
+        if streamed:
+            self._tired.append(wire)
+        else:
+            self._idle.append(wire)
 
-    def _end_rest(self) -> None:
-        self._idle += self._resting
-        self._resting.clear()
+    def tick(self) -> None:
+        """Once in a quarter of a second: who has rested for a whole one is rested, and who has ended is let go."""
+        if self._idle or self._resting or self._tired:
+            self._idle = [wire for wire in (*self._resting, *self._idle) if not wire.ended]
+            self._resting, self._tired = self._tired, []
 
     async def connect(self) -> BackendWire:
         """Open a connection. Raises BACKEND_UNAVAILABLE."""
@@ -92,7 +94,7 @@ class Pool:
             reader, writer = await asyncio.open_connection(self._host, self._port)
         except OSError as error:
             raise GatewayError(BACKEND_UNAVAILABLE, "The backend does not accept connections.") from error
-        wire = BackendWire(writer, self._deadlines, self._head_bytes)
+        wire = BackendWire(writer, self._deadlines, self._outbox, self._head_bytes)
         wire.deadline_s = self._deadlines.now_s + _IDLE_S  # should nobody be there any more to take it
         if reader.at_eof():
             wire.abort()
@@ -100,16 +102,14 @@ class Pool:
         return wire
 
     def close(self) -> None:
-        self._end_rest()
-        for wire in self._idle:
+        for wire in (*self._idle, *self._tired, *self._resting):
             wire.abort()
-        self._idle.clear()
+        self._idle, self._tired, self._resting = [], [], []
 
 
 def ask(backend: BackendWire, request: bytes) -> Promise[bytes]:
     """Send a request; the promise is its response's head."""
     head: Promise[bytes] = Promise()
-    backend.deadline_s = inf
     backend.ask(request, head)
     return head
 
@@ -129,6 +129,7 @@ class Relay:
         "_answered",
         "_asked",
         "_body",
+        "_chunks",
         "_client",
         "_clock",
         "_finished",
@@ -148,15 +149,16 @@ class Relay:
         self,
         client: ClientWire,
         answer: Answer,
-        request: bytes,
+        request: Callable[[], bytes],
         answered: Callable[[Opening], str | None],
         patience: Patience,
         clock: Callable[[], float],
         asked: Asked | None = None,
     ) -> None:
-        """`asked` is the request where it has been sent already.
+        """`request` makes the octets to be sent, which nobody keeps; `asked` is who has been sent them already.
 
-        `answered` is called with the final response's opening and says as what the payload is metered, if it is."""
+        `answered` is called with the final response's opening and says as what the payload is metered, if it is.
+        """
         self._client = client
         self._answer = answer
         self._request = request
@@ -185,7 +187,7 @@ class Relay:
                 if backend is None:
                     backend = await self._client.run(pool.connect(), self._patience.connect_s, BACKEND_UNAVAILABLE)
                 self.sent = True
-                asked = Asked(backend, ask(backend, self._request))
+                asked = Asked(backend, ask(backend, self._request()))
             backend = asked.backend
             reusable = False
             try:
@@ -197,7 +199,8 @@ class Relay:
                     raise
             finally:
                 self._client.feeder = None
-                pool.take_back(backend, reusable=reusable)
+                streamed = reusable and isinstance(self._body, ChunkedBody)
+                pool.take_back(backend, reusable=reusable, streamed=streamed)
             asked = backend = None
 
     async def _pass_answer(self, backend: BackendWire, raw: bytes) -> bool:
@@ -223,8 +226,7 @@ class Relay:
         self._client.feeder = backend
         self._answer.write(begun + self._take(backend.take_rest()))
         self.whole = body.done or await self._pass_rest(backend)
-        # llama-server closes behind a stream, whatever its head says, and not always before the next request.
-        return body.done and opening.keeps_alive and not body.surplus and not opening.framing.chunked
+        return body.done and opening.keeps_alive and not body.surplus
 
     async def _after_interim(self, backend: BackendWire, opening: Opening) -> Opening:
         """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
@@ -254,7 +256,11 @@ class Relay:
         """Let bytes flow from transport to transport until the body is over; return whether all of it came."""
         finished: Promise[None] = Promise()
         self._finished = finished
-        backend.pass_to(self._receive, self._backend_ended)
+        if self._answer.is_verbatim and isinstance(self._body, ChunkedBody):
+            self._chunks = self._body
+            backend.pass_to(self._receive_chunk, self._backend_ended)
+        else:
+            backend.pass_to(self._receive, self._backend_ended)
         if backend.ended:
             self._backend_ended(backend.orderly)
         try:
@@ -269,13 +275,25 @@ class Relay:
         """Measure bytes of the backend's; return what the client gets for them. Raises BACKEND_MALFORMED."""
         payload = self._body.feed(data)
         if payload:
-            self._last = payload if len(payload) > 3 else (self._last + payload)[-4:]
+            self._last = payload if len(payload) >= _LAST_OCTETS else (self._last + payload)[-_LAST_OCTETS:]
             if self._meter is not None:
                 self._meter.feed(payload)
         return self._answer.encode(self._body, data, payload)
 
+    def _receive_chunk(self, data: bytes) -> None:
+        """The backend's bytes arrive: what runs for each event of a stream that passes chunk by chunk."""
+        payload = self._chunks.whole_chunk(data)
+        if len(payload) < _LAST_OCTETS:
+            self._receive(data)
+            return
+        self._last = payload
+        if self._meter is not None:
+            self._meter.feed(payload)
+        self._client.heard = True
+        self._client.write(data)
+
     def _receive(self, data: bytes) -> None:
-        """The backend's bytes arrive: the one function that runs for each event of a stream."""
+        """The backend's bytes arrive, whatever they are."""
         try:
             taken = self._take(data)
         except GatewayError as error:

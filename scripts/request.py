@@ -3,27 +3,25 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 
+import callers
 import local
 from admission import Ticket
-from answer import Answer, Opening, connection_line, open_response
-from auth import Caller, unauthorized
+from answer import CLOSE, Answer, Opening, peek
+from auth import Caller
+from backend_wire import BackendWire
 from bodies import RequestBody
+from client_wire import ClientWire
 from errors import (
     BACKEND_TIMEOUT,
     BACKEND_UNAVAILABLE,
-    DRAINING,
     INTERNAL_ERROR,
-    LENGTH_REQUIRED,
     LOADING,
     MEMORY_FULL,
     QUEUE_TIMEOUT,
     REQUEST_TIMEOUT,
-    ROUTE_NOT_ALLOWED,
-    TOKEN_QUOTA_EXCEEDED,
-    TOO_MANY_CONNECTIONS,
     GatewayError,
     PeerGone,
 )
@@ -34,14 +32,13 @@ from parts import Parts
 from plan import Plan
 from readiness import DEAD, READY
 from relay import Asked, Relay
-from routes import PREFLIGHT, Role
+from routes import PREFLIGHT
 from usage import keep_whole
 from waiting import Promise
-from wire import BackendWire, ClientWire
 
 log = logging.getLogger("gateway")
 
-_PUBLIC, _OPERATOR = Role.PUBLIC, Role.OPERATOR
+_AWAITING, _DONE = Stage.AWAITING_RESPONSE, Stage.DONE
 _TIMEOUTS = frozenset((REQUEST_TIMEOUT, QUEUE_TIMEOUT, BACKEND_TIMEOUT))
 
 
@@ -56,7 +53,6 @@ class Request:
     __slots__ = (
         "_answer",
         "_backend",
-        "_body_octets",
         "_caller",
         "_charged",
         "_client",
@@ -68,8 +64,6 @@ class Request:
         "_pieces",
         "_plan",
         "_relay",
-        "_relaying",
-        "_sent_before",
         "_then",
         "_ticket",
         "_unread",
@@ -85,21 +79,20 @@ class Request:
         self._plan = plan
         self._length = length
         self._unread = length != 0  # bytes of the request may come that nobody will read
-        self._pieces: list[bytes] = []
-        self._body_octets = self._held_bytes = 0
-        self._sent_before = client.sent_bytes
+        self._pieces: Sequence[bytes] = ()
+        self._held_bytes = 0
         self._caller: Caller | None = None
         self._charged = False  # it counts towards the key's rate
         self._has_slot = False  # without a ticket
         self._ticket: Ticket | None = None
-        self._relaying = 0  # the backend works on it
         self._backend: BackendWire | None = None  # that was asked without a conversation
         self._relay: Relay | None = None
         self._answer: Answer | None = None
         self._then: Callable[[Request, bool], None] | None = None
         name = plan.request_id or next(parts.ids)
-        self._lines = b"X-Request-Id: %b\r\n%b" % (name.encode(), plan.own_lines)
+        self._lines = b"X-Request-Id: %b\r\n%b" % (name, plan.own_lines)
         self.exchange = Exchange(name, client.peer, plan, parts.clock(), stage)
+        client.sent_bytes = 0
 
     def begin(self, then: Callable[["Request", bool], None]) -> None:
         """Answer the request, whatever happens, and observe it once.
@@ -109,15 +102,16 @@ class Request:
         self._then = then
         try:
             self._check()
-            if self._take_all():
-                self._ask()
-                return
+            backend = self._take_all()
         except Exception as error:
             self._fail(error)
             self.finish()
             self._end(self._keeps())
             return
-        self._client.converse(self._converse(), self._end)
+        if backend is None:
+            self._client.converse(self._converse(), self._end)
+        else:
+            self._ask(backend)
 
     async def _converse(self) -> bool:
         """Wait for what was not at hand, to the request's end; return whether its connection can carry another."""
@@ -140,12 +134,17 @@ class Request:
 
     def _end(self, keep: bool) -> None:
         then, self._then = self._then, None
-        if then is not None:
-            then(self, keep)
+        assert then is not None  # a request ends once
+        then(self, keep)
 
     @property
     def stage(self) -> str:
         return self.exchange.stage
+
+    @property
+    def holds_backend(self) -> bool:
+        """Whether the backend works on it in a slot."""
+        return self._plan.route.kind.slot and self.stage in (Stage.AWAITING_RESPONSE, Stage.STREAMING)
 
     @property
     def answer(self) -> Answer:
@@ -160,55 +159,16 @@ class Request:
     def _check(self) -> None:
         """Find out who is calling, raise what forbids the request, and count it towards its key's rate."""
         parts, plan = self._parts, self._plan
-        route = plan.route
-        kind = route.kind
         if plan.fault is not None:
             raise plan.fault
-        if route is PREFLIGHT:
-            return
-        caller = self._caller = self._identify()
-        if route.refusal is not None:
-            raise route.error()
-        if kind.role is _OPERATOR and (caller is None or caller.role != "operator"):
-            raise GatewayError(ROUTE_NOT_ALLOWED)
-        if kind.local:
-            return
-        assert caller is not None  # only local routes are public
-        if parts.draining:
-            raise GatewayError(DRAINING)
-        if self._length == 0 and route.needs_body and not plan.sized:
-            raise GatewayError(LENGTH_REQUIRED)
-        if kind.rated and parts.auth_enabled:
-            self._charge(caller)
-
-    def _identify(self) -> Caller | None:
-        """Who is calling; None only where the route is public. A bad credential on a public route is no credential."""
-        parts, plan = self._parts, self._plan
-        public = plan.route.kind.role is _PUBLIC
-        if parts.public_only and not public and self._client in parts.public_only:
-            raise GatewayError(TOO_MANY_CONNECTIONS)
-        if not parts.auth_enabled:
-            return parts.anonymous
-        try:
-            if plan.credential is None:
-                raise plan.no_credential or unauthorized()
-            caller = parts.keys.keyring.find(plan.credential, time.time())
-        except GatewayError:
-            if public:
-                return None
-            raise
-        self.exchange.key_id = caller.key_id
-        return caller
-
-    def _charge(self, caller: Caller) -> None:
-        """Count the request against the key's rate, once the key's tokens for today are known not to be spent."""
-        parts = self._parts
-        if caller.tokens_per_day is not None and self._plan.route.kind.metered:
-            parts.observer.flush()
-            if parts.ledger.spent_today(caller.key_id) >= caller.tokens_per_day:
-                raise GatewayError(TOKEN_QUOTA_EXCEEDED, retry_after_s=int(parts.ledger.resets_in_s()) + 1)
-        self._lines += parts.rates.take(caller).lines()
-        self._charged = True
+        caller = self._caller = callers.identify(parts, self._client, plan)
+        if caller is not None and parts.auth_enabled:
+            self.exchange.key_id = caller.key_id
+        if plan.is_special or parts.draining or plan.lacks_body:
+            callers.check(parts, plan, caller)
+        if caller is not None and plan.route.kind.rated and parts.auth_enabled:
+            self._lines += callers.charge(parts, plan, caller).lines()
+            self._charged = True
 
     async def _answer_locally(self) -> None:
         self._skip_body()
@@ -220,17 +180,6 @@ class Request:
 
     # --- The body, read whole before a slot is asked for: a slow uploader never holds one ---
 
-    def _take_body(self) -> bool:
-        """Take the body, if all of it is here already."""
-        data = None if self._length is None else self._client.take_sized_body(self._length)
-        if data is None:
-            return False
-        self._body_octets = len(data)
-        self._hold(len(data))
-        self._pieces.append(data)
-        self._unread = False
-        return True
-
     async def _read_body(self) -> None:
         self.exchange.stage = Stage.READING_BODY
         if self._plan.expects and not self._client.has_unread:
@@ -240,21 +189,22 @@ class Request:
         try:
             await self._client.read_body(body, self._parts.config.timeouts.client_body_s, self._hold)
         finally:
-            self._body_octets = body.octets
+            self.exchange.bytes_in = body.octets
         self._unread = False
 
     def _hold(self, octets: int) -> None:
         parts = self._parts
-        if parts.buffered_bytes + octets > parts.config.queue.max_buffered_bytes:
-            limit = parts.config.queue.max_buffered_bytes
+        held = parts.buffered_bytes + octets
+        if held > parts.most_buffered_bytes:
+            limit = parts.most_buffered_bytes
             raise GatewayError(MEMORY_FULL, f"Request bodies held exceed MAX_BUFFERED_BYTES ({limit} octets).")
-        parts.buffered_bytes += octets
+        parts.buffered_bytes = held
         self._held_bytes += octets
 
     def _let_body_go(self) -> None:
         self._parts.buffered_bytes -= self._held_bytes
         self._held_bytes = 0
-        self._pieces.clear()
+        self._pieces = ()
 
     def _skip_body(self) -> None:
         """Drop a body that nobody reads, if all of it is here already; else the answer is this connection's last."""
@@ -266,44 +216,49 @@ class Request:
 
     # --- The straight way: all that it needs is at hand, and the answer comes in one piece ---
 
-    def _take_all(self) -> bool:
-        """Take the body, a slot and a connection to the backend, as far as they are there; whether all of them are."""
-        parts, plan, exchange = self._parts, self._plan, self.exchange
+    def _take_all(self) -> BackendWire | None:
+        """Take the body, a slot and a connection to the backend, as far as they are there; the latter, if all are."""
+        parts, plan, client, caller, exchange = self._parts, self._plan, self._client, self._caller, self.exchange
         kind = plan.route.kind
-        if kind.local or not plan.minor or (self._unread and not self._take_body()):
-            return False
-        caller = self._caller
-        if caller is None or parts.readiness.state != READY or self._client.ended:
-            return False
-        exchange.queued_s = parts.clock()
+        if kind.local or caller is None or (self._unread and not self._take_body()):
+            return None
+        if client.ended or not plan.is_lasting or parts.readiness.state != READY:
+            return None
+        now_s = parts.clock()
         if kind.slot:
             if not parts.gate.take(caller.key_id, caller.parallel, caller.priority):
-                return False
+                return None
             self._has_slot = True
-            exchange.admitted_s = exchange.queued_s
-        self._backend = parts.pool.take()
-        return self._backend is not None
+            exchange.admitted_s = now_s
+        exchange.queued_s = now_s
+        return parts.pool.take()
 
-    def _ask(self) -> None:
+    def _take_body(self) -> bool:
+        length = self._length
+        if length is None:
+            return False
+        body = self._client.take_sized_body(length)
+        if body is None:
+            return False
+        self._unread = False
+        self._pieces = (body,)
+        self.exchange.bytes_in = length
+        self._hold(length)
+        return True
+
+    def _ask(self, backend: BackendWire) -> None:
         """Send the request on; `keep` or `fail` will be told of the answer's head."""
-        parts, client, backend = self._parts, self._client, self._backend
-        assert backend is not None
+        self._backend = backend
         self._begin_relaying()
-        backend.deadline_s = inf
         backend.ask(self._request_bytes(), self)
-        client.expect(self, parts.patience.request_s, BACKEND_TIMEOUT)
+        self._client.expect(self, self._parts.patience.request_s, BACKEND_TIMEOUT)
 
     def keep(self, head: bytes) -> None:
         """The backend's head is here."""
-        backend, plan = self._backend, self._plan
-        assert backend is not None
-        self._client.settle()
-        try:
-            opening = open_response(head, plan.method)
-            whole = opening.framing.length == len(backend.rest) and self._answer is None and not self._parts.draining
-        except GatewayError:
-            whole = False  # the conversation meets the same error
-        if whole:
+        backend = self._backend
+        assert backend is not None  # that is who calls
+        opening = peek(head, self._plan.method)
+        if opening is not None and opening.framing.length == len(backend.rest) and self._answer is None:
             self._pass_whole(backend, opening)
         else:
             heard: Promise[bytes] = Promise()
@@ -313,8 +268,7 @@ class Request:
     def fail(self, error: Exception) -> None:
         """The backend's head will not come: the client has left, or its time is up, or the backend failed."""
         backend = self._backend
-        assert backend is not None
-        self._client.settle()
+        assert backend is not None  # it has been asked
         heard: Promise[bytes] = Promise()
         heard.fail(error)
         backend.hear(heard)  # in this request's place
@@ -322,6 +276,7 @@ class Request:
 
     def _hand_over(self, backend: BackendWire, heard: Promise[bytes]) -> None:
         """Go on in a conversation, as if that had asked."""
+        self._client.settle()
         if self._has_slot and self._caller is not None:
             self._has_slot = False
             self._ticket = self._parts.gate.ticket(self._caller.key_id, self._caller.parallel)
@@ -330,37 +285,36 @@ class Request:
         self._client.converse(self._converse(), self._end)
 
     def _pass_whole(self, backend: BackendWire, opening: Opening) -> None:
-        parts, plan, exchange = self._parts, self._plan, self.exchange
+        parts, exchange, route = self._parts, self.exchange, self._plan.route
         exchange.first_byte_s = parts.clock()
         exchange.backend_status = exchange.status = opening.status
+        exchange.stage = _DONE
         payload = backend.take_rest()
-        if opening.tells and plan.route.kind.metered:
-            exchange.told = keep_whole(plan.route.label, payload)
-        self._client.write(opening.lines + connection_line(plan.minor, plan.keep_alive) + self._lines + CRLF + payload)
+        if opening.tells and route.kind.metered:
+            exchange.told = keep_whole(route.label, payload)
+        if parts.draining:
+            self._client.settle()
+            self._lines += CLOSE
+        self._client.write(opening.lines + self._lines + CRLF + payload)
         parts.pool.take_back(backend, reusable=opening.keeps_alive)
-        exchange.stage = Stage.DONE
         self.finish()
-        self._end(self._keeps())
+        self._end(keep=not parts.draining)
 
     def _request_bytes(self) -> bytes:
-        return b"".join([self._plan.backend_head(self.exchange.id, self._body_octets), *self._pieces])
+        exchange = self.exchange
+        return b"".join([self._plan.backend_head(exchange.id, exchange.bytes_in), *self._pieces])
 
     def _begin_relaying(self) -> None:
-        parts, kind = self._parts, self._plan.route.kind
-        self.exchange.stage = Stage.AWAITING_RESPONSE
-        if parts.duration_s:
-            self._client.limit(parts.duration_s)
-        if kind.slot:
-            self._relaying = 1
-            parts.relaying += 1
-            if parts.beat_s and self._plan.method == b"POST":
-                self._client.beat_s = parts.deadlines.now_s + parts.beat_s
-
-    def _end_relaying(self) -> None:
-        self._parts.relaying -= self._relaying
-        self._relaying = 0
+        self.exchange.stage = _AWAITING
+        if self._plan.route.kind.slot and self._client.beat_s == inf:
+            self._start_beating()
         if self._parts.duration_s:
-            self._client.limit(0)
+            self._client.limit(self._parts.duration_s)
+
+    def _start_beating(self) -> None:
+        parts = self._parts
+        if parts.beat_s and self._plan.method == b"POST":
+            self._client.beat_s = parts.deadlines.now_s + parts.beat_s
 
     # --- The conversation: a slot and the backend, as long as they take ---
 
@@ -383,23 +337,26 @@ class Request:
                 if error.kind is not BACKEND_UNAVAILABLE or relay.sent:
                     raise
             parts.readiness.doubt()
-            self._end_relaying()
             self._relay = None
+            self._client.limit(0)
         if relay.error is None:
             exchange.stage = Stage.DONE
         else:
             exchange.outcome = Outcome.TIMED_OUT if relay.error.kind is BACKEND_TIMEOUT else Outcome.TRUNCATED
 
     async def _admit(self) -> None:
-        parts, exchange = self._parts, self.exchange
-        if self._ticket is None:
+        parts = self._parts
+        if not self.exchange.queued_s:
             self._apply()
+        elif self._has_slot and self._caller is not None:
+            self._has_slot = False
+            self._ticket = parts.gate.ticket(self._caller.key_id, self._caller.parallel)
         if parts.readiness.state != READY:
             await self._until_ready()
         if self._ticket is not None:
             if self._ticket.waiting is not None:
                 await self._until_admitted(self._ticket.waiting)
-            exchange.admitted_s = parts.clock()
+            self.exchange.admitted_s = parts.clock()
 
     def _apply(self) -> None:
         """Get into the queue, and into a slot if one is free."""
@@ -407,15 +364,10 @@ class Request:
         assert caller is not None  # only local routes are public
         if parts.readiness.state == DEAD:
             raise GatewayError(LOADING, "The backend is down; it is being restarted.")
-        if not self.exchange.queued_s:
-            self.exchange.queued_s = parts.clock()
-        if self._has_slot:
-            self._has_slot = False
-            self._ticket = parts.gate.ticket(caller.key_id, caller.parallel)
-        elif self._plan.route.kind.slot:
+        self.exchange.queued_s = parts.clock()
+        if self._plan.route.kind.slot:
             self._ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
-        if self._ticket is not None and parts.beat_s and self._plan.method == b"POST":
-            self._client.beat_s = parts.deadlines.now_s + parts.beat_s
+            self._start_beating()
 
     async def _until_ready(self) -> None:
         """The model loads: wait for it, COLD_START_WAIT at most from when the request was ready to go."""
@@ -430,10 +382,11 @@ class Request:
         await self._client.wait_for(waiting, self._parts.config.queue.timeout_s, QUEUE_TIMEOUT)
 
     def _open_relay(self, asked: Asked | None = None) -> Relay:
-        parts, request = self._parts, self._request_bytes()
-        relay = Relay(self._client, self.answer, request, self._answered, parts.patience, parts.clock, asked)
-        self._relay = relay
-        return relay
+        parts = self._parts
+        self._relay = Relay(
+            self._client, self.answer, self._request_bytes, self._answered, parts.patience, parts.clock, asked
+        )
+        return self._relay
 
     def _answered(self, opening: Opening) -> str | None:
         """The backend has answered: nothing needs the request's body any more, and no heartbeat may come between.
@@ -464,7 +417,7 @@ class Request:
         elif isinstance(error, GatewayError):
             self.refuse(error)
         else:
-            log.error("request %s failed", self.exchange.id, exc_info=error)
+            log.error("request %s failed", self.exchange.id.decode(), exc_info=error)
             self.refuse(GatewayError(INTERNAL_ERROR))
         error.with_traceback(None)  # whose frames hold the error and this request: a cycle
 
@@ -489,34 +442,34 @@ class Request:
         """Give back what the request holds, and hand over what became of it."""
         parts, client, exchange = self._parts, self._client, self.exchange
         client.beat_s = inf
+        exchange.ended_s = now_s = parts.clock()
+        exchange.ended_at = time.time()
+        exchange.bytes_out = client.sent_bytes
         if self._held_bytes:
             self._let_body_go()
-        self._end_relaying()
-        exchange.ended_s = parts.clock()
-        self._give_slot_back()
+        if parts.duration_s:
+            client.limit(0)
+        if self._has_slot and self._caller is not None:
+            parts.gate.give(self._caller.key_id)
+            parts.last_work_s = now_s
+        elif self._ticket is not None:
+            self._release(self._ticket)
+            parts.last_work_s = now_s
         if self._answer is not None and self._answer.started:
             exchange.status = self._answer.status
         relay = self._relay
         if relay is not None:
             exchange.backend_status, exchange.first_byte_s, exchange.told = relay.status, relay.first_byte_s, relay.told
             self._relay = None  # it knows this request: the two would keep each other from being freed at once
-        exchange.bytes_in = self._body_octets
-        exchange.bytes_out = client.sent_bytes - self._sent_before
-        exchange.ended_at = time.time()
         parts.observer.observe(exchange)
 
-    def _give_slot_back(self) -> None:
+    def _release(self, ticket: Ticket) -> None:
         """Free the slot; where the backend was cut short, only once it has let go."""
-        parts, ticket, relay = self._parts, self._ticket, self._relay
-        if self._has_slot and self._caller is not None:
-            parts.gate.give(self._caller.key_id)
-        elif ticket is None:
-            return
-        elif relay is not None and relay.sent and not relay.whole:
-            parts.letting_go.release(ticket, streamed=self.answer.is_stream)
+        relay = self._relay
+        if relay is not None and relay.sent and not relay.whole:
+            self._parts.letting_go.release(ticket, streamed=self.answer.is_stream)
         else:
             ticket.release()
-        parts.last_work_s = self.exchange.ended_s
 
     def close(self) -> None:
         """End the connection behind the answer, unless the answer has ended it already."""

@@ -1,31 +1,19 @@
-"""One peer's byte stream and its timeouts: the only module that touches a socket's bytes.
+"""One peer's byte stream and its deadlines: what clients' and the backend's connections have in common.
 
 Connections come from `asyncio.start_server` and `asyncio.open_connection`; a wire then takes the transport over
-(`set_protocol`), so that bytes go from transport to transport. A client's conversation is a coroutine that its wire
-resumes itself, in the callback in which the awaited bytes arrive: no task, no future and no turn of the loop stand
-between a byte and its answer, and one coarse clock stands for all timers.
+(`set_protocol`), so that bytes go from transport to transport, and one coarse clock stands for all timers. The wires
+are the only ones that touch a socket's bytes.
 
 What a wire does not do: read HTTP (http1 does, over the bytes it is handed), or decide anything about a request.
 """
 
 import asyncio
-import socket
-import struct
-import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable
 from math import inf
-from typing import Any, Protocol, TypeVar, cast
+from time import monotonic
+from typing import Any, Protocol, cast
 
-from bodies import RequestBody
-from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
-from http1 import HEAD_END, HeadScanner, Limits
-from waiting import Deadlines, Promise
-
-T = TypeVar("T")
-
-_AHEAD_BYTES = 65536  # pipelined bytes held while an answer is under way; more stay in the kernel
-_LINGER_S = 2.0
-_LINGER_BYTES = 16 << 20
+from waiting import Deadlines
 
 
 class Expectant(Protocol):
@@ -36,14 +24,33 @@ class Expectant(Protocol):
     def fail(self, error: Exception) -> None: ...
 
 
-class Occupant(Protocol):
-    """The request that a client's connection is about."""
+class Outbox:
+    """What a busy turn of the loop has to send, sent in one go at its end; what a quiet one has, at once.
 
-    @property
-    def stage(self) -> str: ...
+    A peer on this machine that sleeps is woken by what it is sent. Writes of a busy gateway that came one by one would
+    wake it for each, which costs more than a write does; at the end of a turn they find it awake after the first.
+    """
 
-    def beat(self, now_s: float) -> None:
-        """The moment that was set as the wire's `beat_s` has come."""
+    _QUIET_S = 200e-6  # since the last write, where there is none to share a turn with
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
+        self._put_s = 0.0
+
+    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+        waiting = self._waiting
+        if not waiting:
+            last_s, self._put_s = self._put_s, monotonic()
+            if self._put_s - last_s > self._QUIET_S:
+                transport.write(data)
+                return
+            asyncio.get_running_loop().call_soon(self.flush)
+        waiting.append((transport, data))
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for transport, data in waiting:
+            transport.write(data)
 
 
 class Wire(asyncio.Protocol):
@@ -52,6 +59,7 @@ class Wire(asyncio.Protocol):
     __slots__ = (
         "_deadlines",
         "_former",
+        "_outbox",
         "_sink",
         "_writer",
         "beat_s",
@@ -65,10 +73,11 @@ class Wire(asyncio.Protocol):
         "transport",
     )
 
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox) -> None:
         self._writer = writer  # kept, since a StreamWriter that is collected closes its transport
         self.transport = cast(asyncio.Transport, writer.transport)
         self._deadlines = deadlines
+        self._outbox = outbox
         self._sink: Callable[[bytes], None] | None = None
         self.on_end: Callable[[bool], None] | None = None  # called once with "was it an orderly close?"
         self.feeder: Wire | None = None  # whose reading pauses while this peer does not read
@@ -125,422 +134,5 @@ class Wire(asyncio.Protocol):
     def abort(self) -> None:
         """Close at once; the peer sees a reset or a truncated message, the owner is told nothing more."""
         self.ended = True
+        self._outbox.flush()
         self.transport.abort()
-
-
-class ClientWire(Wire):
-    """A client's connection and its conversation. Whatever that waits for ends when the client leaves or time is up."""
-
-    __slots__ = (
-        "_ahead",
-        "_awaits_room",
-        "_conversation",
-        "_kind",
-        "_limit_s",
-        "_limits",
-        "_paused",
-        "_pending",
-        "_renewal_s",
-        "_scanner",
-        "_then",
-        "_whole_s",
-        "on_lost",
-        "peer",
-        "request",
-        "sent_bytes",
-    )
-    _whole_s: float  # how long a head may take once it has begun
-
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, limits: Limits) -> None:
-        super().__init__(writer, deadlines)
-        address = writer.get_extra_info("peername")
-        self.peer = str(address[0]) if isinstance(address, tuple) else "local"
-        self._limits = limits
-        self._scanner = HeadScanner(limits)
-        self._ahead = b""  # received, and not yet anybody's
-        self._conversation: Coroutine[None, None, Any] | None = None
-        self._then: Callable[[Any], None] | None = None
-        self._pending: Expectant | None = None
-        self._paused = False
-        self._kind: Kind | None = None
-        self._renewal_s = 0.0
-        self._limit_s = inf
-        self._awaits_room = False
-        self.request: Occupant | None = None
-        self.on_lost: Callable[[ClientWire], None] | None = None  # called when the last byte has gone
-        self.sent_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = True
-        if self._sink is not None:
-            self._sink(data)
-        else:
-            self._ahead += data
-            if len(self._ahead) > _AHEAD_BYTES:
-                self._paused = True
-                self.transport.pause_reading()
-
-    def write(self, data: bytes) -> None:
-        self.sent_bytes += len(data)
-        self.transport.write(data)
-
-    # --- The conversation ---
-
-    def converse(self, conversation: Coroutine[None, None, T], then: Callable[[T], None]) -> None:
-        """Begin a coroutine that speaks with this client; `then` gets what it returns.
-
-        It may only await what this wire offers, and never ends by an exception.
-        """
-        self._conversation = conversation
-        self._then = then
-        self.resume()
-
-    def resume(self) -> None:
-        """Go on with the conversation where it waits."""
-        if self._conversation is not None:
-            try:
-                self._conversation.send(None)
-            except StopIteration as end:
-                then, self._conversation, self._then = self._then, None, None
-                if then is not None:
-                    then(end.value)
-
-    def hang_up(self) -> None:
-        """End whatever is waited for, and the connection."""
-        self.ended = True
-        self.interrupt(PeerGone())
-        self.abort()
-
-    # --- Waiting ---
-
-    def expect(self, expectant: Expectant, seconds: float, kind: Kind | None) -> None:
-        """Let `expectant` fail when the client leaves (PeerGone) or time is up (GatewayError(kind), or with no kind
-        PeerGone, too). 0 seconds are without end. It holds until `settle`.
-        """
-        self._pending = expectant
-        self._kind = kind
-        self._renewal_s = 0.0
-        deadline_s = self._deadlines.now_s + seconds if seconds else inf
-        self.deadline_s = deadline_s if deadline_s < self._limit_s else self._limit_s
-
-    def settle(self) -> None:
-        """What was expected has come, or will not."""
-        self._pending = None
-        self._awaits_room = False
-        self.deadline_s = inf
-
-    @types.coroutine
-    def wait(
-        self, promise: Promise[T], seconds: float, kind: Kind | None, *, renewing: bool = False
-    ) -> Generator[None, None, T]:
-        """Wait in the conversation for what has been promised, as long as `expect` allows.
-
-        `renewing`: any activity grants the time anew. Raises PeerGone, GatewayError(kind), or what the promise fails
-        with.
-        """
-        if self.ended:
-            raise PeerGone
-        if not promise.done:
-            self.expect(promise, seconds, kind)
-            if renewing:
-                self._renewal_s = seconds
-                self.heard = False
-            promise.wake = self.resume
-            try:
-                yield
-            finally:
-                promise.wake = None
-                self.settle()
-        return promise.result()
-
-    async def wait_for(self, future: "asyncio.Future[T]", seconds: float, kind: Kind | None) -> T:
-        """As `wait`, for a future of asyncio's."""
-        promise: Promise[T] = Promise()
-        future.add_done_callback(promise.settle)
-        return await self.wait(promise, seconds, kind)
-
-    async def run(self, work: Coroutine[Any, Any, T], seconds: float, kind: Kind | None) -> T:
-        """As `wait`, for a coroutine of asyncio's; it is cancelled where the wait ends before it does."""
-        task = asyncio.ensure_future(work)
-        try:
-            return await self.wait_for(task, seconds, kind)
-        finally:
-            task.cancel()
-
-    def limit(self, seconds: float) -> None:
-        """No wait from now on ends later than in `seconds` (0 = no such limit)."""
-        self._limit_s = self._deadlines.now_s + seconds if seconds else inf
-
-    def satisfy(self, value: object) -> None:
-        """What is being waited for has come, if anything is."""
-        expectant = self._pending
-        if expectant is not None:
-            self.settle()
-            expectant.keep(value)
-
-    def interrupt(self, error: Exception) -> None:
-        """End what is being waited for, if anything is."""
-        expectant = self._pending
-        if expectant is not None:
-            self.settle()
-            expectant.fail(error)
-
-    def _end(self, *, orderly: bool) -> None:
-        super()._end(orderly=orderly)
-        self.interrupt(PeerGone())
-
-    def expire(self, now_s: float) -> None:
-        if self._pending is None:
-            self.abort()  # it lingered, or its last bytes were not taken in time
-        elif self._renewal_s and self.heard and now_s < self._limit_s:
-            self.heard = False
-            self.deadline_s = min(now_s + self._renewal_s, self._limit_s)
-        else:
-            self.interrupt(PeerGone() if self._kind is None else GatewayError(self._kind))
-
-    def beat(self, now_s: float) -> None:
-        if self.request is not None:
-            self.request.beat(now_s)
-
-    # --- Requests ---
-
-    def read_head(self, reader: Expectant, idle_s: float, whole_s: float) -> None:
-        """Let `reader` have the next head, its empty line included, or what HeadScanner finds wrong with it.
-
-        It may take `idle_s` to its first byte, then `whole_s` for all of it.
-        """
-        self._whole_s = whole_s
-        if self._ahead:  # pipelined: who came meanwhile has a turn first
-            self.expect(reader, whole_s, REQUEST_TIMEOUT)
-            asyncio.get_running_loop().call_soon(self._scan_ahead, reader)
-        else:
-            self.expect(reader, idle_s, None)
-            self._sink = self._scan_head
-            self._read_on()
-
-    def _scan_ahead(self, reader: Expectant) -> None:
-        if self._pending is reader:
-            ahead, self._ahead = self._ahead, b""
-            self._sink = self._scan_head
-            self._scan_head(ahead)
-            self._read_on()
-
-    def _scan_head(self, data: bytes) -> None:
-        try:
-            raw = self._scanner.feed(data)
-        except GatewayError as error:
-            self._sink = None
-            self.interrupt(error)
-            return
-        if raw is not None:
-            self._sink = None
-            self._ahead = self._scanner.rest
-            self.satisfy(raw)
-        elif self._kind is None:  # the first byte of a head, or of empty lines before it
-            self._kind = REQUEST_TIMEOUT
-            self.deadline_s = self._deadlines.now_s + self._whole_s
-
-    def _read_on(self) -> None:
-        if self._paused:
-            self._paused = False
-            self.transport.resume_reading()
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether bytes are here that nobody has taken yet."""
-        return bool(self._ahead) or self._scanner.begun
-
-    def take_sized_body(self, octets: int) -> bytes | None:
-        """A body of so many octets, if all of it is here already."""
-        ahead = self._ahead
-        if len(ahead) < octets:
-            return None
-        self._ahead = ahead[octets:]
-        return ahead[:octets]
-
-    async def read_body(self, body: RequestBody, seconds: float, hold: Callable[[int], None]) -> None:
-        """Fill `body`, with `seconds` between reads; `hold` is told of every octet kept, and may refuse it.
-
-        Raises PeerGone, REQUEST_TIMEOUT, BAD_REQUEST, PAYLOAD_TOO_LARGE, or what `hold` raises.
-        """
-        promise: Promise[None] = Promise()
-
-        def arrived(data: bytes) -> None:
-            if promise.done:
-                self._ahead += data
-                return
-            try:
-                self._feed(body, data, hold)
-            except GatewayError as error:
-                promise.fail(error)
-            else:
-                if body.done:
-                    promise.keep(None)
-
-        ahead, self._ahead = self._ahead, b""
-        self._sink = arrived
-        self._read_on()
-        try:
-            arrived(ahead)
-            await self.wait(promise, seconds, REQUEST_TIMEOUT, renewing=True)
-        finally:
-            self._sink = None
-
-    def _feed(self, body: RequestBody, data: bytes, hold: Callable[[int], None]) -> None:
-        before = body.octets
-        body.feed(data)
-        hold(body.octets - before)
-        self._ahead += body.surplus
-
-    # --- The end ---
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self.on_lost is not None:
-            self.on_lost(self)
-
-    def expect_room(self, expectant: Expectant, seconds: float) -> None:
-        """Let `expectant` know once the client has taken what was written, but for a little."""
-        self._awaits_room = True
-        self.expect(expectant, seconds, None)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._awaits_room:
-            self.satisfy(None)
-
-    def truncate(self, *, reset: bool, flush_s: float) -> None:
-        """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""
-        if reset:
-            linger = struct.pack("ii", 1, 0)
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.abort()
-        else:
-            self._ahead = b""
-            self.close(unread=False, flush_s=flush_s)
-
-    def close(self, *, unread: bool, flush_s: float) -> None:
-        """Close once what was written has been taken, within `flush_s`.
-
-        `unread`: the client may still be sending what nobody will read. Closing on that would reset the connection and
-        could destroy the answer on its way, so its bytes are discarded for a moment (RFC 9112 section 9.6).
-        """
-        self.ended = True
-        if not unread and not self._ahead:
-            self.deadline_s = self._deadlines.now_s + flush_s if flush_s else inf
-            self.transport.close()
-            return
-        linger_s = flush_s if self.transport.get_write_buffer_size() else _LINGER_S
-        self.deadline_s = self._deadlines.now_s + linger_s if linger_s else inf
-        left = _LINGER_BYTES
-
-        def discard(data: bytes) -> None:
-            nonlocal left
-            left -= len(data)
-            if left < 0:
-                self.abort()
-
-        self._sink = discard
-        self._ahead = b""
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
-            try:
-                if self.transport.can_write_eof():
-                    self.transport.write_eof()
-                else:
-                    self.transport.close()
-            except OSError:  # it has reset the connection, which nobody has been told yet
-                self.abort()
-
-
-class BackendWire(Wire):
-    """A connection to the backend. It is abandoned, never repaired: what surprises it aborts it."""
-
-    __slots__ = ("_asked", "_cut", "_head_bytes", "_hearer", "_part", "_reused", "rest")
-
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, head_bytes: int) -> None:
-        super().__init__(writer, deadlines)
-        self._head_bytes = head_bytes
-        self._hearer: Expectant | None = None  # who waits for a head
-        self._asked = False  # a request is out, and bytes may come
-        self._reused = False
-        self._cut = False  # it closed while a head was awaited
-        self._part = b""
-        self.rest = b""  # what came behind the last head
-
-    def data_received(self, data: bytes) -> None:
-        self.heard = True
-        if self._sink is not None:
-            self._sink(data)
-        elif self._hearer is not None:
-            self._find_head(data, self._hearer)
-        elif self._asked:
-            self.rest += data
-        else:
-            self.abort()  # it speaks without being asked
-
-    def ask(self, request: bytes, hearer: Expectant) -> None:
-        """Send a request; `hearer` is told its response's head."""
-        self._asked = True
-        self.transport.write(request)
-        self.hear(hearer)
-
-    def hear(self, hearer: Expectant) -> None:
-        """Let `hearer` have the next response head, its empty line included.
-
-        It fails with BACKEND_UNAVAILABLE or BACKEND_MALFORMED.
-        """
-        self._hearer = hearer
-        if self.rest:
-            self._find_head(self.take_rest(), hearer)
-        if self.ended:
-            self._cut_before_head()
-
-    def _find_head(self, data: bytes, hearer: Expectant) -> None:
-        searched = len(self._part)
-        if searched:
-            data = self._part + data
-        end = data.find(HEAD_END, max(0, searched - 3))
-        if (end if end >= 0 else len(data)) > self._head_bytes:
-            self._hearer = None
-            words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
-            hearer.fail(GatewayError(BACKEND_MALFORMED, words))
-        elif end < 0:
-            self._part = data
-        else:
-            self._hearer = None
-            self._part = b""
-            self.rest = data[end + 4 :]
-            hearer.keep(data[: end + 4])
-
-    def _end(self, *, orderly: bool) -> None:
-        super()._end(orderly=orderly)
-        self._cut_before_head()
-
-    def _cut_before_head(self) -> None:
-        hearer, self._hearer = self._hearer, None
-        if hearer is not None:
-            self._cut = True
-            hearer.fail(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
-
-    def take_rest(self) -> bytes:
-        """What has come behind the last head so far."""
-        rest, self.rest = self.rest, b""
-        return rest
-
-    def pass_to(self, sink: Callable[[bytes], None], on_end: Callable[[bool], None]) -> None:
-        """From now on every received byte goes to `sink`."""
-        self._sink = sink
-        self.on_end = on_end
-
-    def rest_idle(self) -> None:
-        """Nobody expects bytes any more; any that come abort the connection."""
-        self._sink = self._hearer = self.on_end = None
-        self._asked = False
-        self._reused = True
-        self.transport.resume_reading()
-
-    def was_stale(self) -> bool:
-        """Whether it was closed in an orderly way before it had said anything in answer to a request: as a server does
-        with a connection that it has kept open long enough, and that a request has just missed."""
-        return self._reused and self.orderly and self._cut and not self._part

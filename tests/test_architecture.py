@@ -20,6 +20,7 @@ TABLE = {
     "logs": "",
     "meter": "",
     "accept": "",
+    "signals": "",
     # layer 1: rules, without a socket
     "http1": "errors",
     "bodies": "errors http1",
@@ -34,21 +35,24 @@ TABLE = {
     "slots": "admission errors waiting",
     "backend_page": "errors metrics",
     "config": "accept http1",
-    "wire": "bodies errors http1 waiting",
+    "wire": "waiting",
+    "client_wire": "bodies errors http1 waiting wire",
+    "backend_wire": "errors http1 waiting wire",
     "plan": "auth cors errors http1 routes",
     # layer 3: one exchange
     "exchange": "errors logs metrics plan usage",
-    "answer": "bodies errors http1 plan wire",
+    "answer": "bodies client_wire errors http1 plan",
     "heartbeat": "answer errors",
-    "relay": "answer bodies errors http1 usage waiting wire",
+    "relay": "answer backend_wire bodies client_wire errors http1 usage waiting wire",
     # layer 4: the gateway put together
-    "parts": "admission auth backend_page config cors exchange logs metrics plan readiness relay routes slots usage"
-    " waiting wire",
-    "local": "answer auth errors metrics parts plan readiness usage wire",
-    "request": "admission answer auth bodies errors exchange heartbeat http1 local parts plan readiness relay routes"
-    " usage waiting wire",
-    "connection": "errors exchange parts request wire",
-    "gateway": "config connection errors exchange logs parts waiting wire",
+    "parts": "admission auth backend_page backend_wire client_wire config cors exchange logs metrics plan readiness"
+    " relay routes slots usage waiting wire",
+    "local": "answer auth client_wire errors metrics parts plan readiness usage",
+    "callers": "auth client_wire errors parts plan routes",
+    "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
+    " parts plan readiness relay routes usage waiting",
+    "connection": "client_wire errors exchange parts request",
+    "gateway": "client_wire config connection errors exchange logs parts signals waiting",
     # the boot
     "probes": "",
     "processes": "",
@@ -63,9 +67,9 @@ TABLE = {
     "model_files": "config gpu llama logs model_download",
     "backend_process": "boot_log config exit_words llama logs probes processes watchdog",
     "supervisor": "backend_process boot_log config exit_words llama logs model_files preflight probes processes run_dir"
-    " watchdog",
+    " signals watchdog",
     # other programs
-    "health_server": "config logs",
+    "health_server": "config logs signals",
     "key_mgmt": "keyfile usage",
     "bench_client": "",
     "bench_stats": "bench_client",
