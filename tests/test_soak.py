@@ -12,7 +12,7 @@ PATIENCE_S = 60.0
 
 
 def test_no_request_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
-    plan = soak.Plan(tmp_path, seconds=10.0, seed=7)
+    plan = soak.Plan(tmp_path, seconds=4.0, seed=7)
 
     async def play() -> list[Finding]:
         return list(await asyncio.gather(*(soak.run_part(plan, name) for name in soak.PARTS)))

@@ -20,13 +20,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from client_wire import ClientWire
 from config import load_config
 from gateway import Gateway
 from parts import Parts
 from support.backend import Backend
 from support.clock import Clock
 from support.rawclient import PATIENCE_S, RawClient, Response
-from wire import ClientWire
 
 KEY = b"sk-alice-0123456789abcdef"
 OPERATOR_KEY = b"sk-olga-0123456789abcdef"

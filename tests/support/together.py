@@ -8,7 +8,7 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
-WORKERS = 6
+WORKERS = 8
 PATIENCE_S = 300.0
 
 

@@ -14,9 +14,9 @@ import sys
 
 import gateway
 import logs
+from backend_wire import BackendWire
 from config import Config, load_config
 from parts import Parts
-from wire import BackendWire
 
 
 def held(parts: Parts) -> dict[str, int]:
