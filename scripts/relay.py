@@ -57,8 +57,6 @@ class Pool:
         self._outbox = outbox
         self._head_bytes = response_head_bytes
         self._idle: list[BackendWire] = []
-        self._tired: list[BackendWire] = []  # they carried a stream
-        self._resting: list[BackendWire] = []  # the same, a tick later
 
     def take(self) -> BackendWire | None:
         while self._idle:
@@ -67,26 +65,17 @@ class Pool:
                 return wire
         return None
 
-    def take_back(self, wire: BackendWire, *, reusable: bool, streamed: bool = False) -> None:
-        """Keep a connection whose last answer was read to its end, or close one that cannot carry another.
-
-        llama-server closes behind a stream without having said so, and not always before the next request would be on
-        its way: such a connection rests until whoever closes would have done so.
-        """
-        if not reusable or wire.ended:
-            wire.abort()
-            return
-        wire.rest_idle(_IDLE_S)
-        if streamed:
-            self._tired.append(wire)
-        else:
+    def take_back(self, wire: BackendWire, *, reusable: bool) -> None:
+        """Keep a connection whose last answer was read to its end, or close one that cannot carry another."""
+        if reusable and not wire.ended:
+            wire.rest_idle(_IDLE_S)
             self._idle.append(wire)
+        else:
+            wire.abort()
 
     def tick(self) -> None:
-        """Once in a quarter of a second: who has rested for a whole one is rested, and who has ended is let go."""
-        if self._idle or self._resting or self._tired:
-            self._idle = [wire for wire in (*self._resting, *self._idle) if not wire.ended]
-            self._resting, self._tired = self._tired, []
+        """Let go of those that have ended."""
+        self._idle = [wire for wire in self._idle if not wire.ended]
 
     async def connect(self) -> BackendWire:
         """Open a connection. Raises BACKEND_UNAVAILABLE."""
@@ -102,9 +91,9 @@ class Pool:
         return wire
 
     def close(self) -> None:
-        for wire in (*self._idle, *self._tired, *self._resting):
+        for wire in self._idle:
             wire.abort()
-        self._idle, self._tired, self._resting = [], [], []
+        self._idle.clear()
 
 
 def ask(backend: BackendWire, request: bytes) -> Promise[bytes]:
@@ -199,8 +188,7 @@ class Relay:
                     raise
             finally:
                 self._client.feeder = None
-                streamed = reusable and isinstance(self._body, ChunkedBody)
-                pool.take_back(backend, reusable=reusable, streamed=streamed)
+                pool.take_back(backend, reusable=reusable)
             asked = backend = None
 
     async def _pass_answer(self, backend: BackendWire, raw: bytes) -> bool:
@@ -226,7 +214,8 @@ class Relay:
         self._client.feeder = backend
         self._answer.write(begun + self._take(backend.take_rest()))
         self.whole = body.done or await self._pass_rest(backend)
-        return body.done and opening.keeps_alive and not body.surplus
+        # llama-server closes behind a stream, whatever its head says, and not always before the next request.
+        return body.done and opening.keeps_alive and not body.surplus and not opening.framing.chunked
 
     async def _after_interim(self, backend: BackendWire, opening: Opening) -> Opening:
         """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
