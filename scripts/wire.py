@@ -98,6 +98,7 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadlines.discard(self)
         self._end(orderly=exc is None)
+        self._sink = None  # it may be this wire's own: a cycle
         if self.feeder is not None:
             self.feeder.transport.resume_reading()
         self._former.connection_lost(None)  # it lets the writer go, and the writer the transport

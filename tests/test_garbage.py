@@ -7,6 +7,7 @@ from asyncio.streams import StreamReaderProtocol
 import pytest
 
 from answer import Answer
+from connection import Connection
 from errors import GatewayError, PeerGone
 from exchange import Exchange
 from relay import Relay
@@ -16,7 +17,7 @@ from support.gateway import CHAT, Stack, post, scenario, until
 from waiting import Promise
 from wire import Wire
 
-OURS = (Answer, Exchange, GatewayError, PeerGone, Promise, Relay, Request, StreamReaderProtocol, Wire)
+OURS = (Answer, Connection, Exchange, GatewayError, PeerGone, Promise, Relay, Request, StreamReaderProtocol, Wire)
 
 ENDS = {
     "whole": [send(answer())],
@@ -25,6 +26,7 @@ ENDS = {
     "malformed": [send(b"nonsense\r\n\r\n")],
     "cancelled while streaming": [send(STREAM_HEAD + chunk(event("1"))), stall()],
     "cancelled before the answer": [stall()],
+    "kept, and closed by the client": [send(answer())],
 }
 
 
@@ -52,9 +54,12 @@ async def one(stack: Stack, end: str) -> None:
     stack.backend.script(*ENDS[end])
     seen = len(stack.backend.calls)
     client = await stack.client()
-    client.send(post(CHAT, b'{"stream": true}', b"Connection: close"))
+    kept = end.startswith("kept")
+    client.send(post(CHAT, b'{"stream": true}', *([] if kept else [b"Connection: close"])))
     call = await stack.backend.call(seen)
-    if not end.startswith("cancelled"):
+    if kept:
+        assert (await client.response()).status == 200
+    elif not end.startswith("cancelled"):
         await client.take_all()
     client.close()
     await until(lambda: not stack.parts.clients, "the client's connection is gone")
