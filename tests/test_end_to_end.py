@@ -168,11 +168,11 @@ async def test_parallel_and_priority_of_a_key(stack):
 @scenario(MAX_CONCURRENT_REQUESTS="1", MAX_QUEUE_SIZE="1")
 async def test_full_queue_says_when_to_come_back(stack):
     """Retry-After comes from how fast slots became free of late."""
-    for _ in range(3):
+    for number in range(3):
         stack.backend.script(stall(stack.finish), send(answer()))
         client = await stack.client()
         client.send(post())
-        await until(lambda: stack.parts.relaying)
+        await stack.backend.call(number)
         stack.advance(7)
         stack.finish.set()
         assert (await client.response()).status == 200
@@ -180,7 +180,7 @@ async def test_full_queue_says_when_to_come_back(stack):
     stack.backend.script(stall(stack.finish), send(answer()))
     first, second = await stack.client(), await stack.client()
     first.send(post())
-    await until(lambda: stack.parts.relaying)
+    await stack.backend.call(3)
     second.send(post())
     await until(lambda: stack.parts.gate.queued == 1)
     response = await stack.ask(post(key=KEY))
