@@ -316,15 +316,7 @@ class Observer:
 
 # --- The access line: no prompt, no query string, no key ---
 
-_TEXT_NAMES = [
-    "ts",
-    "key",
-    "method",
-    "path",
-    "status",
-    "id",
-    "peer",
-    "route",
+_LAST_NAMES = [
     "backend_status",
     "outcome",
     "stage",
@@ -337,28 +329,10 @@ _TEXT_NAMES = [
     "cached_tokens",
     "completion_tokens",
 ]
+_TEXT_NAMES = ["ts", "key", "method", "path", "status", "id", "peer", "route", *_LAST_NAMES]
+_JSON_NAMES = ["ts", "id", "key", "peer", "method", "route", "status", *_LAST_NAMES]
 # No part can hold a blank or a control byte.
 _TEXT = "%s | %s | %s %s | %d | " + " ".join([f"{name}=%s" for name in _TEXT_NAMES[5:]])
-_JSON_NAMES = [
-    "ts",
-    "id",
-    "key",
-    "peer",
-    "method",
-    "route",
-    "status",
-    "backend_status",
-    "outcome",
-    "stage",
-    "bytes_in",
-    "bytes_out",
-    "queue_ms",
-    "first_byte_ms",
-    "total_ms",
-    "prompt_tokens",
-    "cached_tokens",
-    "completion_tokens",
-]
 
 
 def text_lines(columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[str]:

@@ -33,14 +33,15 @@ class Outbox:
 
     _QUIET_S = 200e-6  # since the last write, where there is none to share a turn with
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
         self._waiting: list[tuple[asyncio.Transport, bytes]] = []
-        self._put_s = 0.0
+        self._put_s = -inf
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
         waiting = self._waiting
         if not waiting:
-            last_s, self._put_s = self._put_s, monotonic()
+            last_s, self._put_s = self._put_s, self._clock()
             if self._put_s - last_s > self._QUIET_S:
                 transport.write(data)
                 return
