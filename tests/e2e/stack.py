@@ -140,13 +140,14 @@ class LlamaServer(Process):
         assert status == 200, body
         return sum(slot["is_processing"] for slot in json.loads(body))
 
-    def all_free(self, within_s: float = SLOT_FREE_S) -> None:
+    def all_free(self, within_s: float = SLOT_FREE_S, *, every_s: float = 1.1) -> None:
         """Wait until no slot works, looking less than once a second.
 
         llama-server finds out that the reader of a whole (not streamed) answer has left only after a second in which it
-        had no result for anybody, and each look at /slots is a result: to look faster is to keep the slot busy.
+        had no result for anybody, and each look at /slots is a result: to look faster is to keep the slot busy. The
+        gateway looks, too: who watches it at that has to look at the end only.
         """
-        eventually(self.busy, lambda busy: busy == 0, within_s, every_s=1.1)
+        eventually(self.busy, lambda busy: busy == 0, within_s, every_s=every_s)
 
     def counters(self) -> dict[str, float]:
         """llama-server's own metrics, without their prefix."""
