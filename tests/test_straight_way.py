@@ -112,6 +112,32 @@ async def test_a_client_that_leaves_takes_the_backend_s_connection_along(stack: 
     await until(lambda: stack.counted("cancelled", "awaiting_response") == 1)
 
 
+@pytest.mark.parametrize(("minor", "fields"), [(1, [b"Connection: close"]), (0, []), (0, [b"Connection: keep-alive"])])
+@scenario()
+async def test_who_has_to_be_told_of_the_connection_is_told(stack: Stack, minor: int, fields: list[bytes]) -> None:
+    """The straight way says nothing of it: whoever must hear `close` or `keep-alive` goes the long one."""
+    await prime(stack)
+    stack.backend.script(send(answer()))
+    client = await stack.client()
+    client.send(post(CHAT, b"{}", *fields, minor=minor))
+    response = await client.response()
+    assert (response.status, response.body) == (200, HELLO)
+    keeps = b"Connection: keep-alive" in fields
+    assert response.field(b"connection") == (b"keep-alive" if keeps else b"close")
+    if not keeps:
+        await client.until(lambda: client.ended == "fin")
+
+
+@scenario()
+async def test_an_interim_answer_that_comes_alone_is_no_answer(stack: Stack) -> None:
+    interim = b"HTTP/1.1 103 Early Hints\r\nContent-Length: 0\r\n\r\n"
+    client, _ = await asked(stack, send(interim), stall(stack.finish), send(answer()))
+    await client.silent()
+    stack.finish.set()
+    response = await client.response()
+    assert (response.status, response.body) == (200, HELLO)
+
+
 @scenario(REQUEST_TIMEOUT="60")
 async def test_time_is_up(stack: Stack) -> None:
     client, call = await asked(stack, stall())
