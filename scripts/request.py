@@ -277,9 +277,7 @@ class Request:
     def _hand_over(self, backend: BackendWire, heard: Promise[bytes]) -> None:
         """Go on in a conversation, as if that had asked."""
         self._client.settle()
-        if self._has_slot and self._caller is not None:
-            self._has_slot = False
-            self._ticket = self._parts.gate.ticket(self._caller.key_id, self._caller.parallel)
+        self._have_ticket()
         self._backend = None
         self._open_relay(Asked(backend, heard))
         self._client.converse(self._converse(), self._end)
@@ -348,15 +346,20 @@ class Request:
         parts = self._parts
         if not self.exchange.queued_s:
             self._apply()
-        elif self._has_slot and self._caller is not None:
-            self._has_slot = False
-            self._ticket = parts.gate.ticket(self._caller.key_id, self._caller.parallel)
+        else:
+            self._have_ticket()
         if parts.readiness.state != READY:
             await self._until_ready()
         if self._ticket is not None:
             if self._ticket.waiting is not None:
                 await self._until_admitted(self._ticket.waiting)
             self.exchange.admitted_s = parts.clock()
+
+    def _have_ticket(self) -> None:
+        """Hold a slot that was taken on the straight way as a conversation does: by a ticket."""
+        if self._has_slot and self._caller is not None:
+            self._has_slot = False
+            self._ticket = self._parts.gate.ticket(self._caller.key_id, self._caller.parallel)
 
     def _apply(self) -> None:
         """Get into the queue, and into a slot if one is free."""
