@@ -6,8 +6,9 @@ from math import inf
 
 from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from http1 import HEAD_END
+from turns import Outbox
 from waiting import Deadlines
-from wire import Expectant, Outbox, Wire
+from wire import Expectant, Wire
 
 
 class BackendWire(Wire):

@@ -16,8 +16,9 @@ from typing import Any, Protocol, TypeVar
 from bodies import RequestBody
 from errors import REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
 from http1 import HeadScanner, Limits
+from turns import Outbox
 from waiting import Deadlines, Promise
-from wire import Expectant, Outbox, Wire
+from wire import Expectant, Wire
 
 T = TypeVar("T")
 

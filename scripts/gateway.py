@@ -19,12 +19,14 @@ from collections.abc import Sequence
 import config
 import logs
 import signals
+import turns
 from client_wire import ClientWire
 from config import Config, ConfigError
 from connection import Connection
 from errors import DRAINING, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
+from turns import Outbox
 from waiting import end_tasks
 
 log = logging.getLogger("gateway")
@@ -153,10 +155,10 @@ class Gateway:
 # --- The process ---
 
 
-async def serve(settings: Config) -> int:
+async def serve(settings: Config, outbox: Outbox) -> int:
     """Run the gateway until it is told to stop; return the exit status."""
     try:
-        parts = Parts(settings)
+        parts = Parts(settings, outbox=outbox)
     except (OSError, ssl.SSLError) as error:
         log.error("TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: %s", error)
         return EXIT_SETTINGS
@@ -208,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in settings.warnings:
         log.warning("%s", warning)
     with contextlib.suppress(KeyboardInterrupt):
-        return asyncio.run(serve(settings))
+        outbox = Outbox()
+        return turns.run(serve(settings, outbox), outbox)
     return 0
 
 

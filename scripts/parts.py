@@ -22,9 +22,9 @@ from readiness import READY, Probe, Readiness, StateFile
 from relay import Patience, Pool, fetch
 from routes import Routes
 from slots import LettingGo, total_slots
+from turns import Outbox
 from usage import Ledger
 from waiting import Deadlines
-from wire import Outbox
 
 log = logging.getLogger("gateway")
 
@@ -32,7 +32,9 @@ log = logging.getLogger("gateway")
 class Parts:
     """The parts, and the little state that they share."""
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, config: Config, clock: Callable[[], float] = time.monotonic, outbox: Outbox | None = None
+    ) -> None:
         self.config = config
         self.clock = clock
         self.deadlines = Deadlines(clock, self._each_tick)
@@ -45,7 +47,7 @@ class Parts:
         self.anonymous = auth.ANONYMOUS_OPERATOR if own.admin_routes else auth.ANONYMOUS
         self.gate = Gate(config.queue.max_concurrent or 1, config.queue.max_size, clock)
         self.gate.hold()
-        self.outbox = Outbox()
+        self.outbox = outbox or Outbox()
         backend, most = config.backend, config.limits.response_head_bytes
         self.pool = Pool(backend.host, backend.port, self.deadlines, self.outbox, most)
         self.backend_fields = backend_fields(config)

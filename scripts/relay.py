@@ -27,9 +27,9 @@ from http1 import (
     parse_response_head,
     response_framing,
 )
+from turns import Outbox
 from usage import Meter
 from waiting import Deadlines, Promise
-from wire import Outbox
 
 # llama-server closes a connection that has idled for 5 s, and says so itself before its hundredth answer.
 _IDLE_S = 3.5

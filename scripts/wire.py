@@ -10,9 +10,9 @@ What a wire does not do: read HTTP (http1 does, over the bytes it is handed), or
 import asyncio
 from collections.abc import Callable
 from math import inf
-from time import monotonic
 from typing import Any, Protocol, cast
 
+from turns import Outbox
 from waiting import Deadlines
 
 
@@ -22,36 +22,6 @@ class Expectant(Protocol):
     def keep(self, value: Any) -> None: ...
 
     def fail(self, error: Exception) -> None: ...
-
-
-class Outbox:
-    """What a busy turn of the loop has to send, sent in one go at its end; what a quiet one has, at once.
-
-    A peer on this machine that sleeps is woken by what it is sent. Writes of a busy gateway that came one by one would
-    wake it for each, which costs more than a write does; at the end of a turn they find it awake after the first.
-    """
-
-    _QUIET_S = 200e-6  # since the last write, where there is none to share a turn with
-
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
-        self._clock = clock
-        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
-        self._put_s = -inf
-
-    def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        waiting = self._waiting
-        if not waiting:
-            last_s, self._put_s = self._put_s, self._clock()
-            if self._put_s - last_s > self._QUIET_S:
-                transport.write(data)
-                return
-            asyncio.get_running_loop().call_soon(self.flush)
-        waiting.append((transport, data))
-
-    def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for transport, data in waiting:
-            transport.write(data)
 
 
 class Wire(asyncio.Protocol):

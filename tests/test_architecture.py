@@ -31,28 +31,29 @@ TABLE = {
     "cors": "errors http1",
     # layer 2: the settings, what is known of the backend, and one peer's bytes
     "waiting": "errors",
+    "turns": "waiting",
     "readiness": "errors",
     "slots": "admission errors waiting",
     "backend_page": "errors metrics",
     "config": "accept http1",
-    "wire": "waiting",
-    "client_wire": "bodies errors http1 waiting wire",
-    "backend_wire": "errors http1 waiting wire",
+    "wire": "turns waiting",
+    "client_wire": "bodies errors http1 turns waiting wire",
+    "backend_wire": "errors http1 turns waiting wire",
     "plan": "auth cors errors http1 routes",
     # layer 3: one exchange
     "exchange": "errors logs metrics plan usage",
     "answer": "bodies client_wire errors http1 plan",
     "heartbeat": "answer errors",
-    "relay": "answer backend_wire bodies client_wire errors http1 usage waiting wire",
+    "relay": "answer backend_wire bodies client_wire errors http1 turns usage waiting",
     # layer 4: the gateway put together
     "parts": "admission auth backend_page backend_wire client_wire config cors exchange logs metrics plan readiness"
-    " relay routes slots usage waiting wire",
+    " relay routes slots turns usage waiting",
     "local": "answer auth client_wire errors metrics parts plan readiness usage",
     "callers": "auth client_wire errors parts plan routes",
     "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
     " parts plan readiness relay routes usage waiting",
     "connection": "client_wire errors exchange parts request",
-    "gateway": "client_wire config connection errors exchange logs parts signals waiting",
+    "gateway": "client_wire config connection errors exchange logs parts signals turns waiting",
     # the boot
     "probes": "",
     "processes": "",

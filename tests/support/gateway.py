@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import turns
 from client_wire import ClientWire
 from config import load_config
 from gateway import Gateway
@@ -27,6 +28,7 @@ from parts import Parts
 from support.backend import Backend
 from support.clock import Clock
 from support.rawclient import PATIENCE_S, RawClient, Response
+from turns import Outbox
 
 KEY = b"sk-alice-0123456789abcdef"
 OPERATOR_KEY = b"sk-olga-0123456789abcdef"
@@ -108,6 +110,7 @@ class Stack:
         self.problems: list[dict[str, Any]] = []
         self._clients: list[RawClient] = []
         self._stopped = False
+        self.outbox = Outbox()
 
     # --- Life ---
 
@@ -129,9 +132,8 @@ class Stack:
             "ACCESS_LOG": str(self.access_file),
             **made,
         }
-        self.parts = Parts(
-            load_config({name: value for name, value in environ.items() if value != "unset"}), self.clock
-        )
+        settings = load_config({name: value for name, value in environ.items() if value != "unset"})
+        self.parts = Parts(settings, self.clock, self.outbox)
         self.gateway = Gateway(self.parts)
         self.parts.reload()
         self.port = await self.gateway.start()
@@ -248,7 +250,8 @@ def scenario(
     def decorate(play: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         @functools.wraps(play)
         def test(tmp_path: Path, **names: Any) -> None:
-            asyncio.run(_play(play, Stack(tmp_path, dict(settings), clock()), names))
+            stack = Stack(tmp_path, dict(settings), clock())
+            turns.run(_play(play, stack, names), stack.outbox)
 
         parameters = list(inspect.signature(play).parameters.values())[1:]
         own = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -14,9 +14,11 @@ import sys
 
 import gateway
 import logs
+import turns
 from backend_wire import BackendWire
 from config import Config, load_config
 from parts import Parts
+from turns import Outbox
 
 
 def held(parts: Parts) -> dict[str, int]:
@@ -43,8 +45,8 @@ def tell(news: object) -> None:
 class WatchedParts(Parts):
     """The gateway's parts; they tell what they hold when asked by SIGUSR1."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, *, outbox: Outbox) -> None:
+        super().__init__(config, outbox=outbox)
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
 
     def _tell(self) -> None:
@@ -64,7 +66,8 @@ def main() -> int:
     logs.setup("gateway", settings.log.level, settings.log.format, sys.stderr)
     logging.getLogger("gateway").addHandler(Announcer())
     gateway.Parts = WatchedParts  # type: ignore[assignment, misc]
-    return asyncio.run(gateway.serve(settings))
+    outbox = Outbox()
+    return turns.run(gateway.serve(settings, outbox), outbox)
 
 
 if __name__ == "__main__":

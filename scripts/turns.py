@@ -1,0 +1,132 @@
+"""The turns of the event loop: what a turn has to send is sent at its end, in one go.
+
+A peer on this machine that sleeps is woken by what it is sent. Writes that came one by one would wake it for each,
+which costs more than a write does; at the end of a turn they find it awake after the first. That end is the moment in
+which the loop asks its selector what is next, so the selector is ours: a callback would need a turn of its own.
+"""
+
+import asyncio
+import select
+import selectors
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
+from typing import Any, TypeVar
+
+from waiting import end_tasks
+
+T = TypeVar("T")
+HAS_EPOLL = hasattr(select, "epoll")
+
+
+class Outbox:
+    """What the present turn of the loop has to send."""
+
+    __slots__ = ("_waiting", "has_selector")
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
+        self.has_selector = False  # which empties it; on any other loop a callback does
+
+    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+        if not self._waiting and not self.has_selector:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._waiting.append((transport, data))
+
+    def flush(self) -> bool:
+        """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do."""
+        broken = False
+        if self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for transport, data in waiting:
+                transport.write(data)
+                broken = transport.is_closing() or broken
+        return broken
+
+
+class TurnSelector(selectors.BaseSelector):
+    """epoll for asyncio's loop, emptying an outbox at the end of each turn.
+
+    It does what selectors.EpollSelector does with half of the steps, which at one event a turn is what an event costs
+    the loop.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        outbox.has_selector = True
+        self._flush = outbox.flush
+        self._epoll = select.epoll()
+        self._keys: dict[int, SelectorKey] = {}
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
+        key = SelectorKey(fileobj, _descriptor(fileobj), events, data)
+        if key.fd in self._keys:
+            raise KeyError(f"descriptor {key.fd} is registered already")
+        self._epoll.register(key.fd, _mask(events))
+        self._keys[key.fd] = key
+        return key
+
+    def unregister(self, fileobj: Any) -> SelectorKey:
+        key = self._keys.pop(_descriptor(fileobj))
+        with suppress(OSError):  # it may have been closed already
+            self._epoll.unregister(key.fd)
+        return key
+
+    def modify(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
+        key = self._keys[_descriptor(fileobj)]
+        if events != key.events:
+            self._epoll.modify(key.fd, _mask(events))
+        key = self._keys[key.fd] = SelectorKey(key.fileobj, key.fd, events, data)
+        return key
+
+    def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        if self._flush() or (timeout is not None and timeout < 0):
+            timeout = 0
+        ready: list[tuple[SelectorKey, int]] = []
+        keys = self._keys
+        for fd, mask in self._epoll.poll(timeout):
+            key = keys.get(fd)
+            if key is None:
+                continue
+            if mask == select.EPOLLIN:
+                ready.append((key, EVENT_READ))
+            else:  # an error, or the peer's end, is for whoever reads and for whoever writes
+                events = (mask & ~select.EPOLLIN and EVENT_WRITE) | (mask & ~select.EPOLLOUT and EVENT_READ)
+                ready.append((key, events & key.events))
+        return ready
+
+    def close(self) -> None:
+        self._epoll.close()
+        self._keys.clear()
+
+    def get_key(self, fileobj: Any) -> SelectorKey:
+        return self._keys[_descriptor(fileobj)]
+
+    def get_map(self) -> Mapping[Any, SelectorKey]:
+        """The keys by descriptor."""
+        return self._keys
+
+
+def _descriptor(fileobj: Any) -> int:
+    return fileobj if isinstance(fileobj, int) else int(fileobj.fileno())
+
+
+def _mask(events: int) -> int:
+    if not events or events & ~(EVENT_READ | EVENT_WRITE):
+        raise ValueError(f"no such events: {events!r}")
+    return (events & EVENT_READ and select.EPOLLIN) | (events & EVENT_WRITE and select.EPOLLOUT)
+
+
+def run(main: Coroutine[Any, Any, T], outbox: Outbox) -> T:
+    """As asyncio.run, on a loop that empties `outbox` at the end of each of its turns, where the platform has epoll."""
+    if not HAS_EPOLL:
+        return asyncio.run(main)
+    loop = asyncio.SelectorEventLoop(TurnSelector(outbox))
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.run_until_complete(end_tasks(asyncio.all_tasks(loop)))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+        asyncio.set_event_loop(None)
+        loop.close()
