@@ -84,14 +84,6 @@ def open_response(raw: bytes, method: bytes) -> Opening:
     return Opening(head, head.status, relayed_lines(head), framing, is_event_stream(head), keeps_alive(head), tells)
 
 
-def peek(raw: bytes, method: bytes) -> Opening | None:
-    """As `open_response`; None where there is an error, for somebody else to meet."""
-    try:
-        return open_response(raw, method)
-    except GatewayError:
-        return None
-
-
 def connection_line(minor: int, keep_alive: bool) -> bytes:
     """What a client of HTTP/1.<minor> has to be told of its connection (RFC 9112 section 9.3)."""
     if not keep_alive:

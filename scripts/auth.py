@@ -11,9 +11,8 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import keyfile
 from errors import INVALID_API_KEY, KEY_SUSPENDED, RATE_LIMIT_EXCEEDED, Fields, GatewayError
@@ -22,6 +21,7 @@ WINDOW_S = 60.0
 # Requests that come within this time are counted as one group and leave the window together, with the last of them.
 GROUP_S = 1.0
 
+NO_KEY = "-"  # no key's id can be this
 CHALLENGE: Fields = ((b"WWW-Authenticate", b"Bearer"),)
 
 # RFC 9110 §11.4 puts one or more spaces behind the scheme. A key alone is what some tools send; no key is as short as a
@@ -41,11 +41,12 @@ class Caller:
     parallel: int | None = None
     priority: int = 0
     tokens_per_day: int | None = None
+    expires_s: float | None = None  # since the epoch
 
 
 # With AUTH_ENABLED=false nobody is told apart, so that a rate for one would be a rate for all: there is none.
-ANONYMOUS = Caller("anonymous", "infer", 10**9)
-ANONYMOUS_OPERATOR = Caller("anonymous", "operator", 10**9)
+ANONYMOUS = Caller(NO_KEY, "infer", 10**9)
+ANONYMOUS_OPERATOR = Caller(NO_KEY, "operator", 10**9)
 
 
 # The credential
@@ -93,26 +94,25 @@ class Keyring:
 
     __slots__ = ("_callers",)
 
-    def __init__(self, callers: Mapping[bytes, tuple[Caller, float]]) -> None:
+    def __init__(self, callers: Mapping[bytes, Caller]) -> None:
         self._callers = callers
 
     @classmethod
     def of(cls, entries: Iterable[keyfile.Entry], default_rate: int = 100) -> "Keyring":
         """Build a keyring; default_rate, in requests a minute, is for the entries that name none."""
-        return cls({entry.digest: (_caller(entry, default_rate), _expires_s(entry)) for entry in entries})
+        return cls({entry.digest: _caller(entry, default_rate) for entry in entries})
 
     def __len__(self) -> int:
         return len(self._callers)
 
-    def find(self, digest: bytes, now_s: float) -> Caller:
-        """Return whose secret has this digest; now_s is epoch time.
+    def find(self, digest: bytes, clock: Callable[[], float]) -> Caller:
+        """Return whose secret has this digest; the clock tells seconds since the epoch.
 
         Raises GatewayError(INVALID_API_KEY or KEY_SUSPENDED).
         """
-        found = self._callers.get(digest)
-        if found is None or found[1] <= now_s:
+        caller = self._callers.get(digest)
+        if caller is None or (caller.expires_s is not None and caller.expires_s <= clock()):
             raise unauthorized()
-        caller = found[0]
         if caller.rate_limit == 0:
             raise GatewayError(KEY_SUSPENDED)
         return caller
@@ -120,11 +120,8 @@ class Keyring:
 
 def _caller(entry: keyfile.Entry, default_rate: int) -> Caller:
     rate_limit = default_rate if entry.rate_limit is None else entry.rate_limit
-    return Caller(entry.key_id, entry.role, rate_limit, entry.parallel, entry.priority, entry.tokens_per_day)
-
-
-def _expires_s(entry: keyfile.Entry) -> float:
-    return math.inf if entry.expires_at is None else entry.expires_at.timestamp()
+    expires_s = None if entry.expires_at is None else entry.expires_at.timestamp()
+    return Caller(entry.key_id, entry.role, rate_limit, entry.parallel, entry.priority, entry.tokens_per_day, expires_s)
 
 
 @dataclass(frozen=True)
@@ -185,36 +182,31 @@ def _reason(error: OSError | ValueError) -> str:
 # The rates
 
 
-class Quota(NamedTuple):
-    """A key's standing after a request: reset_s is the time until nothing that it did counts any more."""
-
-    limit: int
-    remaining: int
-    reset_s: float
-
-    def lines(self) -> bytes:
-        """The same as field lines, ready to be sent."""
-        return (
-            b"x-ratelimit-limit-requests: %d\r\n"
-            b"x-ratelimit-remaining-requests: %d\r\n"
-            b"x-ratelimit-reset-requests: %b\r\n"
-        ) % (self.limit, self.remaining, serialize_duration(self.reset_s))
-
-    def fields(self) -> Fields:
-        return (
-            (b"x-ratelimit-limit-requests", b"%d" % self.limit),
-            (b"x-ratelimit-remaining-requests", b"%d" % self.remaining),
-            (b"x-ratelimit-reset-requests", serialize_duration(self.reset_s)),
-        )
-
-
-@lru_cache(maxsize=64)
 def serialize_duration(duration_s: float) -> bytes:
     """Write a duration as OpenAI does: 350ms, 1s, 6m0s. Rounded up, so that it is never too early."""
     if duration_s < 1:
         return b"%dms" % math.ceil(max(duration_s, 0) * 1000)
     minutes, seconds = divmod(math.ceil(duration_s), 60)
     return b"%dm%ds" % (minutes, seconds) if minutes else b"%ds" % seconds
+
+
+def allowance(limit: int, remaining: int, reset_s: float) -> Fields:
+    """Tell a client where its key stands; reset_s is the time until nothing that it did counts any more."""
+    return (
+        (b"x-ratelimit-limit-requests", b"%d" % limit),
+        (b"x-ratelimit-remaining-requests", b"%d" % remaining),
+        (b"x-ratelimit-reset-requests", serialize_duration(reset_s)),
+    )
+
+
+def allowance_lines(limit: int, remaining: int) -> bytes:
+    """The same as field lines, behind a request that was accepted just now."""
+    return _ALLOWANCE % (limit, remaining)
+
+
+_ALLOWANCE = b"".join(
+    b"%b: %b\r\n" % (name, value if b"reset" in name else b"%d") for name, value in allowance(0, 0, WINDOW_S)
+)
 
 
 class _Group:
@@ -289,8 +281,11 @@ class Rates:
     def __len__(self) -> int:
         return len(self._windows)
 
-    def take(self, caller: Caller) -> Quota:
-        """Count a request. Raises GatewayError(RATE_LIMIT_EXCEEDED), and then counts nothing."""
+    def take(self, caller: Caller) -> int:
+        """Count a request, and return how many more would be accepted now.
+
+        Raises GatewayError(RATE_LIMIT_EXCEEDED), and then counts nothing.
+        """
         now_s = self._clock()
         window = self._windows.get(caller.key_id) or self._begin(caller.key_id, now_s)
         if window.due_s <= now_s:
@@ -304,7 +299,7 @@ class Rates:
         group.last_s = now_s
         group.count += 1
         window.total = total = total + 1
-        return Quota(limit, limit - total, WINDOW_S)
+        return limit - total
 
     def give_back(self, caller: Caller) -> None:
         """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing.
@@ -336,6 +331,6 @@ def _refuse(window: _Window, limit: int, now_s: float) -> NoReturn:
     raise GatewayError(
         RATE_LIMIT_EXCEEDED,
         f"This API key is limited to {limit} requests a minute.",
-        fields=Quota(limit, 0, reset_s).fields(),
+        fields=allowance(limit, 0, reset_s),
         retry_after_s=math.ceil(round(window.wait_s(limit, now_s), 6)),
     )

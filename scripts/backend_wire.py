@@ -31,7 +31,7 @@ class BackendWire(Wire):
         if self._sink is not None:
             self._sink(data)
         elif self._hearer is not None:
-            self._take_head(self._part + data if self._part else data, self._hearer)
+            self._take_head(data, self._hearer)
         elif self._asked:
             self.rest += data
         else:
@@ -58,19 +58,23 @@ class BackendWire(Wire):
             self._cut_before_head()
 
     def _take_head(self, data: bytes, hearer: Expectant) -> None:
-        """Look for the end of a head; `data` begins with what has been looked at before."""
-        end = data.find(HEAD_END, max(len(self._part) - 3, 0)) if self._part else data.find(HEAD_END)
-        if 0 <= end <= self._head_bytes:
-            self._hearer = None
-            self._part = b""
-            self.rest = data[end + 4 :]
-            hearer.keep(data[: end + 4])
-        elif end < 0 and len(data) <= self._head_bytes:
-            self._part = data
+        """Look for the end of a head in what has come, and keep what has where it is not there yet."""
+        part, rest = self._part, b""
+        if part and HEAD_END not in part[-3:] + data:
+            head, end = part + data, b""
         else:
+            head, end, rest = (part + data).partition(HEAD_END)
+        if len(head) > self._head_bytes:
             self._hearer = None
             words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
             hearer.fail(GatewayError(BACKEND_MALFORMED, words))
+        elif end:
+            self._hearer = None
+            self._part = b""
+            self.rest = rest
+            hearer.keep(head + end)
+        else:
+            self._part = head
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)
@@ -96,9 +100,9 @@ class BackendWire(Wire):
         """Nobody expects bytes any more; any that come abort the connection, and so does the time."""
         self._sink = self.on_end = None
         self._asked = False
+        self.rest = b""
         self._reused = True
         self.deadline_s = self._deadlines.now_s + seconds
-        self.transport.resume_reading()
 
     def was_stale(self) -> bool:
         """Whether it was closed in an orderly way before it had said anything in answer to a request: as a server does

@@ -2,7 +2,7 @@
 
 import time
 
-from auth import Caller, Quota, unauthorized
+from auth import Caller, allowance_lines, unauthorized
 from client_wire import ClientWire
 from errors import (
     DRAINING,
@@ -26,7 +26,7 @@ def identify(parts: Parts, client: ClientWire, plan: Plan) -> Caller | None:
     try:
         if plan.credential is None:
             raise plan.no_credential or unauthorized()
-        return parts.keys.keyring.find(plan.credential, time.time())
+        return parts.keys.keyring.find(plan.credential, time.time)
     except GatewayError:
         if plan.route.kind.role is Role.PUBLIC:
             return None
@@ -49,10 +49,13 @@ def check(parts: Parts, plan: Plan, caller: Caller | None) -> None:
         raise GatewayError(LENGTH_REQUIRED)
 
 
-def charge(parts: Parts, plan: Plan, caller: Caller) -> Quota:
-    """Count the request against the key's rate, once the key's tokens for today are known not to be spent."""
+def charge(parts: Parts, plan: Plan, caller: Caller) -> bytes:
+    """Count the request against the key's rate, once the key's tokens for today are known not to be spent.
+
+    Returns the field lines that tell what the rate leaves.
+    """
     if caller.tokens_per_day is not None and plan.route.kind.metered:
         parts.observer.flush()
         if parts.ledger.spent_today(caller.key_id) >= caller.tokens_per_day:
             raise GatewayError(TOKEN_QUOTA_EXCEEDED, retry_after_s=int(parts.ledger.resets_in_s()) + 1)
-    return parts.rates.take(caller)
+    return allowance_lines(caller.rate_limit, parts.rates.take(caller))

@@ -183,12 +183,6 @@ class ClientWire(Wire):
         """No wait from now on ends later than in `seconds` (0 = no such limit)."""
         self._limit_s = self._deadlines.now_s + seconds if seconds else inf
 
-    def satisfy(self, value: object) -> None:
-        """What is being waited for has come, if anything is; whoever has it says at once what it waits for next."""
-        expectant, self._pending = self._pending, None
-        if expectant is not None:
-            expectant.keep(value)
-
     def interrupt(self, error: Exception) -> None:
         """End what is being waited for, if anything is."""
         expectant = self._pending
@@ -227,7 +221,8 @@ class ClientWire(Wire):
         else:
             self.expect(reader, idle_s, None)
             self._sink = self._scan_head
-            self._read_on()
+            if self._paused:
+                self._read_on()
 
     def _scan_ahead(self, reader: Expectant) -> None:
         if self._pending is reader:
@@ -246,7 +241,9 @@ class ClientWire(Wire):
         if raw is not None:
             self._sink = None
             self._ahead = self._scanner.rest
-            self.satisfy(raw)
+            reader, self._pending = self._pending, None
+            if reader is not None:
+                reader.keep(raw)
         elif self._kind is None:  # the first byte of a head, or of empty lines before it
             self._kind = REQUEST_TIMEOUT
             self.deadline_s = self._deadlines.now_s + self._whole_s
@@ -264,6 +261,9 @@ class ClientWire(Wire):
     def take_sized_body(self, octets: int) -> bytes | None:
         """A body of so many octets, if all of it is here already."""
         ahead = self._ahead
+        if len(ahead) == octets:
+            self._ahead = b""
+            return ahead
         if len(ahead) < octets:
             return None
         self._ahead = ahead[octets:]
@@ -319,7 +319,9 @@ class ClientWire(Wire):
         super().resume_writing()
         if self._awaits_room:
             self._awaits_room = False
-            self.satisfy(None)
+            expectant, self._pending = self._pending, None
+            if expectant is not None:
+                expectant.keep(None)
 
     def truncate(self, *, reset: bool, flush_s: float) -> None:
         """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""

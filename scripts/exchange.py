@@ -9,12 +9,14 @@ import logging
 import os
 from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import compress, count, groupby, repeat
-from operator import add, attrgetter, itemgetter, mul, sub
-from typing import Any
+from operator import add, itemgetter, mod, mul, sub
+from typing import Any, NamedTuple
 
+from auth import NO_KEY
 from errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_QUOTA_EXCEEDED, Kind
-from logs import AccessLog, timestamps
+from logs import AccessLog, escape, timestamps
 from metrics import Counter, Histogram, Registry
 from plan import Plan
 from usage import Charge, Ledger, Meter, Tokens, charge, read_tokens
@@ -29,36 +31,9 @@ GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1
 TOKENS_PER_SECOND = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, 2560.0, 5120.0, 10240.0)
 CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
-NO_KEY = "-"
 TOKEN_TYPES = ("prompt", "cached", "completion")
 _BATCH = 128
 _NO_TOKENS = Tokens(0, 0, 0)
-
-_FIELDS = [
-    "ended_at",
-    "key_id",
-    "plan.verb",
-    "plan.path",
-    "status",
-    "id",
-    "peer",
-    "plan.route.label",
-    "backend_status",
-    "outcome",
-    "stage",
-    "bytes_in",
-    "bytes_out",
-    "started_s",
-    "queued_s",
-    "admitted_s",
-    "first_byte_s",
-    "ended_s",
-    "refusal",
-    "plan.route.kind.metered",
-    "told",
-]
-_READ_FIELDS = attrgetter(*_FIELDS)
-Columns = dict[str, tuple[Any, ...]]  # the fields of many exchanges, by name
 
 
 class Stage:
@@ -89,7 +64,7 @@ def request_ids() -> Iterator[bytes]:
 class Exchange:
     """One request and what became of it, filled as it moves. Times are monotonic seconds, 0 where it never came so far.
 
-    `bytes_out`, `ended_s` and `ended_at`, which is epoch time, are known at its end.
+    `bytes_out` and `ended_s` are known at its end.
     """
 
     __slots__ = (
@@ -97,7 +72,6 @@ class Exchange:
         "backend_status",
         "bytes_in",
         "bytes_out",
-        "ended_at",
         "ended_s",
         "first_byte_s",
         "id",
@@ -115,7 +89,6 @@ class Exchange:
 
     bytes_out: int
     ended_s: float
-    ended_at: float
 
     def __init__(self, name: bytes, peer: str, plan: Plan, started_s: float, stage: str) -> None:
         self.id = name  # as the fields have it
@@ -130,6 +103,58 @@ class Exchange:
         self.backend_status = self.bytes_in = 0
         self.refusal: Kind | None = None
         self.told: Meter | bytes | None = None  # the answer, for its tokens
+
+
+class Columns(NamedTuple):
+    """The fields of many exchanges, each a column."""
+
+    key_id: tuple[str, ...]
+    label: tuple[str, ...]
+    metered: tuple[bool, ...]
+    words: tuple[bytes, ...]
+    id: tuple[bytes, ...]
+    peer: tuple[str, ...]
+    status: tuple[int, ...]
+    backend_status: tuple[int, ...]
+    outcome: tuple[str, ...]
+    stage: tuple[str, ...]
+    refusal: tuple[Kind | None, ...]
+    bytes_in: tuple[int, ...]
+    bytes_out: tuple[int, ...]
+    started_s: tuple[float, ...]
+    queued_s: tuple[float, ...]
+    admitted_s: tuple[float, ...]
+    first_byte_s: tuple[float, ...]
+    ended_s: tuple[float, ...]
+    told: tuple[Meter | bytes | None, ...]
+
+    @classmethod
+    def of(cls, exchanges: Iterable[Exchange]) -> "Columns":
+        rows = [
+            (
+                x.key_id,
+                (plan := x.plan).label,
+                plan.metered,
+                plan.words,
+                x.id,
+                x.peer,
+                x.status,
+                x.backend_status,
+                x.outcome,
+                x.stage,
+                x.refusal,
+                x.bytes_in,
+                x.bytes_out,
+                x.started_s,
+                x.queued_s,
+                x.admitted_s,
+                x.first_byte_s,
+                x.ended_s,
+                x.told,
+            )
+            for x in exchanges
+        ]
+        return cls(*zip(*rows, strict=True))
 
 
 class Metrics:
@@ -204,7 +229,7 @@ class Strangers:
         self._count += 1
         if self._count <= self.LINES:
             log.warning(
-                "no valid key: %s for %s (request %s)", exchange.peer, exchange.plan.route.label, exchange.id.decode()
+                "no valid key: %s for %s (request %s)", exchange.peer, exchange.plan.label, exchange.id.decode()
             )
 
     def sum_up(self) -> None:
@@ -233,7 +258,11 @@ class Observer:
         *,
         as_json: bool,
         clock: Callable[[], float],
+        wall_clock: Callable[[], float],
     ) -> None:
+        """`clock` is the one that exchanges are timed with, `wall_clock` tells seconds since the epoch."""
+        self._clock = clock
+        self._wall_clock = wall_clock
         self._metrics = metrics
         self._keys = keys
         self._strangers = Strangers(clock)
@@ -253,27 +282,28 @@ class Observer:
         ended, self._ended = self._ended, []
         if not ended:
             return
-        columns: Columns = dict(zip(_FIELDS, zip(*map(_READ_FIELDS, ended), strict=True), strict=True))
-        tokens = list(map(read_tokens, columns["plan.route.label"], columns["told"]))
+        columns = Columns.of(ended)
+        tokens = list(map(read_tokens, columns.label, columns.told))
         self._count(columns)
         self._count_ends(ended, columns)
         self._count_tokens([each for each in tokens if each is not None])
         self._charge(columns, tokens)
         if self._access_log is not None:
-            self._access_log.write_lines(self._lines(columns, tokens))
+            epoch_s = self._wall_clock() - self._clock()
+            self._access_log.write_lines(self._lines(columns, tokens, epoch_s))
 
     def _count(self, columns: Columns) -> None:
-        metrics, started = self._metrics, columns["started_s"]
-        for (label, status), number in Tally(zip(columns["plan.route.label"], columns["status"], strict=True)).items():
+        metrics, started = self._metrics, columns.started_s
+        for (label, status), number in Tally(zip(columns.label, columns.status, strict=True)).items():
             metrics.requests.inc((label, str(status)), number)
-        metrics.bytes_sent.inc((), sum(columns["bytes_out"]))
-        metrics.duration.observe_all(_spans(started, columns["ended_s"]))
-        metrics.queue_wait.observe_all(_spans(columns["queued_s"], columns["admitted_s"]))
-        metrics.first_byte.observe_all(_spans(started, columns["first_byte_s"]))
+        metrics.bytes_sent.inc((), sum(columns.bytes_out))
+        metrics.duration.observe_all(_spans(started, columns.ended_s))
+        metrics.queue_wait.observe_all(_spans(columns.queued_s, columns.admitted_s))
+        metrics.first_byte.observe_all(_spans(started, columns.first_byte_s))
 
     def _count_ends(self, ended: Sequence[Exchange], columns: Columns) -> None:
         """Count those that ended otherwise than with a whole answer, and the pace of those that were streams."""
-        if any(columns["refusal"]) or Outcome.CANCELLED in columns["outcome"]:
+        if any(columns.refusal) or Outcome.CANCELLED in columns.outcome:
             for x in ended:
                 self._count_end(x)
         gaps = [
@@ -305,21 +335,22 @@ class Observer:
 
     def _charge(self, columns: Columns, tokens: Sequence[Tokens | None]) -> None:
         uses: dict[str, list[tuple[Tokens | None, str]]] = {}
-        whose = compress(columns["key_id"], columns["plan.route.kind.metered"])
-        what = compress(zip(tokens, columns["outcome"], strict=True), columns["plan.route.kind.metered"])
+        whose = compress(columns.key_id, columns.metered)
+        what = compress(zip(tokens, columns.outcome, strict=True), columns.metered)
         for key_id, of_key in groupby(zip(whose, what, strict=True), itemgetter(0)):
             uses.setdefault(key_id, []).extend(map(itemgetter(1), of_key))
         charges = {key_id: charge(own) for key_id, own in uses.items() if key_id != NO_KEY}
-        self._keys.add(columns["key_id"], charges)
+        self._keys.add(columns.key_id, charges)
         self._ledger.record(charges)
 
 
 # --- The access line: no prompt, no query string, no key ---
 
-_LAST_NAMES = [
-    "backend_status",
-    "outcome",
-    "stage",
+_ALIKE = ["key", "status", "peer", "route", "backend_status", "outcome", "stage"]
+_OWN = [
+    "ts",
+    "words",
+    "id",
     "bytes_in",
     "bytes_out",
     "queue_ms",
@@ -329,39 +360,50 @@ _LAST_NAMES = [
     "cached_tokens",
     "completion_tokens",
 ]
-_TEXT_NAMES = ["ts", "key", "method", "path", "status", "id", "peer", "route", *_LAST_NAMES]
-_JSON_NAMES = ["ts", "id", "key", "peer", "method", "route", "status", *_LAST_NAMES]
-# No part can hold a blank or a control byte.
-_TEXT = "%s | %s | %s %s | %d | " + " ".join([f"{name}=%s" for name in _TEXT_NAMES[5:]])
+# No part can hold a blank or a control byte: what clients send has been through the parser.
+_TEXT = (
+    "%b | {key} | %b | {status} | id=%b peer={peer} route={route} backend_status={backend_status} outcome={outcome}"
+    " stage={stage} " + " ".join([f"{name}=%d" for name in _OWN[3:]])
+)
+_JSON = ["ts", "id", "key", "peer", "method", "route", "status", "backend_status", "outcome", "stage", *_OWN[3:]]
 
 
-def text_lines(columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[str]:
-    """`ts | key | METHOD /path | status`, then name=value words."""
-    return map(_TEXT.__mod__, _log_rows(_TEXT_NAMES, columns, tokens))
+def text_lines(columns: Columns, tokens: Sequence[Tokens | None], epoch_s: float) -> Iterable[bytes]:
+    """`ts | key | METHOD /path | status`, then name=value words. `epoch_s` is when the columns' clock was at 0."""
+    told = _log_columns(columns, tokens, epoch_s)
+    templates = map(_template, *[told[name] for name in _ALIKE])
+    return map(mod, templates, zip(*[told[name] for name in _OWN], strict=True))
 
 
-def json_lines(columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[str]:
-    return [json.dumps(dict(zip(_JSON_NAMES, row, strict=True))) for row in _log_rows(_JSON_NAMES, columns, tokens)]
+@lru_cache(maxsize=256)
+def _template(*alike: object) -> bytes:
+    """The text line of all requests that have these in common."""
+    words = [escape(str(word)).replace("%", "%%") for word in alike]
+    return _TEXT.format(**dict(zip(_ALIKE, words, strict=True))).encode()
 
 
-def _log_rows(names: Sequence[str], columns: Columns, tokens: Sequence[Tokens | None]) -> Iterable[tuple[Any, ...]]:
+def json_lines(columns: Columns, tokens: Sequence[Tokens | None], epoch_s: float) -> Iterable[bytes]:
+    told = _log_columns(columns, tokens, epoch_s)
+    told["ts"], told["id"] = map(bytes.decode, told["ts"]), map(bytes.decode, told["id"])
+    told["method"] = [words.partition(b" ")[0].decode() for words in columns.words]
+    rows = zip(*[told[name] for name in _JSON], strict=True)
+    return [json.dumps(dict(zip(_JSON, row, strict=True))).encode() for row in rows]
+
+
+def _log_columns(columns: Columns, tokens: Sequence[Tokens | None], epoch_s: float) -> dict[str, Iterable[Any]]:
     prompts, cacheds, completions, *_ = zip(*[each or _NO_TOKENS for each in tokens], strict=True)
-    told = {
-        **columns,
-        "ts": timestamps(columns["ended_at"]),
-        "key": columns["key_id"],
-        "method": columns["plan.verb"],
-        "path": columns["plan.path"],
-        "id": map(bytes.decode, columns["id"]),
-        "route": columns["plan.route.label"],
-        "queue_ms": _milliseconds(columns["queued_s"], columns["admitted_s"]),
-        "first_byte_ms": _milliseconds(columns["started_s"], columns["first_byte_s"]),
-        "total_ms": _milliseconds(columns["started_s"], columns["ended_s"]),
+    return {
+        **columns._asdict(),
+        "ts": timestamps(map(add, columns.ended_s, repeat(epoch_s))),
+        "key": columns.key_id,
+        "route": columns.label,
+        "queue_ms": _milliseconds(columns.queued_s, columns.admitted_s),
+        "first_byte_ms": _milliseconds(columns.started_s, columns.first_byte_s),
+        "total_ms": _milliseconds(columns.started_s, columns.ended_s),
         "prompt_tokens": prompts,
         "cached_tokens": cacheds,
         "completion_tokens": completions,
     }
-    return zip(*[told[name] for name in names], strict=True)
 
 
 def _spans(begins: Sequence[float], ends: Sequence[float]) -> list[float]:
@@ -373,6 +415,8 @@ def _spans(begins: Sequence[float], ends: Sequence[float]) -> list[float]:
 
 def _milliseconds(begins: Sequence[float], ends: Sequence[float]) -> Iterable[int]:
     """The spans in whole milliseconds, 0 for those that did not come to their end."""
+    if begins == ends:  # nobody had to wait
+        return repeat(0, len(ends))
     if all(ends):
         return map(round, map(mul, map(sub, ends, begins), repeat(1000.0)))
     return [round((end - begin) * 1000) if end else 0 for begin, end in zip(begins, ends, strict=True)]

@@ -127,10 +127,10 @@ class HeadScanner:
         Empty lines before the head are dropped. Raises URI_TOO_LONG, HEADER_FIELDS_TOO_LARGE, or BAD_REQUEST.
         """
         if not self._part:
-            end = data.find(HEAD_END)
-            if end > 0 and data[0] in _TCHAR:
-                self.rest = data[end + 4 :]
-                return data[: end + 4]
+            head, end, rest = data.partition(HEAD_END)
+            if end and head and head[0] in _TCHAR:
+                self.rest = rest
+                return head + end
         return self._feed_part(data)
 
     def _feed_part(self, data: bytes) -> bytes | None:

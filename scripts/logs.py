@@ -1,7 +1,8 @@
 """One line an event: the application log on stdout, as text or JSON, and the access log in its file.
 
-Control characters are escaped once, here; what a line says is the caller's affair. Nothing here reads a setting, and
-nothing that goes wrong with a log reaches its caller.
+Control characters of the application log are escaped once, here; what an access line says is its caller's affair, who
+has nothing in it that would need that. Nothing here reads a setting, and nothing that goes wrong with a log reaches its
+caller.
 """
 
 import functools
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import repeat
 from operator import mul
 from pathlib import Path
@@ -24,7 +25,6 @@ CLOSE_TIMEOUT_S = 2.0
 # C0, DEL and C1 controls, and the two characters beyond Latin-1 that end a line for some readers.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 CONTROLS |= {0x09: "\\t", 0x0A: "\\n", 0x0D: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-ASCII_CONTROLS = bytes(code for code in CONTROLS if code < 0x80)
 # What every record has; the rest came by `extra`.
 RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -41,29 +41,24 @@ def escape(text: str) -> str:
     return text if text.isprintable() else text.translate(CONTROLS)
 
 
-def encode_lines(lines: Sequence[str]) -> bytes:
-    """Write lines with their ends, control characters made visible. That there are none is seen in one pass."""
-    text = "\n".join(lines)
-    data = text.encode(errors="backslashreplace")
-    if not text.isascii() or len(data) - len(data.translate(None, ASCII_CONTROLS)) != max(len(lines) - 1, 0):
-        data = "\n".join(map(escape, lines)).encode(errors="backslashreplace")
-    return data + b"\n" if lines else b""
-
-
 def timestamp(epoch_s: float) -> str:
     """Write a time as UTC with milliseconds: 2026-01-02T03:04:05.678Z."""
     return _whole_millisecond(round(epoch_s * 1000))
 
 
-def timestamps(epochs_s: Iterable[float]) -> Iterable[str]:
+def timestamps(epochs_s: Iterable[float]) -> Iterable[bytes]:
     """The same for many times at once, of which a busy second has many in each millisecond."""
-    return map(_whole_millisecond, map(round, map(mul, epochs_s, repeat(1000.0))))
+    return map(_encoded_millisecond, map(round, map(mul, epochs_s, repeat(1000.0))))
 
 
-@functools.lru_cache(maxsize=256)
 def _whole_millisecond(epoch_ms: int) -> str:
     seconds, milliseconds = divmod(epoch_ms, 1000)
     return f"{_whole_second(seconds)}.{milliseconds:03d}Z"
+
+
+@functools.lru_cache(maxsize=256)
+def _encoded_millisecond(epoch_ms: int) -> bytes:
+    return _whole_millisecond(epoch_ms).encode()
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,9 +140,9 @@ class AccessLog:
         self.dropped = 0
         self._path = path
         self._capacity = capacity
-        # Blocks of whole lines, encoded while they are at hand; None stands for "reopen here". Appending and popping
-        # are atomic, and each of the two counts is one thread's, so there is no lock to wait for.
-        self._waiting: deque[bytes | None] = deque()
+        # Blocks of whole lines, and how many each has; None stands for "reopen here". Appending and popping are atomic,
+        # and each of the two counts is one thread's, so there is no lock to wait for.
+        self._waiting: deque[tuple[int, bytes] | None] = deque()
         self._queued = 0
         self._taken = 0
         self._pending = b""
@@ -163,13 +158,13 @@ class AccessLog:
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
         self._thread.start()
 
-    def write_lines(self, lines: Iterable[str]) -> None:
-        """Queue lines, given without their ends; never blocks, never raises."""
+    def write_lines(self, lines: Iterable[bytes]) -> None:
+        """Queue lines, given without their ends and with nothing in them to be escaped; never blocks, never raises."""
         given = list(lines)
         kept = given[: max(self._capacity - (self._queued - self._taken), 0)]
         if kept:
             self._queued += len(kept)
-            self._waiting.append(encode_lines(kept))
+            self._waiting.append((len(kept), b"\n".join([*kept, b""])))
             if self._queued - self._taken >= BUSY_LINES:
                 self._wake.set()
         self.dropped += len(given) - len(kept)
@@ -185,9 +180,7 @@ class AccessLog:
         self._stopping = True
         self._wake.set()
         self._thread.join(CLOSE_TIMEOUT_S)
-        lost = self._pending.count(b"\n", self._written) + sum(
-            block.count(b"\n") for block in list(self._waiting) if block is not None
-        )
+        lost = self._pending.count(b"\n", self._written) + sum(block[0] for block in list(self._waiting) if block)
         self._waiting.clear()
         self._pending = b""
         if lost:
@@ -217,13 +210,13 @@ class AccessLog:
 
     def _take(self, due: int) -> int:
         """Move up to `due` blocks before the next reopening to `_pending`, or do that reopening; tell how many."""
-        blocks: list[bytes] = []
+        blocks: list[tuple[int, bytes]] = []
         while len(blocks) < due and (block := self._waiting[0]) is not None:
             self._waiting.popleft()
             blocks.append(block)
-        self._pending = b"".join(blocks)
+        self._pending = b"".join([data for _, data in blocks])
         self._written = 0
-        self._taken += self._pending.count(b"\n")
+        self._taken += sum([lines for lines, _ in blocks])
         if not blocks:
             self._waiting.popleft()
             self._reopen_up_to(min(self._asked, self._reopened + 1))

@@ -73,6 +73,7 @@ class Parts:
             self.access_log,
             as_json=config.log.format == "json",
             clock=clock,
+            wall_clock=time.time,
         )
         self.ids = request_ids()
         self.letting_go = LettingGo(self.fetch, lambda: self.relaying)

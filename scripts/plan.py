@@ -9,6 +9,7 @@ without it.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -62,10 +63,8 @@ class Plan:
     method: bytes
     target: bytes
     minor: int
-    verb: str  # the method, for the access log, as the path is
-    path: str
+    words: bytes  # method and path, for the access log
     keep_alive: bool
-    is_lasting: bool  # its connection goes on, without a word about it (HTTP/1.1)
     length: int | None  # of the body in octets, as `Planner.find` tells it: None where that is chunked
     expects: bool  # the client waits for 100 Continue
     accept: bytes
@@ -78,13 +77,20 @@ class Plan:
     after: bytes
     fault: GatewayError | None
     no_credential: GatewayError | None
-    is_special: bool  # a key alone is not enough, or not needed: refused, local, an operator's
+    is_special: bool  # a key alone is not enough, or not needed: refused, local, an operator's, without its body
     lacks_body: bool  # the route needs one
+    is_straight: bool  # it may go on without a word about connection or body
+    label: str  # the route's, as are these
+    slot: bool
+    rated: bool
+    metered: bool
+    heartbeats: bool  # it may wait so long that it needs signs of life
 
-    def backend_head(self, request_id: bytes, octets: int) -> bytes:
-        """The head that goes to the backend, with a body of so many octets."""
+    def backend_request(self, request_id: bytes, octets: int, pieces: Sequence[bytes]) -> bytes:
+        """The request as the backend gets it, with a body of so many octets, whose pieces these are."""
+        body = b"".join(pieces)
         if octets or self.method not in _WITHOUT_BODY:
-            return b"%b%b%bContent-Length: %d\r\n\r\n" % (self.before, request_id, self.after, octets)
+            return b"%b%b%bContent-Length: %d\r\n\r\n%b" % (self.before, request_id, self.after, octets, body)
         return b"%b%b%b\r\n" % (self.before, request_id, self.after)
 
 
@@ -94,10 +100,8 @@ def no_plan(cors: Cors) -> Plan:
         method=b"GET",
         target=b"",
         minor=1,
-        verb="-",
-        path="-",
+        words=b"- -",
         keep_alive=False,
-        is_lasting=False,
         length=None,
         expects=False,
         accept=b"",
@@ -112,6 +116,12 @@ def no_plan(cors: Cors) -> Plan:
         no_credential=None,
         is_special=True,
         lacks_body=False,
+        is_straight=False,
+        label=UNROUTED.label,
+        slot=False,
+        rated=False,
+        metered=False,
+        heartbeats=False,
     )
 
 
@@ -121,6 +131,7 @@ class Planner:
     def __init__(self, limits: Limits, routes: Routes, cors: Cors, backend_fields: bytes) -> None:
         """`backend_fields` are the lines that every request to the backend carries first."""
         self._limits = limits
+        self._body_bytes = limits.body_bytes
         self._routes = routes
         self._cors = cors
         self._backend_fields = backend_fields
@@ -142,11 +153,12 @@ class Planner:
             plan = self._kept.get(sha256(raw).digest()) or self._make(raw, raw)
             return plan, plan.length
         digits, _, rest = rest.partition(CRLF)
-        if not digits.isdigit() or len(digits) > _MOST_DIGITS or int(digits) > self._limits.body_bytes:
+        length = int(digits) if digits.isdigit() and len(digits) <= _MOST_DIGITS else self._body_bytes + 1
+        if length > self._body_bytes:
             plan = self._parse(raw)  # which tells what is wrong, if anything is
             return plan, plan.length
         others = before + name + rest
-        return self._kept.get(sha256(others).digest()) or self._make(raw, others), int(digits)
+        return self._kept.get(sha256(others).digest()) or self._make(raw, others), length
 
     def _make(self, raw: bytes, others: bytes) -> Plan:
         """A new plan; kept where it is likely to be wanted again. `others` are the octets that it holds for."""
@@ -173,14 +185,15 @@ class Planner:
         except GatewayError as error:
             no_credential = error.with_traceback(None)
         before, after = self._backend_lines(head)
+        kind = route.kind
+        lacks_body = route.needs_body and framing.length == 0 and b"content-length" not in head.known
+        refused = fault is not None or route.refusal is not None
         return Plan(
             method=head.method,
             target=head.target,
             minor=head.minor,
-            verb=head.method.decode("ascii"),
-            path=head.target.partition(b"?")[0].decode("ascii"),
+            words=b"%b %b" % (head.method, head.target.partition(b"?")[0]),
             keep_alive=keeps_alive(head),
-            is_lasting=keeps_alive(head) and head.minor == 1,
             length=framing.length,
             expects=expects,
             accept=b", ".join(head.known.get(b"accept", ())),
@@ -193,8 +206,14 @@ class Planner:
             after=after,
             fault=fault,
             no_credential=no_credential,
-            is_special=route.kind.local or route.kind.role is not Role.INFER or route.refusal is not None,
-            lacks_body=route.needs_body and framing.length == 0 and b"content-length" not in head.known,
+            is_special=refused or lacks_body or kind.local or kind.role is not Role.INFER,
+            lacks_body=lacks_body,
+            is_straight=keeps_alive(head) and head.minor == 1 and framing.length is not None and not kind.local,
+            label=route.label,
+            slot=kind.slot,
+            rated=kind.rated,
+            metered=kind.metered,
+            heartbeats=kind.slot and head.method == b"POST",
         )
 
     def _backend_lines(self, head: RequestHead) -> tuple[bytes, bytes]:

@@ -188,6 +188,7 @@ class Relay:
                     raise
             finally:
                 self._client.feeder = None
+                backend.transport.resume_reading()
                 pool.take_back(backend, reusable=reusable)
             asked = backend = None
 

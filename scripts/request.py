@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from math import inf
 
 import callers
 import local
 from admission import Ticket
-from answer import CLOSE, Answer, Opening, peek
+from answer import CLOSE, Answer, Opening, open_response
 from auth import Caller
 from backend_wire import BackendWire
 from bodies import RequestBody
@@ -27,7 +26,7 @@ from errors import (
 )
 from exchange import Exchange, Outcome, Stage
 from heartbeat import sign_of_life
-from http1 import CONTINUE, CRLF
+from http1 import CONTINUE
 from parts import Parts
 from plan import Plan
 from readiness import DEAD, READY
@@ -69,6 +68,7 @@ class Request:
         "_unread",
         "exchange",
     )
+    _then: Callable[["Request", bool], None]
 
     def __init__(
         self, parts: Parts, client: ClientWire, plan: Plan, length: int | None, stage: str = Stage.AUTHENTICATING
@@ -88,7 +88,6 @@ class Request:
         self._backend: BackendWire | None = None  # that was asked without a conversation
         self._relay: Relay | None = None
         self._answer: Answer | None = None
-        self._then: Callable[[Request, bool], None] | None = None
         name = plan.request_id or next(parts.ids)
         self._lines = b"X-Request-Id: %b\r\n%b" % (name, plan.own_lines)
         self.exchange = Exchange(name, client.peer, plan, parts.clock(), stage)
@@ -102,7 +101,7 @@ class Request:
         self._then = then
         try:
             self._check()
-            backend = self._take_all()
+            backend = self._take_all() if self._plan.is_straight else None
         except Exception as error:
             self._fail(error)
             self.finish()
@@ -133,9 +132,7 @@ class Request:
         return keep_alive and not self._client.ended and not self._parts.draining
 
     def _end(self, keep: bool) -> None:
-        then, self._then = self._then, None
-        assert then is not None  # a request ends once
-        then(self, keep)
+        self._then(self, keep)
 
     @property
     def stage(self) -> str:
@@ -144,7 +141,7 @@ class Request:
     @property
     def holds_backend(self) -> bool:
         """Whether the backend works on it in a slot."""
-        return self._plan.route.kind.slot and self.stage in (Stage.AWAITING_RESPONSE, Stage.STREAMING)
+        return self._plan.slot and self.stage in (Stage.AWAITING_RESPONSE, Stage.STREAMING)
 
     @property
     def answer(self) -> Answer:
@@ -162,12 +159,12 @@ class Request:
         if plan.fault is not None:
             raise plan.fault
         caller = self._caller = callers.identify(parts, self._client, plan)
-        if caller is not None and parts.auth_enabled:
+        if caller is not None:
             self.exchange.key_id = caller.key_id
-        if plan.is_special or parts.draining or plan.lacks_body:
+        if plan.is_special or parts.draining:
             callers.check(parts, plan, caller)
-        if caller is not None and plan.route.kind.rated and parts.auth_enabled:
-            self._lines += callers.charge(parts, plan, caller).lines()
+        if plan.rated and parts.auth_enabled and caller is not None:
+            self._lines += callers.charge(parts, plan, caller)
             self._charged = True
 
     async def _answer_locally(self) -> None:
@@ -218,25 +215,22 @@ class Request:
 
     def _take_all(self) -> BackendWire | None:
         """Take the body, a slot and a connection to the backend, as far as they are there; the latter, if all are."""
-        parts, plan, client, caller, exchange = self._parts, self._plan, self._client, self._caller, self.exchange
-        kind = plan.route.kind
-        if kind.local or caller is None or (self._unread and not self._take_body()):
+        parts, caller, exchange = self._parts, self._caller, self.exchange
+        if caller is None or (self._unread and not self._take_body()):
             return None
-        if client.ended or not plan.is_lasting or parts.readiness.state != READY:
+        if self._client.ended or parts.readiness.state != READY:
             return None
-        now_s = parts.clock()
-        if kind.slot:
+        if self._plan.slot:
             if not parts.gate.take(caller.key_id, caller.parallel, caller.priority):
                 return None
             self._has_slot = True
-            exchange.admitted_s = now_s
-        exchange.queued_s = now_s
+            exchange.admitted_s = exchange.started_s
+        exchange.queued_s = exchange.started_s
         return parts.pool.take()
 
     def _take_body(self) -> bool:
         length = self._length
-        if length is None:
-            return False
+        assert length is not None  # that is no straight way
         body = self._client.take_sized_body(length)
         if body is None:
             return False
@@ -257,7 +251,10 @@ class Request:
         """The backend's head is here."""
         backend = self._backend
         assert backend is not None  # that is who calls
-        opening = peek(head, self._plan.method)
+        try:
+            opening = open_response(head, self._plan.method)
+        except GatewayError:
+            opening = None  # the conversation will meet it
         if opening is not None and opening.framing.length == len(backend.rest) and self._answer is None:
             self._pass_whole(backend, opening)
         else:
@@ -283,36 +280,34 @@ class Request:
         self._client.converse(self._converse(), self._end)
 
     def _pass_whole(self, backend: BackendWire, opening: Opening) -> None:
-        parts, exchange, route = self._parts, self.exchange, self._plan.route
+        parts, exchange, plan = self._parts, self.exchange, self._plan
         exchange.first_byte_s = parts.clock()
         exchange.backend_status = exchange.status = opening.status
         exchange.stage = _DONE
-        payload = backend.take_rest()
-        if opening.tells and route.kind.metered:
-            exchange.told = keep_whole(route.label, payload)
+        payload = backend.rest
+        if opening.tells and plan.metered:
+            exchange.told = keep_whole(plan.label, payload)
         if parts.draining:
             self._client.settle()
             self._lines += CLOSE
-        self._client.write(opening.lines + self._lines + CRLF + payload)
+        self._client.write(b"%b%b\r\n%b" % (opening.lines, self._lines, payload))
         parts.pool.take_back(backend, reusable=opening.keeps_alive)
         self.finish()
-        self._end(keep=not parts.draining)
+        self._then(self, not parts.draining)
 
     def _request_bytes(self) -> bytes:
-        exchange = self.exchange
-        return b"".join([self._plan.backend_head(exchange.id, exchange.bytes_in), *self._pieces])
+        return self._plan.backend_request(self.exchange.id, self.exchange.bytes_in, self._pieces)
 
     def _begin_relaying(self) -> None:
         self.exchange.stage = _AWAITING
-        if self._plan.route.kind.slot and self._client.beat_s == inf:
-            self._start_beating()
+        self._start_beating()
         if self._parts.duration_s:
             self._client.limit(self._parts.duration_s)
 
     def _start_beating(self) -> None:
-        parts = self._parts
-        if parts.beat_s and self._plan.method == b"POST":
-            self._client.beat_s = parts.deadlines.now_s + parts.beat_s
+        parts, client = self._parts, self._client
+        if self._plan.heartbeats and parts.beat_s and client.beat_s == inf:
+            client.beat_s = parts.deadlines.now_s + parts.beat_s
 
     # --- The conversation: a slot and the backend, as long as they take ---
 
@@ -368,7 +363,7 @@ class Request:
         if parts.readiness.state == DEAD:
             raise GatewayError(LOADING, "The backend is down; it is being restarted.")
         self.exchange.queued_s = parts.clock()
-        if self._plan.route.kind.slot:
+        if self._plan.slot:
             self._ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
             self._start_beating()
 
@@ -401,8 +396,7 @@ class Request:
         self._let_body_go()
         if self._parts.draining:
             self.answer.keep_alive = False
-        route = self._plan.route
-        return route.label if opening.tells and route.kind.metered else None
+        return self._plan.label if opening.tells and self._plan.metered else None
 
     def beat(self, now_s: float) -> None:
         """Give a sign of life while the backend is silent."""
@@ -446,7 +440,6 @@ class Request:
         parts, client, exchange = self._parts, self._client, self.exchange
         client.beat_s = inf
         exchange.ended_s = now_s = parts.clock()
-        exchange.ended_at = time.time()
         exchange.bytes_out = client.sent_bytes
         if self._held_bytes:
             self._let_body_go()

@@ -29,7 +29,7 @@ class Outbox:
         self.has_selector = False  # which empties it; on any other loop a callback does
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        if not self._waiting and not self.has_selector:
+        if not self.has_selector and not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append((transport, data))
 

@@ -41,7 +41,7 @@ TABLE = {
     "backend_wire": "errors http1 turns waiting wire",
     "plan": "auth cors errors http1 routes",
     # layer 3: one exchange
-    "exchange": "errors logs metrics plan usage",
+    "exchange": "auth errors logs metrics plan usage",
     "answer": "bodies client_wire errors http1 plan",
     "heartbeat": "answer errors",
     "relay": "answer backend_wire bodies client_wire errors http1 turns usage waiting",

@@ -18,12 +18,18 @@ import pytest
 
 import auth
 import keyfile
-from auth import Caller, Keyring, KeyStore, Quota, Rates
+from auth import Caller, Keyring, KeyStore, Rates, allowance, allowance_lines
 from errors import INVALID_API_KEY, KEY_SUSPENDED, RATE_LIMIT_EXCEEDED, GatewayError
 
 K = b"sk-plain-0123456789abcdef"
 L = b"sk-other-0123456789abcdef"
 NOW_S = 1_000_000_000.0
+
+
+def now() -> float:
+    return NOW_S
+
+
 CHALLENGE = ((b"WWW-Authenticate", b"Bearer"),)
 
 
@@ -154,22 +160,22 @@ def test_the_holder_of_a_key_is_found() -> None:
     ring = Keyring.of(
         [entry(), entry(L, key_id="b", rate_limit=7, role="operator", parallel=2, priority=-1, tokens_per_day=9)], 60
     )
-    assert ring.find(digest(K), NOW_S) == Caller("a", "infer", 60, None, 0, None)
-    assert ring.find(digest(L), NOW_S) == Caller("b", "operator", 7, 2, -1, 9)
+    assert ring.find(digest(K), now) == Caller("a", "infer", 60, None, 0, None)
+    assert ring.find(digest(L), now) == Caller("b", "operator", 7, 2, -1, 9)
     assert len(ring) == 2
 
 
 def test_no_keys_let_nobody_in() -> None:
     for ring in (Keyring({}), Keyring.of([])):
-        assert refusal(lambda ring=ring: ring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+        assert refusal(lambda ring=ring: ring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
 def test_a_key_expires_at_its_moment() -> None:
     at = datetime.fromtimestamp(NOW_S, timezone.utc)
     ring = Keyring.of([entry(expires_at=at)])
-    assert ring.find(digest(K), NOW_S - 0.001).key_id == "a"
+    assert ring.find(digest(K), lambda: NOW_S - 0.001).key_id == "a"
     for late_s in (0.0, 0.001, 1e9):
-        assert refusal(lambda late_s=late_s: ring.find(digest(K), NOW_S + late_s)).kind is INVALID_API_KEY
+        assert refusal(lambda late_s=late_s: ring.find(digest(K), lambda: NOW_S + late_s)).kind is INVALID_API_KEY
 
 
 @pytest.mark.parametrize("text", ["2001-09-09T01:46:40", "2001-09-09T03:46:40+02:00", "2001-09-09T01:46:40Z"])
@@ -178,8 +184,8 @@ def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monke
     time.tzset()
     try:
         ring = Keyring.of(keyfile.parse(b"a:%s::%s\n" % (K, text.encode())).entries)
-        assert ring.find(digest(K), NOW_S - 1).key_id == "a"
-        assert refusal(lambda: ring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+        assert ring.find(digest(K), lambda: NOW_S - 1).key_id == "a"
+        assert refusal(lambda: ring.find(digest(K), now)).kind is INVALID_API_KEY
     finally:
         monkeypatch.undo()
         time.tzset()
@@ -187,16 +193,16 @@ def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monke
 
 def test_a_suspended_key_is_told_so_unless_it_has_expired() -> None:
     suspended = entry(rate_limit=0)
-    assert refusal(lambda: Keyring.of([suspended]).find(digest(K), NOW_S)).kind is KEY_SUSPENDED
+    assert refusal(lambda: Keyring.of([suspended]).find(digest(K), now)).kind is KEY_SUSPENDED
     gone = replace(suspended, expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))
-    assert refusal(lambda: Keyring.of([gone]).find(digest(K), NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: Keyring.of([gone]).find(digest(K), now)).kind is INVALID_API_KEY
 
 
 def test_every_401_is_the_same() -> None:
     ring = Keyring.of([entry(expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))])
     errors = [
-        refusal(lambda: ring.find(digest(L), NOW_S)),
-        refusal(lambda: ring.find(digest(K), NOW_S)),
+        refusal(lambda: ring.find(digest(L), now)),
+        refusal(lambda: ring.find(digest(K), now)),
         refusal(lambda: auth.credential({b"authorization": [b"Basic eDp5"]})),
         refusal(lambda: auth.credential({b"x-api-key": [b"short"]})),
     ]
@@ -208,11 +214,11 @@ def test_every_401_is_the_same() -> None:
 def test_no_secret_and_no_id_is_in_any_error() -> None:
     ring = Keyring.of([entry(key_id="alice", rate_limit=0), entry(L, key_id="alice", rate_limit=1)])
     rates = Rates(lambda: 0.0)
-    caller = ring.find(digest(L), NOW_S)
+    caller = ring.find(digest(L), now)
     rates.take(caller)
     errors = [
-        refusal(lambda: ring.find(digest(K), NOW_S)),
-        refusal(lambda: ring.find(digest(K + b"x"), NOW_S)),
+        refusal(lambda: ring.find(digest(K), now)),
+        refusal(lambda: ring.find(digest(K + b"x"), now)),
         refusal(lambda: rates.take(caller)),
         refusal(lambda: auth.credential({b"authorization": [K], b"x-api-key": [L]})),
     ]
@@ -239,15 +245,15 @@ def test_pitfall_41_memory_holds_digests_only(tmp_path: Path) -> None:
 
 def test_pitfall_41_a_rotation_overlaps_with_each_line_s_own_limit() -> None:
     ring = Keyring.of([entry(rate_limit=1), entry(L, rate_limit=3)])
-    old, new = ring.find(digest(K), NOW_S), ring.find(digest(L), NOW_S)
+    old, new = ring.find(digest(K), now), ring.find(digest(L), now)
     rates = Rates(lambda: 0.0)
-    assert rates.take(new).remaining == 2
+    assert rates.take(new) == 2
     assert refusal(lambda: rates.take(old)).kind is RATE_LIMIT_EXCEEDED  # one window for both
-    assert rates.take(new).remaining == 1
+    assert rates.take(new) == 1
 
 
 def test_callers_and_keyrings_do_not_change() -> None:
-    caller = Keyring.of([entry()]).find(digest(K), NOW_S)
+    caller = Keyring.of([entry()]).find(digest(K), now)
     with pytest.raises(FrozenInstanceError):
         caller.role = "operator"  # type: ignore[misc]
     with pytest.raises(AttributeError):
@@ -276,7 +282,7 @@ def loaded(path: Path) -> KeyStore:
 
 
 def test_a_store_begins_with_no_keys(path: Path) -> None:
-    assert refusal(lambda: KeyStore(path, 60).keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: KeyStore(path, 60).keyring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
 def test_a_reload_swaps_the_keyring_whole(path: Path) -> None:
@@ -284,9 +290,9 @@ def test_a_reload_swaps_the_keyring_whole(path: Path) -> None:
     before = store.keyring
     path.write_bytes(b"b:" + L + b":5\n")
     assert store.reload() == auth.Reload(True, 1)
-    assert store.keyring.find(digest(L), NOW_S) == Caller("b", "infer", 5)
-    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
-    assert before.find(digest(K), NOW_S).key_id == "a"  # whoever holds it is not disturbed
+    assert store.keyring.find(digest(L), now) == Caller("b", "infer", 5)
+    assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
+    assert before.find(digest(K), now).key_id == "a"  # whoever holds it is not disturbed
 
 
 def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) -> None:
@@ -297,7 +303,7 @@ def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) ->
     reload = store.reload()
     assert (reload.ok, reload.keys, reload.reason) == (True, 1, "")
     assert reload.complaints[0].startswith("line 2: ")
-    assert refusal(lambda: store.keyring.find(digest(L), NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(L), now)).kind is INVALID_API_KEY
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"# nobody today\n"])
@@ -305,7 +311,7 @@ def test_an_empty_file_revokes_everything(path: Path, data: bytes) -> None:
     store = loaded(path)
     path.write_bytes(data)
     assert store.reload() == auth.Reload(True, 0)
-    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
 def as_folder(path: Path) -> None:
@@ -345,7 +351,7 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
     reload = store.reload()
     assert (reload.ok, reload.keys) == (False, 1)
     assert reload.reason.startswith(reason)
-    assert store.keyring.find(digest(K), NOW_S).key_id == "a"
+    assert store.keyring.find(digest(K), now).key_id == "a"
     for _ in range(3):
         assert not store.changed()  # one failure is told once
 
@@ -353,7 +359,7 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
 def test_pitfall_36_missing_keys_file_at_boot_lets_nobody_in(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "none", 60)
     assert store.reload().ok is False
-    assert refusal(lambda: store.keyring.find(digest(K), NOW_S)).kind is INVALID_API_KEY
+    assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
 def test_a_reload_never_raises(tmp_path: Path) -> None:
@@ -367,9 +373,9 @@ def test_rates_outlast_a_reload(path: Path) -> None:
     store = KeyStore(path, 60)
     store.reload()
     rates = Rates(lambda: 0.0)
-    rates.take(store.keyring.find(digest(K), NOW_S))
+    rates.take(store.keyring.find(digest(K), now))
     store.reload()
-    assert refusal(lambda: rates.take(store.keyring.find(digest(K), NOW_S))).kind is RATE_LIMIT_EXCEEDED
+    assert refusal(lambda: rates.take(store.keyring.find(digest(K), now))).kind is RATE_LIMIT_EXCEEDED
 
 
 def touch_later(path: Path, seconds: int) -> None:
@@ -439,21 +445,21 @@ def caller(rate_limit: int, key_id: str = "a") -> Caller:
 
 def test_the_limit_is_accepted_and_one_more_refused(clock: Clock) -> None:
     rates = Rates(clock)
-    assert [rates.take(caller(3)).remaining for _ in range(3)] == [2, 1, 0]
+    assert [rates.take(caller(3)) for _ in range(3)] == [2, 1, 0]
     error = refusal(lambda: rates.take(caller(3)))
     assert (error.kind, error.retry_after_s) == (RATE_LIMIT_EXCEEDED, 60)
     assert error.message == "This API key is limited to 3 requests a minute."
-    assert error.fields == Quota(3, 0, 60).fields()
+    assert error.fields == allowance(3, 0, 60)
     clock.now_s += 59.999
     refusal(lambda: rates.take(caller(3)))
     clock.now_s += 0.001
-    assert rates.take(caller(3)).remaining == 2
+    assert rates.take(caller(3)) == 2
 
 
 def test_keys_have_windows_of_their_own(clock: Clock) -> None:
     rates = Rates(clock)
     rates.take(caller(1, "a"))
-    assert rates.take(caller(1, "b")).remaining == 0
+    assert rates.take(caller(1, "b")) == 0
     refusal(lambda: rates.take(caller(1, "a")))
 
 
@@ -473,7 +479,7 @@ def test_requests_leave_the_window_one_after_the_other(clock: Clock) -> None:
         clock.now_s += 10
     assert refusal(lambda: rates.take(caller(3))).retry_after_s == 30
     clock.now_s += 30
-    assert rates.take(caller(3)).remaining == 0
+    assert rates.take(caller(3)) == 0
     assert refusal(lambda: rates.take(caller(3))).retry_after_s == 10
 
 
@@ -550,26 +556,25 @@ def test_pitfall_39_remaining_and_reset_are_true(clock: Clock) -> None:
         rates, limit = Rates(clock), rng.choice([1, 2, 7, 61, 100])
         for pause_s in arrivals(rng)[: limit - 1]:
             clock.now_s += min(pause_s, 1)
-            quota = rates.take(caller(limit))
-        quota = rates.take(caller(limit)) if limit == 1 else quota
-        assert quota.limit == limit
-        for _ in range(quota.remaining):
+            remaining = rates.take(caller(limit))
+        remaining = rates.take(caller(limit)) if limit == 1 else remaining
+        for _ in range(remaining):
             rates.take(caller(limit))
         error = refusal(lambda rates=rates, limit=limit: rates.take(caller(limit)))
         assert dict(error.fields)[b"x-ratelimit-remaining-requests"] == b"0"
-        clock.now_s += quota.reset_s
+        clock.now_s += auth.WINDOW_S
         for _ in range(limit):
             rates.take(caller(limit))
 
 
 def test_pitfall_39_the_fields_are_openai_s() -> None:
-    assert Quota(60, 59, 60.0).fields() == (
+    assert allowance(60, 59, 60.0) == (
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
         (b"x-ratelimit-reset-requests", b"1m0s"),
     )
-    for quota in (Quota(60, 59, 60.0), Quota(1, 0, 0.35)):
-        assert quota.lines() == b"".join(b"%b: %b\r\n" % field for field in quota.fields())
+    fields = allowance(60, 59, auth.WINDOW_S)
+    assert allowance_lines(60, 59) == b"".join(b"%b: %b\r\n" % field for field in fields)
 
 
 @pytest.mark.parametrize(
@@ -598,11 +603,11 @@ def test_pitfall_39_a_place_that_is_given_back_is_free_again(clock: Clock) -> No
     rates.take(caller(2))
     rates.take(caller(2))
     rates.give_back(caller(2))
-    assert rates.take(caller(2)).remaining == 0
+    assert rates.take(caller(2)) == 0
     refusal(lambda: rates.take(caller(2)))
     for _ in range(2):
         rates.give_back(caller(2))
-    assert rates.take(caller(2)).remaining == 1
+    assert rates.take(caller(2)) == 1
 
 
 def test_a_place_given_back_does_not_move_the_others(clock: Clock) -> None:
@@ -614,7 +619,7 @@ def test_a_place_given_back_does_not_move_the_others(clock: Clock) -> None:
         clock.now_s += 0.5
         rates.give_back(caller(2))
     clock.now_s = 1060.0
-    assert rates.take(caller(2)).remaining == 1
+    assert rates.take(caller(2)) == 1
 
 
 def test_what_was_given_back_leaves_no_trace(clock: Clock) -> None:
@@ -628,7 +633,7 @@ def test_what_was_given_back_leaves_no_trace(clock: Clock) -> None:
     error = refusal(lambda: rates.take(caller(1)))
     assert dict(error.fields)[b"x-ratelimit-reset-requests"] == b"30s"
     clock.now_s += 30
-    assert rates.take(caller(9)).remaining == 8
+    assert rates.take(caller(9)) == 8
 
 
 def test_what_no_longer_counts_cannot_be_given_back(clock: Clock) -> None:
@@ -638,7 +643,7 @@ def test_what_no_longer_counts_cannot_be_given_back(clock: Clock) -> None:
     clock.now_s += 60
     rates.give_back(caller(2))
     rates.give_back(caller(2))
-    assert [rates.take(caller(2)).remaining for _ in range(2)] == [1, 0]
+    assert [rates.take(caller(2)) for _ in range(2)] == [1, 0]
     refusal(lambda: rates.take(caller(2)))
 
 
@@ -660,7 +665,7 @@ def test_keys_that_idle_are_forgotten_once_a_minute(clock: Clock) -> None:
     clock.now_s += 59
     rates.take(caller(5, "new"))
     assert len(rates) == 2
-    assert rates.take(caller(5, "busy")).remaining == 3
+    assert rates.take(caller(5, "busy")) == 3
     clock.now_s += 59.9
     rates.take(caller(5, "newer"))
     assert len(rates) == 3
@@ -697,5 +702,5 @@ def test_ten_thousand_keys_are_found_by_the_same_one_lookup(path: Path) -> None:
     path.write_bytes(keys(10_000))
     store = KeyStore(path, 60)
     assert store.reload() == auth.Reload(True, 10_000)
-    assert store.keyring.find(digest(b"sk-secret-%020d" % 9_999), NOW_S).key_id == "key9999"
-    assert refusal(lambda: store.keyring.find(digest(b"sk-secret-%020d" % 10_000), NOW_S)).kind is INVALID_API_KEY
+    assert store.keyring.find(digest(b"sk-secret-%020d" % 9_999), now).key_id == "key9999"
+    assert refusal(lambda: store.keyring.find(digest(b"sk-secret-%020d" % 10_000), now)).kind is INVALID_API_KEY

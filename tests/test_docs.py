@@ -10,7 +10,7 @@ import pytest
 
 import config
 import local
-from auth import Quota, unauthorized
+from auth import allowance, unauthorized
 from cors import Cors
 from errors import BACKEND_TIMEOUT, CATALOGUE, Dialect, GatewayError, envelope, event
 from http1 import Limits, parse_request_head
@@ -152,6 +152,6 @@ def test_fields_that_are_added_are_listed() -> None:
         Limits(),
     )
     cors = Cors(("https://a",))
-    added = cors.fields(head) + cors.preflight(head) + Quota(1, 1, 1.0).fields() + unauthorized().fields
+    added = cors.fields(head) + cors.preflight(head) + allowance(1, 1, 1.0) + unauthorized().fields
     for name, _ in added:
         assert f"`{name.decode()}`" in section("## Answers")

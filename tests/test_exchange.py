@@ -31,8 +31,11 @@ class Recording:
     def record(self, charges: dict[str, Charge]) -> None:
         self.charges |= charges
 
-    def write_lines(self, lines: Iterable[str]) -> None:
-        self.lines += lines
+    def write_lines(self, lines: Iterable[bytes]) -> None:
+        self.lines += [line.decode() for line in lines]
+
+
+ENDED_S = 102.0
 
 
 class Place:
@@ -50,6 +53,7 @@ class Place:
             self.kept,
             as_json=as_json,
             clock=self.clock,
+            wall_clock=lambda: 1767323045.678 - ENDED_S + self.clock(),
         )
 
     def observe(self, *exchanges: Exchange) -> dict[str, float]:
@@ -91,8 +95,7 @@ def exchange(of: Plan = CHAT, name: str = "req-1", **changes: object) -> Exchang
         "queued_s": 100.25,
         "admitted_s": 100.75,
         "first_byte_s": 101.0,
-        "ended_s": 102.0,
-        "ended_at": 1767323045.678,
+        "ended_s": ENDED_S,
         "told": metered(ANSWER) if of is CHAT else None,
     }
     for field, value in {**fields, **changes}.items():
@@ -218,6 +221,12 @@ def test_text_line_has_every_field_and_no_query():
         " route=/v1/chat/completions backend_status=200 outcome=truncated stage=done bytes_in=11 bytes_out=222"
         " queue_ms=500 first_byte_ms=1000 total_ms=2000 prompt_tokens=10 cached_tokens=3 completion_tokens=20"
     ]
+
+
+def test_a_peer_with_a_zone_has_its_line():
+    place = Place()
+    place.observe(exchange(peer="fe80::1%eth0"))
+    assert " id=req-1 peer=fe80::1%eth0 route=" in place.kept.lines[0]
 
 
 def test_json_line_has_every_field_and_no_path():

@@ -254,7 +254,7 @@ def test_pitfall_41_rotate_overlaps(path: Path, run: Callable[..., Answer]) -> N
     ring = auth.Keyring.of(entries(path))
     now_s = datetime.now(timezone.utc).timestamp()
     for secret in (OLD, answer.json["api_key"]):  # type: ignore[index]
-        assert ring.find(hashlib.sha256(secret.encode()).digest(), now_s).key_id == "a"
+        assert ring.find(hashlib.sha256(secret.encode()).digest(), lambda at_s=now_s: at_s).key_id == "a"
 
 
 def test_rotate_twice_leaves_the_first_overlap_as_it_was(path: Path, run: Callable[..., Answer]) -> None:

@@ -187,10 +187,10 @@ def test_lines_are_appended_whole_and_in_order(tmp_path: Path):
     for first in (0, 500):
         log = AccessLog(path)
         for number in range(first, first + 500):
-            log.write_lines([f"line {number} é\udcff\n\x1b"])
+            log.write_lines([f"line {number} é".encode()])
         log.close()
         assert log.dropped == 0
-    expected = "".join(f"line {number} é\\udcff\\n\\x1b\n" for number in range(1000))
+    expected = "".join(f"line {number} é\n" for number in range(1000))
     assert path.read_text(encoding="utf-8") == expected
     assert path.stat().st_mode & 0o137 == 0
 
@@ -198,7 +198,7 @@ def test_lines_are_appended_whole_and_in_order(tmp_path: Path):
 def test_lines_are_written_without_being_asked(tmp_path: Path):
     reader, writer = os.pipe()
     log = AccessLog(Path(f"/dev/fd/{writer}"))
-    log.write_lines(["hello"])
+    log.write_lines([b"hello"])
     assert os.read(reader, 100) == b"hello\n"
     log.close()
     os.close(reader)
@@ -208,11 +208,11 @@ def test_lines_are_written_without_being_asked(tmp_path: Path):
 def test_pitfall_40_the_file_is_opened_once_and_reopened_when_told(tmp_path: Path):
     path, rotated = tmp_path / "access.log", tmp_path / "access.log.1"
     log = AccessLog(path)
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     path.rename(rotated)
-    log.write_lines(["2"])
+    log.write_lines([b"2"])
     log.reopen()
-    log.write_lines(["3"])
+    log.write_lines([b"3"])
     log.reopen()
     log.close()
     assert rotated.read_text() == "1\n2\n"
@@ -223,7 +223,7 @@ def test_pitfall_40_lines_go_on_to_the_open_file_until_then(tmp_path: Path):
     path, rotated = tmp_path / "access.log", tmp_path / "access.log.1"
     log = AccessLog(path)
     path.rename(rotated)
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     log.close()
     assert rotated.read_text() == "1\n"
     assert not path.exists()
@@ -235,7 +235,7 @@ def test_a_full_queue_drops_and_counts_and_tells_once(tmp_path: Path):
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(fifo, capacity=3)
-    line = "x" * 100_000  # more than a pipe holds, so that nothing is written whole until somebody reads
+    line = b"x" * 100_000  # more than a pipe holds, so that nothing is written whole until somebody reads
     for _ in range(20):
         log.write_lines([line])
     assert log.dropped == 17
@@ -249,7 +249,7 @@ def test_a_full_queue_drops_and_counts_and_tells_once(tmp_path: Path):
 def test_after_close_lines_are_dropped_and_nothing_fails(tmp_path: Path):
     log = AccessLog(tmp_path / "access.log")
     log.close()
-    log.write_lines(["late"])
+    log.write_lines([b"late"])
     log.reopen()
     log.close()
     assert log.dropped == 1
@@ -261,13 +261,13 @@ def test_a_full_disk_is_told_once_and_reopening_is_a_remedy(tmp_path: Path):
     path = tmp_path / "access.log"
     path.symlink_to("/dev/full")
     log = AccessLog(path)
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     warned.wait(1)
-    log.write_lines(["2"])
+    log.write_lines([b"2"])
     path.unlink()
     log.reopen()
     warned.wait(2)
-    log.write_lines(["3"])
+    log.write_lines([b"3"])
     log.close()
     assert path.read_text() == "1\n2\n3\n"
     assert warned.messages == [
@@ -281,10 +281,10 @@ def test_what_a_full_disk_never_took_is_lost_and_counted_at_the_end(tmp_path: Pa
     path = tmp_path / "access.log"
     path.symlink_to("/dev/full")
     log = AccessLog(path)
-    log.write_lines(["1"])
-    log.write_lines(["2"])
+    log.write_lines([b"1"])
+    log.write_lines([b"2"])
     log.reopen()
-    log.write_lines(["3"])
+    log.write_lines([b"3"])
     log.close()
     assert log.dropped == 3
     assert [message.rpartition(f"{path} ")[2] for message in warned.messages] == [
@@ -296,7 +296,7 @@ def test_what_a_full_disk_never_took_is_lost_and_counted_at_the_end(tmp_path: Pa
 def test_a_file_that_was_never_opened_is_no_error_at_the_end(tmp_path: Path):
     (tmp_path / "logs").write_text("in the way")
     log = AccessLog(tmp_path / "logs" / "access.log")
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     log.close()
     assert log.dropped == 1
 
@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_made_is_no_error_and_is_tried_again(tmp_path: P
     assert warned.wait(1) == [f"the access log {tmp_path}/logs/access.log cannot be written: File exists"]
     log.reopen()
     (tmp_path / "logs").unlink()
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     log.close()
     assert (tmp_path / "logs" / "access.log").read_text() == "1\n"
 
@@ -319,7 +319,7 @@ def torn(fifo: Path) -> tuple[AccessLog, int]:
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(fifo, capacity=2)
-    for text in ("a" * 10, "b" * 100_000, "dropped, and told when the pipe is full"):
+    for text in (b"a" * 10, b"b" * 100_000, b"dropped, and told when the pipe is full"):
         log.write_lines([text])
     warned.wait(1)
     return log, reader
@@ -351,9 +351,9 @@ def test_reopening_the_same_file_continues_a_torn_line(tmp_path: Path):
 def test_new_drops_are_told_again_after_a_reopening_only(tmp_path: Path):
     warned = Warned()
     log = AccessLog(tmp_path / "access.log", capacity=0)
-    log.write_lines(["1"])
+    log.write_lines([b"1"])
     warned.wait(1)
-    log.write_lines(["2"])
+    log.write_lines([b"2"])
     log.reopen()
     log.close()
     assert [message.rpartition(": ")[2] for message in warned.messages] == ["1 lines were dropped so far"]

@@ -1,6 +1,7 @@
 """What is kept of a head is what that head would be parsed to again, and no head is ever taken for another."""
 
 import random
+import re
 from dataclasses import fields
 
 import pytest
@@ -73,9 +74,9 @@ def test_backend_gets_the_length_of_this_request() -> None:
     made = planner()
     for octets in (3, 4444):
         plan, length = made.find(sized(octets))
-        assert plan.backend_head(b"r-1", length or 0) == (
+        assert plan.backend_request(b"r-1", length or 0, [b"bo", b"dy"]) == (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: backend\r\nX-Request-Id: r-1\r\nA: b\r\n"
-            b"Content-Length: %d\r\n\r\n" % octets
+            b"Content-Length: %d\r\n\r\nbody" % octets
         )
 
 
@@ -162,6 +163,17 @@ def test_a_known_head_is_told_as_a_new_one_is() -> None:
         assert told(made, raw) == told(planner(), raw), raw
         hits += len(made) == before
     assert hits > 1000
+
+
+@pytest.mark.parametrize("octet", range(256))
+def test_what_goes_into_the_access_log_needs_no_escape(octet: int) -> None:
+    """Whatever octet a path or a method holds, the parser refuses it or it is plain to read."""
+    for method, target in ((b"POST", b"/%c?%c" % (octet, octet)), (b"P%c" % octet, b"/x"), (b"P", b"/\\%c" % octet)):
+        try:
+            plan, _ = planner().find(head(b"Host: a", method=method, target=target))
+        except GatewayError:
+            continue
+        assert re.fullmatch(rb"[!-~]+ /[!->@-~]*", plan.words)
 
 
 @pytest.mark.parametrize("sane", ["a", "req-1", "A1b2.C3_~+/=:@-", "x" * 128])
