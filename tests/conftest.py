@@ -3,5 +3,13 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent / "scripts"), str(TESTS)]
+
+from support.together import in_background  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    in_background(items)

@@ -53,7 +53,7 @@ class World:
     programs: Path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     models, programs = folder / "models", folder / "programs"
@@ -216,7 +216,7 @@ def leftovers(boot: Boot) -> list[str]:
 Run = Callable[[str], Outcome]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def failures(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     jobs = {name: partial(boot_and_fail, case, world, tmp_path_factory.mktemp("bad")) for name, case in FAILING.items()}
     with together(request, jobs) as outcome:
@@ -353,7 +353,7 @@ def boot_and_stop(case: Good, world: World, folder: Path) -> Outcome:
     return Outcome(status, boot.lines, leftovers(boot) + [command_line(pid) for pid in pids if alive(pid)], facts)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def successes(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     jobs = {
         name: partial(boot_and_stop, case, world, tmp_path_factory.mktemp("ok")) for name, case in SUCCEEDING.items()

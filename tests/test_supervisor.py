@@ -527,7 +527,7 @@ def pid_1_reaps_strangers_and_stops_in_order(place: Place) -> None:
 # Their running
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def outcome(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], None]]:

@@ -1,4 +1,8 @@
-"""Boots mostly wait, so a few of them run at a time; each test awaits its own and fails by its own assertions."""
+"""Boots run a few at a time, beside the other tests; each test awaits its own and fails by its own assertions.
+
+`in_background` orders the session so that one test of each kind begins the boots, those that mostly wait come next, and
+what became of the boots is looked at once all other tests are done.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +12,9 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
-WORKERS = 8
+WORKERS = 3
+FIXTURES = ("failures", "successes", "outcome")  # that run their jobs together
+PATIENT = ("test_cold_start", "test_end_to_end", "test_drain", "test_slow_readers", "test_timeouts")
 PATIENCE_S = 300.0
 
 
@@ -24,3 +30,16 @@ def together(request: pytest.FixtureRequest, jobs: Mapping[str, Callable[[], T]]
         finally:
             for future in futures.values():
                 future.cancel()
+
+
+def in_background(items: list[pytest.Item]) -> None:
+    """Sort a session's tests."""
+    first: list[pytest.Item] = []
+    last: list[pytest.Item] = []
+    for name in FIXTURES:
+        group = [item for item in items if name in getattr(item, "fixturenames", ())]
+        first += group[:1]
+        last += group[1:]
+    first += [item for item in items if item.path.stem in PATIENT]
+    sorted_out = {*first, *last}
+    items[:] = [*first, *(item for item in items if item not in sorted_out), *last]
