@@ -6,6 +6,7 @@ which the loop asks its selector what is next, so the selector is ours: a callba
 """
 
 import asyncio
+import logging
 import select
 import selectors
 from collections.abc import Coroutine, Mapping
@@ -14,6 +15,8 @@ from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any, TypeVar
 
 from waiting import end_tasks
+
+log = logging.getLogger("gateway")
 
 T = TypeVar("T")
 HAS_EPOLL = hasattr(select, "epoll")
@@ -34,13 +37,23 @@ class Outbox:
         self._waiting.append((transport, data))
 
     def flush(self) -> bool:
-        """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do."""
+        """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do.
+
+        Never raises: whatever is wrong with one connection, the loop and the others go on.
+        """
         broken = False
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for transport, data in waiting:
-                transport.write(data)
-                broken = transport.is_closing() or broken
+                try:
+                    transport.write(data)
+                    broken = transport.is_closing() or broken
+                # Before Python 3.11 a TLS connection that is lost cannot even tell that it is.
+                except AttributeError:  # noqa: PERF203
+                    broken = True
+                except Exception:
+                    log.exception("a write failed")
+                    broken = True
         return broken
 
 

@@ -94,6 +94,28 @@ def test_a_flush_tells_whether_a_transport_has_broken_meanwhile() -> None:
     assert outbox.flush() is True
 
 
+class Raising(Recording):
+    def __init__(self, error: Exception) -> None:
+        super().__init__([])
+        self._error = error
+
+    def write(self, data: bytes) -> None:
+        raise self._error
+
+
+@each_loop
+def test_a_write_that_raises_is_told_and_holds_nobody_up(run: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    async def play(outbox: Outbox) -> None:
+        written: list[bytes] = []
+        for transport in (Raising(RuntimeError("odd")), Recording(written), Raising(AttributeError("lost"))):
+            outbox.put(transport, b"x")
+        await asyncio.sleep(0)
+        assert written == [b"x"]
+
+    run(play)
+    assert [record.exc_text and record.exc_text.splitlines()[-1] for record in caplog.records] == ["RuntimeError: odd"]
+
+
 @each_loop
 def test_a_connection_that_breaks_as_it_is_written_to_is_told_at_once(run: Runner) -> None:
     """Else the loop would sleep over it, with nothing else to wake it."""
@@ -214,6 +236,18 @@ def test_a_descriptor_that_was_closed_can_be_taken_out_by_its_number(selector: s
     pair[0].close()
     assert selector.unregister(number).fd == number
     assert len(selector.get_map()) == 0
+
+
+def test_nobody_is_told_of_a_descriptor_that_lives_on_as_a_copy(selector: selectors.BaseSelector, pair) -> None:
+    """epoll goes on watching what a number stood for, as long as any copy of it is open."""
+    one, other = pair
+    number = one.fileno()
+    selector.register(number, EVENT_READ)
+    with one.dup():
+        one.close()
+        selector.unregister(number)
+        other.send(b"x")
+        assert ready(selector) == []
 
 
 def test_mistakes_are_told(selector: selectors.BaseSelector, pair) -> None:
