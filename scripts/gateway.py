@@ -12,7 +12,6 @@ import gc
 import logging
 import os
 import signal
-import ssl
 import sys
 from collections.abc import Sequence
 
@@ -159,8 +158,9 @@ async def serve(settings: Config, outbox: Outbox) -> int:
     """Run the gateway until it is told to stop; return the exit status."""
     try:
         parts = Parts(settings, outbox=outbox)
-    except (OSError, ssl.SSLError) as error:
-        log.error("TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: %s", error)
+    except ConfigError as error:
+        for complaint in error.complaints:
+            log.error("%s", complaint)
         return EXIT_SETTINGS
     gateway = Gateway(parts)
     parts.reload()

@@ -13,7 +13,7 @@ from admission import Gate
 from backend_page import BackendPage
 from backend_wire import BackendWire
 from client_wire import ClientWire
-from config import Config
+from config import Config, ConfigError
 from cors import Cors
 from exchange import KeyCounts, Metrics, Observer, request_ids
 from metrics import Counter, Gauge, Registry
@@ -212,13 +212,17 @@ def backend_fields(config: Config) -> bytes:
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:
-    """TLS 1.2 or later with the certificate of the settings; None where there is none."""
+    """TLS 1.2 or later with the certificate of the settings; None where there is none. Raises ConfigError."""
     if config.listen.tls_cert_file is None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
+    try:
+        context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
+    except (OSError, ssl.SSLError) as error:
+        complaint = f"TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: {error}"
+        raise ConfigError((complaint,)) from error
     return context
 
 

@@ -23,7 +23,6 @@ from errors import (
 )
 from http1 import (
     ResponseHead,
-    keeps_alive,
     parse_response_head,
     response_framing,
 )
@@ -319,7 +318,11 @@ def backend_message(head: ResponseHead, payload: bytes) -> str:
 
 
 async def fetch(pool: Pool, target: bytes, own_fields: bytes, seconds: float) -> tuple[int, bytes]:
-    """GET `target` for the gateway itself; return status and body. Raises GatewayError."""
+    """GET `target` for the gateway itself, on a connection of its own; return status and body. Raises GatewayError.
+
+    A kept one may have been closed just now, and a question that the gateway asks once in a while is not worth asking
+    twice.
+    """
     try:
         return await asyncio.wait_for(_fetch(pool, target, own_fields), seconds or None)
     except asyncio.TimeoutError:
@@ -327,17 +330,13 @@ async def fetch(pool: Pool, target: bytes, own_fields: bytes, seconds: float) ->
 
 
 async def _fetch(pool: Pool, target: bytes, own_fields: bytes) -> tuple[int, bytes]:
-    backend = pool.take() or await pool.connect()
-    reusable = False
+    backend = await pool.connect()
     try:
         raw = await ask(backend, b"GET %b HTTP/1.1\r\n%b\r\n" % (target, own_fields)).in_task()
         head = parse_response_head(raw)
-        body = response_body(response_framing(head, b"GET"))
-        payload = await _collect(backend, body)
-        reusable = body.done and not body.surplus and keeps_alive(head)
-        return head.status, payload
+        return head.status, await _collect(backend, response_body(response_framing(head, b"GET")))
     finally:
-        pool.take_back(backend, reusable=reusable)
+        backend.abort()
 
 
 async def _collect(backend: BackendWire, body: Body) -> bytes:

@@ -211,16 +211,16 @@ def _read(path: Path, since: str) -> Batch:
     sqlite = _sqlite()
     if sqlite is None:
         raise LedgerUnreadable("this Python was built without sqlite3")
-    if not path.is_file():
-        raise LedgerUnreadable("there is no such file")
-    # Where nobody has the file open SQLite would make two beside it, even to read, and leave them to their owner: after
-    # a report that root asked for the gateway could not write any more.
-    alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
-    uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
     try:
+        if not path.is_file():
+            raise LedgerUnreadable("there is no such file")
+        # Where nobody has the file open SQLite would make two beside it, even to read, and leave them to their owner:
+        # after a report that root asked for the gateway could not write any more.
+        alone = "" if Path(f"{path}-wal").exists() else "&immutable=1"
+        uri = f"{path.absolute().as_uri()}?mode=ro{alone}"
         with closing(sqlite.connect(uri, uri=True, timeout=BUSY_S)) as db:
             return {(day, key_id): row for day, key_id, *row in db.execute(_READ, (since,))}
-    except sqlite.Error as error:
+    except (OSError, sqlite.Error) as error:
         raise LedgerUnreadable(str(error)) from error
 
 

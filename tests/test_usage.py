@@ -404,6 +404,19 @@ print(query(path)[0].requests)
 """
 
 
+def test_a_file_that_cannot_even_be_looked_at_is_like_one_that_cannot_be_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / ("x" * 300)
+    with opened(path, Clock()) as ledger:
+        ledger.record({"alice": charge([(ANSWER, "done")])})
+        assert not ledger.flush()
+        assert [row.requests for row in ledger.query()] == [1]
+    assert "usage is counted in memory" in caplog.text
+    with pytest.raises(LedgerUnreadable):
+        query(path)
+
+
 def test_a_full_disk_loses_nothing_that_memory_can_hold(path: Path) -> None:
     command = [sys.executable, "-c", FULL, str(SCRIPTS), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

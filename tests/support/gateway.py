@@ -148,7 +148,7 @@ class Stack:
         for client in self._clients:
             client.close()
         await until(lambda: not self.parts.clients and not self.open_clients, "no connection is left")
-        letting_go = self.parts.letting_go._held  # these wait for /slots; the gateway's end ends that
+        letting_go = self.parts.letting_go  # these wait for /slots; the gateway's end ends that
         await until(lambda: self.parts.gate.active == len(letting_go), "no slot is held")
         self.advance(4)  # a backend connection that was made for one who left in that moment has its time, too
         await self._close()
