@@ -117,6 +117,9 @@ class Gate:
         ):
             self._running[key_id] = running + 1
             self.active += 1
+            if self.queued:  # it was served before others, who wait
+                self._turn += 1
+                self._turns[key_id] = self._turn
             if self.active >= self.slots:
                 self._marked_s = self._clock()
             return True

@@ -40,9 +40,10 @@ _NOT_PASSED = HOP_BY_HOP | {
 CLOSE = b"Connection: close\r\n"
 
 
-def http_date() -> str:
-    """Now, as RFC 9110 section 5.6.7 writes it. No process of ours sets a locale, so that the names are English."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+@lru_cache(maxsize=1)
+def date_line(epoch_s: int) -> bytes:
+    """The Date of that second (RFC 9110 section 5.6.7). No process of ours sets a locale: the names are English."""
+    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(epoch_s)).encode()
 
 
 def relayed_lines(head: ResponseHead) -> bytes:
@@ -69,6 +70,7 @@ class Opening(NamedTuple):
     framing: Framing
     is_stream: bool
     keeps_alive: bool
+    dated: bool
     tells: bool  # a success in plain text, whose tokens can be read
 
 
@@ -81,7 +83,9 @@ def open_response(raw: bytes, method: bytes) -> Opening:
     head = parse_response_head(raw)
     framing = response_framing(head, method) if head.status >= 200 else UNTIL_CLOSE  # an interim one has no body
     tells = head.status == HTTPStatus.OK and b"content-encoding" not in head.known
-    return Opening(head, head.status, relayed_lines(head), framing, is_event_stream(head), keeps_alive(head), tells)
+    dated = b"date" in head.known
+    lines, is_stream = relayed_lines(head), is_event_stream(head)
+    return Opening(head, head.status, lines, framing, is_stream, keeps_alive(head), dated, tells)
 
 
 def connection_line(minor: int, keep_alive: bool) -> bytes:
@@ -138,15 +142,16 @@ class Answer:
         self.is_stream = opening.is_stream
         self._frame(opening.framing)
         self.is_verbatim = opening.framing.chunked and self._chunked
-        return self._begin(opening.status, opening.lines)
+        return self._begin(
+            opening.status, opening.lines if opening.dated else opening.lines + date_line(int(time.time()))
+        )
 
     def begin_stream(self) -> None:
         """Begin an event stream before the backend has said anything."""
         self.is_stream = True
         self._frame(UNTIL_CLOSE)
-        self.write(
-            self._begin(200, b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n")
-        )
+        fields = b"Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
+        self.write(self._begin(200, b"HTTP/1.1 200 OK\r\n" + date_line(int(time.time())) + fields))
 
     def _frame(self, framing: Framing) -> None:
         """Decide the client's framing: HTTP/1.0 has no chunks, so a body of unknown length ends with the connection."""
@@ -191,9 +196,9 @@ class Answer:
     # --- Whole answers of the gateway's own ---
 
     def send(self, status: int, content_type: bytes, payload: bytes, fields: Fields = ()) -> None:
-        """Answer with a whole response (RFC 9110 section 6.6.1: with a Date)."""
+        """Answer with a whole response."""
         self._sized, self._chunked = True, False
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {http_date()}\r\n"]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{date_line(int(time.time())).decode()}"]
         if content_type:
             lines.append(f"Content-Type: {content_type.decode()}\r\n")
         if status != HTTPStatus.NO_CONTENT:

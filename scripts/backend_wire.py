@@ -11,13 +11,25 @@ from waiting import Deadlines
 from wire import Expectant, Wire
 
 
+class Pulse:
+    """Whether the backend has sent anything, on whatever connection, since somebody last looked."""
+
+    __slots__ = ("felt",)
+
+    def __init__(self) -> None:
+        self.felt = False
+
+
 class BackendWire(Wire):
     """A connection to the backend. It is abandoned, never repaired: what surprises it aborts it."""
 
-    __slots__ = ("_asked", "_cut", "_head_bytes", "_hearer", "_part", "_reused", "rest")
+    __slots__ = ("_asked", "_cut", "_head_bytes", "_hearer", "_part", "_pulse", "_reused", "rest")
 
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox, head_bytes: int) -> None:
+    def __init__(
+        self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox, head_bytes: int, pulse: Pulse
+    ) -> None:
         super().__init__(writer, deadlines, outbox)
+        self._pulse = pulse
         self._head_bytes = head_bytes
         self._hearer: Expectant | None = None  # who waits for a head
         self._asked = False  # a request is out, and bytes may come
@@ -27,7 +39,7 @@ class BackendWire(Wire):
         self.rest = b""  # what came behind the last head
 
     def data_received(self, data: bytes) -> None:
-        self.heard = True
+        self._pulse.felt = True
         if self._sink is not None:
             self._sink(data)
         elif self._hearer is not None:
@@ -71,6 +83,7 @@ class BackendWire(Wire):
         elif end:
             self._hearer = None
             self._part = b""
+            self._reused = False  # it has answered: what becomes of it now is no chance meeting
             self.rest = rest
             hearer.keep(head + end)
         else:

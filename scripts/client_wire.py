@@ -49,13 +49,13 @@ class ClientWire(Wire):
         "_conversation",
         "_kind",
         "_limit_s",
-        "_limits",
         "_paused",
         "_pending",
         "_renewal_s",
         "_scanner",
         "_then",
         "_whole_s",
+        "heard",
         "on_lost",
         "peer",
         "request",
@@ -67,7 +67,7 @@ class ClientWire(Wire):
         super().__init__(writer, deadlines, outbox)
         address = writer.get_extra_info("peername")
         self.peer = str(address[0]) if isinstance(address, tuple) else "local"
-        self._limits = limits
+        self.heard = False  # since `wait` last granted time anew
         self._scanner = HeadScanner(limits)
         self._ahead = b""  # received, and not yet anybody's
         self._conversation: Coroutine[None, None, Any] | None = None
@@ -317,6 +317,7 @@ class ClientWire(Wire):
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.heard = True
         if self._awaits_room:
             self._awaits_room = False
             expectant, self._pending = self._pending, None

@@ -43,7 +43,7 @@ _HOST = re.compile(rb"(?:" + _NAME + rb"(?:%[0-9A-Fa-f]{2}" + _NAME + rb")*|\[[0
 _READ = frozenset(
     b"host content-length transfer-encoding connection expect content-type content-encoding authorization x-api-key"
     b" api-key origin access-control-request-method access-control-request-headers x-request-id accept"
-    b" keep-alive".split()
+    b" date".split()
 )
 # RFC 9110 section 7.6.1, and the fields that this gateway frames or answers itself.
 HOP_BY_HOP = frozenset(

@@ -11,7 +11,6 @@ import auth
 import logs
 from admission import Gate
 from backend_page import BackendPage
-from backend_wire import BackendWire
 from client_wire import ClientWire
 from config import Config, ConfigError
 from cors import Cors
@@ -190,10 +189,9 @@ class Parts:
 
     def backend_silent_s(self) -> float:
         """Seconds since the backend last sent a byte, exact to the time between two calls."""
-        for wire in self.deadlines:
-            if isinstance(wire, BackendWire) and wire.heard:
-                wire.heard = False
-                self.last_backend_byte_s = self.clock()
+        if self.pool.pulse.felt:
+            self.pool.pulse.felt = False
+            self.last_backend_byte_s = self.clock()
         return self.clock() - self.last_backend_byte_s
 
     def idle_s(self) -> float:

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import NamedTuple
 
 from answer import Answer, Opening, open_response
-from backend_wire import BackendWire
+from backend_wire import BackendWire, Pulse
 from bodies import Body, ChunkedBody, response_body
 from client_wire import ClientWire
 from errors import (
@@ -55,6 +55,7 @@ class Pool:
         self._deadlines = deadlines
         self._outbox = outbox
         self._head_bytes = response_head_bytes
+        self.pulse = Pulse()
         self._idle: list[BackendWire] = []
 
     def take(self) -> BackendWire | None:
@@ -82,7 +83,7 @@ class Pool:
             reader, writer = await asyncio.open_connection(self._host, self._port)
         except OSError as error:
             raise GatewayError(BACKEND_UNAVAILABLE, "The backend does not accept connections.") from error
-        wire = BackendWire(writer, self._deadlines, self._outbox, self._head_bytes)
+        wire = BackendWire(writer, self._deadlines, self._outbox, self._head_bytes, self.pulse)
         wire.deadline_s = self._deadlines.now_s + _IDLE_S  # should nobody be there any more to take it
         if reader.at_eof():
             wire.abort()
@@ -190,6 +191,7 @@ class Relay:
                 backend.transport.resume_reading()
                 pool.take_back(backend, reusable=reusable)
             asked = backend = None
+            self.sent = False  # as far as anybody can tell, and so it may wait again
 
     async def _pass_answer(self, backend: BackendWire, raw: bytes) -> bool:
         """Pass the answer on, from its head; return whether the connection is fit for another."""

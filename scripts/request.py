@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from math import inf
 
 import callers
 import local
 from admission import Ticket
-from answer import CLOSE, Answer, Opening, open_response
+from answer import CLOSE, Answer, Opening, date_line, open_response
 from auth import Caller
 from backend_wire import BackendWire
 from bodies import RequestBody
@@ -16,6 +17,7 @@ from client_wire import ClientWire
 from errors import (
     BACKEND_TIMEOUT,
     BACKEND_UNAVAILABLE,
+    DRAINING,
     INTERNAL_ERROR,
     LOADING,
     MEMORY_FULL,
@@ -99,6 +101,8 @@ class Request:
         `then` is called when it is over, with whether its connection can carry another.
         """
         self._then = then
+        if self._parts.duration_s:
+            self._client.limit(self._parts.duration_s)
         try:
             self._check()
             backend = self._take_all() if self._plan.is_straight else None
@@ -290,7 +294,8 @@ class Request:
         if parts.draining:
             self._client.settle()
             self._lines += CLOSE
-        self._client.write(b"%b%b\r\n%b" % (opening.lines, self._lines, payload))
+        date = b"" if opening.dated else date_line(int(time.time()))
+        self._client.write(b"%b%b%b\r\n%b" % (opening.lines, date, self._lines, payload))
         parts.pool.take_back(backend, reusable=opening.keeps_alive)
         self.finish()
         self._then(self, not parts.draining)
@@ -301,8 +306,6 @@ class Request:
     def _begin_relaying(self) -> None:
         self.exchange.stage = _AWAITING
         self._start_beating()
-        if self._parts.duration_s:
-            self._client.limit(self._parts.duration_s)
 
     def _start_beating(self) -> None:
         parts, client = self._parts, self._client
@@ -331,7 +334,6 @@ class Request:
                     raise
             parts.readiness.doubt()
             self._relay = None
-            self._client.limit(0)
         if relay.error is None:
             exchange.stage = Stage.DONE
         else:
@@ -367,16 +369,21 @@ class Request:
             self._ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
             self._start_beating()
 
+    def _begin_waiting(self) -> None:
+        self.exchange.stage = Stage.QUEUED
+        if self._parts.draining:  # since the request was checked, which began before its body came
+            raise GatewayError(DRAINING)
+
     async def _until_ready(self) -> None:
         """The model loads: wait for it, COLD_START_WAIT at most from when the request was ready to go."""
-        self.exchange.stage = Stage.QUEUED
+        self._begin_waiting()
         left_s = self.exchange.queued_s + self._parts.config.queue.cold_start_wait_s - self._parts.clock()
         if left_s <= 0:
             raise GatewayError(LOADING)
         await self._client.wait_for(self._parts.readiness.when_ready(), left_s, LOADING)
 
     async def _until_admitted(self, waiting: "asyncio.Future[None]") -> None:
-        self.exchange.stage = Stage.QUEUED
+        self._begin_waiting()
         await self._client.wait_for(waiting, self._parts.config.queue.timeout_s, QUEUE_TIMEOUT)
 
     def _open_relay(self, asked: Asked | None = None) -> Relay:
@@ -420,12 +427,12 @@ class Request:
 
     def refuse(self, error: GatewayError) -> None:
         """Answer with an error of the gateway's own. It gives back what the key's rate was charged."""
-        self.exchange.refusal = error.kind
         if self._charged and self._caller is not None:
             self._parts.rates.give_back(self._caller)
         if self._client.ended:
             self.cancel()
         else:
+            self.exchange.refusal = error.kind
             self.exchange.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
             if not error.kind.closes:
                 self._skip_body()

@@ -19,7 +19,6 @@ from waiting import end_tasks
 log = logging.getLogger("gateway")
 
 T = TypeVar("T")
-HAS_EPOLL = hasattr(select, "epoll")
 
 
 class Outbox:
@@ -39,6 +38,8 @@ class Outbox:
     def flush(self) -> bool:
         """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do.
 
+        One of TLS does not tell: these need an outbox of their own, which a callback empties.
+
         Never raises: whatever is wrong with one connection, the loop and the others go on.
         """
         broken = False
@@ -48,10 +49,7 @@ class Outbox:
                 try:
                     transport.write(data)
                     broken = transport.is_closing() or broken
-                # Before Python 3.11 a TLS connection that is lost cannot even tell that it is.
-                except AttributeError:  # noqa: PERF203
-                    broken = True
-                except Exception:
+                except Exception:  # noqa: PERF203
                     log.exception("a write failed")
                     broken = True
         return broken
@@ -129,9 +127,9 @@ def _mask(events: int) -> int:
     return (events & EVENT_READ and select.EPOLLIN) | (events & EVENT_WRITE and select.EPOLLOUT)
 
 
-def run(main: Coroutine[Any, Any, T], outbox: Outbox) -> T:
+def run(main: Coroutine[Any, Any, T], outbox: Outbox, *, has_epoll: bool = hasattr(select, "epoll")) -> T:
     """As asyncio.run, on a loop that empties `outbox` at the end of each of its turns, where the platform has epoll."""
-    if not HAS_EPOLL:
+    if not has_epoll:
         return asyncio.run(main)
     loop = asyncio.SelectorEventLoop(TurnSelector(outbox))
     asyncio.set_event_loop(loop)

@@ -38,7 +38,6 @@ class Wire(asyncio.Protocol):
         "deadline_s",
         "ended",
         "feeder",
-        "heard",
         "on_end",
         "orderly",
         "transport",
@@ -54,7 +53,6 @@ class Wire(asyncio.Protocol):
         self.feeder: Wire | None = None  # whose reading pauses while this peer does not read
         self.ended = False
         self.orderly = False  # it ended by the peer's FIN, not by a reset or by us
-        self.heard = False
         self.choked = False  # the peer does not take what is written
         self.deadline_s = inf
         self.beat_s = inf
@@ -90,7 +88,6 @@ class Wire(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.choked = False
-        self.heard = True
         if self.feeder is not None:
             self.feeder.transport.resume_reading()
 

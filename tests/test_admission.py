@@ -296,6 +296,27 @@ async def test_a_key_that_leaves_the_queue_and_comes_back_does_not_overtake() ->
 
 
 @in_loop
+async def test_a_key_that_was_served_past_one_at_its_limit_is_no_newcomer() -> None:
+    """While a waits at its own limit, b is served at once: behind c, which was served before, it has had its turn."""
+    gate = Gate(3, 0, Clock())
+    held = gate.apply("a", parallel=1)
+    waiters = {"a2": gate.apply("a", parallel=1)}
+    for key in ("c", "b"):
+        gate.apply(key).release()
+    running = [gate.apply("x"), gate.apply("y")]
+    waiters["c"] = gate.apply("c")
+    waiters["b"] = gate.apply("b")
+    waiters["c2"] = gate.apply("c")
+    running.pop().release()
+    assert admitted(waiters["c"])
+    running.pop().release()
+    assert admitted(waiters["b"])
+    assert not admitted(waiters["a2"])
+    held.release()
+    assert admitted(waiters["a2"])
+
+
+@in_loop
 async def test_what_is_kept_about_keys_goes_with_the_queue() -> None:
     gate = Gate(1, 0, Clock())
     running = gate.apply("a")
@@ -585,6 +606,9 @@ class Model:
         own = [other for other in self.waiting if (other.priority, other.key) == (waiter.priority, waiter.key)]
         if not own and self.open and len(self.running) < self.slots and self.may_run(waiter):
             self.running.append(waiter)
+            if self.waiting:
+                self.turn += 1
+                self.turns[waiter.key] = self.turn
             return
         if not own:
             runs = any(other.key == waiter.key for other in self.running)

@@ -19,6 +19,31 @@ async def test_a_connection_is_used_again_only_after_a_sized_answer(stack: Stack
 
 
 @scenario()
+async def test_one_that_has_said_anything_is_not_taken_for_one_that_had_been_closed(stack: Stack) -> None:
+    stack.backend.script(send(answer()))
+    stack.backend.script(send(b"HTTP/1.1 102 Processing\r\n\r\n"), close())
+    assert (await stack.ask(post())).status == 200
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (502, "backend_unavailable")
+    assert len({id(call.connection) for call in stack.backend.calls}) == 1
+    assert len(stack.backend.calls) == 2
+
+
+@scenario()
+async def test_where_a_closed_one_was_the_first_sign_of_a_restart_the_request_waits(stack: Stack) -> None:
+    stack.backend.script(send(answer()))
+    stack.backend.script(close())
+    assert (await stack.ask(post())).status == 200
+    stack.backend.refuse()
+    client = await stack.client()
+    client.send(post())
+    await until(lambda: stack.parts.readiness.state == "loading")
+    await stack.backend.listen()
+    assert (await client.response()).status == 200
+    assert len(stack.backend.calls) == 3
+
+
+@scenario()
 async def test_one_that_has_ended_is_let_go(stack: Stack) -> None:
     stack.backend.script(send(answer()), close())
     assert (await stack.ask(post())).status == 200

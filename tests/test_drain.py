@@ -123,6 +123,26 @@ async def test_queued_requests_are_refused(stack):
     assert len(stack.backend.calls) == 1
 
 
+@pytest.mark.parametrize("state", ["ready", "loading"])
+@scenario(MAX_CONCURRENT_REQUESTS="1", **PATIENT)
+async def test_who_would_begin_to_wait_is_refused_too(stack, state):
+    """Its body was on its way when the end began."""
+    first, late = await working(stack), await stack.client()
+    raw = post(CHAT, b"0123456789")
+    late.send(raw[:-5])
+    await until(lambda: any(c.request and c.request.stage == "reading_body" for c in stack.parts.clients))
+    stack.gateway.drain()
+    if state != "ready":
+        stack.parts.readiness.doubt()
+    late.send(raw[-5:])
+    response = await late.response()
+    assert (response.status, response.code, response.field(b"connection")) == (503, "draining", b"close")
+    stack.finish.set()
+    assert (await first.response()).status == 200
+    await ended(stack)
+    assert len(stack.backend.calls) == 1
+
+
 @scenario(STATE="loading", **PATIENT)
 async def test_held_requests_are_refused_and_a_begun_stream_gets_the_event(stack):
     plain, stream = await stack.client(), await stack.client()

@@ -46,6 +46,7 @@ async def test_health_tells_what_the_supervisor_needs(stack):
     busy = (await stack.ask(get(b"/health", key=None))).json
     assert (busy["active"], busy["queued"], busy["connections"]) == (1, 1, 3)
     assert (busy["idle_s"], busy["backend_silent_s"]) == (0, 40)
+    stack.advance(40)
     stack.finish.set()
     await clients[0].take_through(event("1"))
     assert (await stack.ask(get(b"/health", key=None))).json["backend_silent_s"] == 0
