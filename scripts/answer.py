@@ -26,16 +26,9 @@ from http1 import (
 )
 from plan import Plan
 
-# Not the backend's to tell a client of the gateway: its own origin policy, and an id that is not the request's.
-_NOT_PASSED = HOP_BY_HOP | {
-    b"access-control-allow-origin",
-    b"access-control-allow-credentials",
-    b"access-control-allow-headers",
-    b"access-control-allow-methods",
-    b"access-control-expose-headers",
-    b"access-control-max-age",
-    b"x-request-id",
-}
+# Not the backend's to tell a client of the gateway: an id that is not the request's, its own origin policy and rates.
+_NOT_PASSED = HOP_BY_HOP | {b"x-request-id"}
+_NOT_PASSED_FAMILIES = (b"access-control-", b"x-ratelimit-")
 
 CLOSE = b"Connection: close\r\n"
 
@@ -49,9 +42,12 @@ def date_line(epoch_s: int) -> bytes:
 def relayed_lines(head: ResponseHead) -> bytes:
     """The status line and the field lines of a backend's response that go on to the client, in order and case."""
     dropped = connection_options(head.known) | _NOT_PASSED if b"connection" in head.known else _NOT_PASSED
-    lines = [b"HTTP/1.1 ", head.status_line, CRLF]
+    if head.status == HTTPStatus.NO_CONTENT:
+        dropped |= {b"content-length"}  # RFC 9110 section 8.6
+    blank = b"" if b" " in head.status_line else b" "  # RFC 9112 section 4: also where no reason follows
+    lines = [b"HTTP/1.1 ", head.status_line, blank, CRLF]
     for (name, value), lower in zip(head.fields, head.names, strict=True):
-        if lower not in dropped:
+        if lower not in dropped and not lower.startswith(_NOT_PASSED_FAMILIES):
             lines += (name, b": ", value, CRLF)
     return b"".join(lines)
 

@@ -10,6 +10,8 @@ from turns import Outbox
 from waiting import Deadlines
 from wire import Expectant, Wire
 
+_BEGINNING = b"HTTP/1."  # of any response; who begins otherwise may never come to a head's end
+
 
 class Pulse:
     """Whether the backend has sent anything, on whatever connection, since somebody last looked."""
@@ -76,10 +78,13 @@ class BackendWire(Wire):
             head, end = part + data, b""
         else:
             head, end, rest = (part + data).partition(HEAD_END)
-        if len(head) > self._head_bytes:
+        if len(head) > self._head_bytes and len(head.rstrip(HEAD_END)) > self._head_bytes:  # its end may be torn
             self._hearer = None
             words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
             hearer.fail(GatewayError(BACKEND_MALFORMED, words))
+        elif not head.startswith(_BEGINNING[: len(head)]):
+            self._hearer = None
+            hearer.fail(GatewayError(BACKEND_MALFORMED, "The backend does not speak HTTP."))
         elif end:
             self._hearer = None
             self._part = b""

@@ -6,6 +6,7 @@ answer.
 """
 
 import asyncio
+import select
 import socket
 import struct
 import types
@@ -25,6 +26,7 @@ T = TypeVar("T")
 _AHEAD_BYTES = 65536  # pipelined bytes held while an answer is under way; more stay in the kernel
 _LINGER_S = 2.0
 _LINGER_BYTES = 16 << 20
+_LEFT = getattr(select, "POLLRDHUP", 0)  # the peer will send no more; resets are told in any case
 
 
 class Occupant(Protocol):
@@ -89,7 +91,7 @@ class ClientWire(Wire):
         else:
             self._ahead += data
             if len(self._ahead) > _AHEAD_BYTES:
-                self._paused = True
+                self._paused = self.watched = True
                 self.transport.pause_reading()
 
     def write(self, data: bytes) -> None:
@@ -156,12 +158,14 @@ class ClientWire(Wire):
             if renewing:
                 self._renewal_s = seconds
                 self.heard = False
+                self.watched = True
             promise.wake = self.resume
             try:
                 yield
             finally:
                 promise.wake = None
                 self._renewal_s = 0.0
+                self.watched = self._paused
                 self.settle()
         return promise.result()
 
@@ -197,11 +201,16 @@ class ClientWire(Wire):
     def expire(self, now_s: float) -> None:
         if self._pending is None:
             self.abort()  # it lingered, or its last bytes were not taken in time
-        elif self._renewal_s and self.heard and now_s < self._limit_s:
-            self.heard = False
-            self.deadline_s = min(now_s + self._renewal_s, self._limit_s)
         else:
             self.interrupt(PeerGone() if self._kind is None else GatewayError(self._kind))
+
+    def watch(self, now_s: float) -> None:
+        """Grant time anew where anything has happened, and see whether one has left whose bytes are not being read."""
+        if self._renewal_s and self.heard:
+            self.heard = False
+            self.deadline_s = min(now_s + self._renewal_s, self._limit_s)
+        if self._paused and has_left(self.transport):
+            self.hang_up()
 
     def beat(self, now_s: float) -> None:
         if self.request is not None:
@@ -215,11 +224,10 @@ class ClientWire(Wire):
         It may take `idle_s` to its first byte, then `whole_s` for all of it.
         """
         self._whole_s = whole_s
+        self.expect(reader, idle_s, None)
         if self._ahead:  # pipelined: who came meanwhile has a turn first
-            self.expect(reader, whole_s, REQUEST_TIMEOUT)
             asyncio.get_running_loop().call_soon(self._scan_ahead, reader)
         else:
-            self.expect(reader, idle_s, None)
             self._sink = self._scan_head
             if self._paused:
                 self._read_on()
@@ -244,13 +252,15 @@ class ClientWire(Wire):
             reader, self._pending = self._pending, None
             if reader is not None:
                 reader.keep(raw)
-        elif self._kind is None:  # the first byte of a head, or of empty lines before it
+        elif self._kind is None and self._scanner.begun:
             self._kind = REQUEST_TIMEOUT
             self.deadline_s = self._deadlines.now_s + self._whole_s
 
     def _read_on(self) -> None:
-        if self._paused:
+        """Read again, unless as much as may be is still here."""
+        if self._paused and len(self._ahead) <= _AHEAD_BYTES and not self.ended:
             self._paused = False
+            self.watched = self._renewal_s > 0
             self.transport.resume_reading()
 
     @property
@@ -267,6 +277,7 @@ class ClientWire(Wire):
         if len(ahead) < octets:
             return None
         self._ahead = ahead[octets:]
+        self._read_on()
         return ahead[:octets]
 
     async def read_body(self, body: RequestBody, seconds: float, hold: Callable[[int], None]) -> None:
@@ -290,9 +301,9 @@ class ClientWire(Wire):
 
         ahead, self._ahead = self._ahead, b""
         self._sink = arrived
-        self._read_on()
         try:
             arrived(ahead)
+            self._read_on()
             await self.wait(promise, seconds, REQUEST_TIMEOUT, renewing=True)
         finally:
             self._sink = None
@@ -361,9 +372,14 @@ class ClientWire(Wire):
         if not self.transport.is_closing():
             self.transport.resume_reading()
             try:
-                if self.transport.can_write_eof():
+                if self.transport.can_write_eof():  # TLS cannot: there the answer's own end has to do
                     self.transport.write_eof()
-                else:
-                    self.transport.close()
             except OSError:  # it has reset the connection, which nobody has been told yet
                 self.abort()
+
+
+def has_left(transport: asyncio.Transport) -> bool:
+    """Whether a peer has closed or reset its connection, as the kernel knows before anything is read."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), _LEFT)
+    return bool(poll.poll(0))

@@ -101,7 +101,10 @@ class Connection:
             request.cancel()
             request.finish()
         self._forget()
-        self._client.abort()
+        if self._client.ended:
+            self._client.abort()
+        else:  # it may still be taking its last answer
+            self._client.close(unread=False, flush_s=self._parts.config.timeouts.stream_idle_s)
 
     def _forget(self) -> None:
         self._parts.public_only.discard(self._client)

@@ -12,16 +12,20 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Sequence
 
 import config
+import descriptors
 import logs
 import signals
 import turns
 from client_wire import ClientWire
 from config import Config, ConfigError
 from connection import Connection
+from descriptors import Shortage
 from errors import DRAINING, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
@@ -33,6 +37,7 @@ log = logging.getLogger("gateway")
 EXIT_SETTINGS = 2
 EXIT_CANNOT_START = 5
 _BACKLOG = 4096
+_ACCEPTS = 64  # at once: asyncio takes its backlog for that, too, and goes on so often where nothing can be accepted
 _TURN_AWAY_S = 0.1
 
 
@@ -58,11 +63,14 @@ class Gateway:
             self._accept,
             listen.host,
             listen.port,
-            backlog=_BACKLOG,
+            backlog=_ACCEPTS,
             ssl=tls,
             ssl_handshake_timeout=self._parts.config.timeouts.client_header_s if tls else None,
             reuse_address=True,
         )
+        for listener in self._server.sockets:
+            with socket.socket(fileno=os.dup(listener.fileno())) as copy:
+                copy.listen(_BACKLOG)
         self._parts.deadlines.start()
         self._background = [
             asyncio.ensure_future(self._parts.readiness.watch()),
@@ -86,7 +94,7 @@ class Gateway:
     def _make_room(self, newcomer: ClientWire) -> None:
         """At the bound the connection that has idled longest goes; where none idles, the newcomer has public routes."""
         for client in self._parts.idle:
-            if not client.has_unread:
+            if not client.has_unread and not client.transport.get_write_buffer_size():
                 del self._parts.idle[client]
                 client.interrupt(PeerGone())
                 return
@@ -166,6 +174,8 @@ async def serve(settings: Config, outbox: Outbox) -> int:
     gateway = Gateway(parts)
     parts.reload()
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Shortage(time.monotonic))
+    descriptors.make_room(settings.queue.max_connections)
 
     def terminate() -> None:
         gateway.stop() if parts.draining else gateway.drain()

@@ -119,7 +119,7 @@ class HeadScanner:
 
     @property
     def begun(self) -> bool:
-        return bool(self._part)
+        return bool(self._part) and self._part != b"\r"  # half of an empty line is none of it
 
     def feed(self, data: bytes) -> bytes | None:
         """Take received bytes; return the head, its empty line included, once it is whole. `rest` is what follows it.

@@ -66,8 +66,11 @@ class Pool:
         return None
 
     def take_back(self, wire: BackendWire, *, reusable: bool) -> None:
-        """Keep a connection whose last answer was read to its end, or close one that cannot carry another."""
-        if reusable and not wire.ended:
+        """Keep a connection whose last answer was read to its end, or close one that cannot carry another.
+
+        One that has not taken all of its request yet cannot, whatever it has answered.
+        """
+        if reusable and not wire.ended and not wire.transport.get_write_buffer_size():
             wire.rest_idle(_IDLE_S)
             self._idle.append(wire)
         else:
@@ -214,6 +217,8 @@ class Relay:
         else:
             begun = self._answer.begin_relayed(opening)
         self._client.feeder = backend
+        if self._client.choked:  # by an earlier answer, and told before this backend was its feeder
+            backend.transport.pause_reading()
         self._answer.write(begun + self._take(backend.take_rest()))
         self.whole = body.done or await self._pass_rest(backend)
         # llama-server closes behind a stream, whatever its head says, and not always before the next request.
@@ -236,9 +241,13 @@ class Relay:
 
     async def _go_on(self, backend: BackendWire, opening: Opening) -> None:
         """Go on with a stream that the gateway has begun: it has its head."""
-        if opening.status == HTTPStatus.OK and opening.is_stream:
+        if opening.tells and opening.is_stream:
             self._answer.go_on(self._body)
             return
+        if opening.status == HTTPStatus.OK:
+            raise GatewayError(
+                BACKEND_UNAVAILABLE, "The backend's answer is not the plain event stream that has begun."
+            )
         # The backend refuses what the client has been promised: its own error can only become an event.
         payload = await self._client.run(_collect(backend, self._body), self._patience.request_s, BACKEND_TIMEOUT)
         raise GatewayError(BACKEND_UNAVAILABLE, backend_message(opening.head, payload))

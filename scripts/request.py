@@ -80,7 +80,7 @@ class Request:
         self._client = client
         self._plan = plan
         self._length = length
-        self._unread = length != 0  # bytes of the request may come that nobody will read
+        self._unread = length != 0 or plan.fault is not None  # bytes may come that nobody will read
         self._pieces: Sequence[bytes] = ()
         self._held_bytes = 0
         self._caller: Caller | None = None
@@ -380,7 +380,11 @@ class Request:
         left_s = self.exchange.queued_s + self._parts.config.queue.cold_start_wait_s - self._parts.clock()
         if left_s <= 0:
             raise GatewayError(LOADING)
-        await self._client.wait_for(self._parts.readiness.when_ready(), left_s, LOADING)
+        ready = self._parts.readiness.when_ready()
+        try:
+            await self._client.wait_for(ready, left_s, LOADING)
+        finally:
+            ready.cancel()  # it is kept for as long as the model loads
 
     async def _until_admitted(self, waiting: "asyncio.Future[None]") -> None:
         self._begin_waiting()

@@ -15,10 +15,14 @@ T = TypeVar("T")
 
 
 class Timed(Protocol):
-    """Something with moments at which it wants to act, in monotonic seconds; inf = none."""
+    """Something with moments at which it wants to act, in monotonic seconds; inf = none. One that is `watched` wants to
+    look after something at each tick."""
 
     deadline_s: float
     beat_s: float
+    watched: bool
+
+    def watch(self, now_s: float) -> None: ...
 
     def expire(self, now_s: float) -> None: ...
 
@@ -55,6 +59,8 @@ class Deadlines:
         """Let every wire that is due act."""
         now_s = self.now_s = self._clock()
         for wire in self:
+            if wire.watched:
+                wire.watch(now_s)
             if wire.deadline_s <= now_s:
                 wire.expire(now_s)
             if wire.beat_s <= now_s:

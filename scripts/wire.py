@@ -41,6 +41,7 @@ class Wire(asyncio.Protocol):
         "on_end",
         "orderly",
         "transport",
+        "watched",
     )
 
     def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox) -> None:
@@ -56,6 +57,7 @@ class Wire(asyncio.Protocol):
         self.choked = False  # the peer does not take what is written
         self.deadline_s = inf
         self.beat_s = inf
+        self.watched = False
         deadlines.add(self)
         self._former = self.transport.get_protocol()
         self.transport.set_protocol(self)
@@ -99,6 +101,9 @@ class Wire(asyncio.Protocol):
 
     def beat(self, now_s: float) -> None:
         """A moment asked for by `beat_s` has come."""
+
+    def watch(self, now_s: float) -> None:
+        """What is asked for by `watched`, at each tick."""
 
     def abort(self) -> None:
         """Close at once; the peer sees a reset or a truncated message, the owner is told nothing more."""

@@ -21,6 +21,7 @@ TABLE = {
     "meter": "",
     "accept": "",
     "signals": "",
+    "descriptors": "",
     # layer 1: rules, without a socket
     "http1": "errors",
     "bodies": "errors http1",
@@ -53,7 +54,7 @@ TABLE = {
     "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
     " parts plan readiness relay routes usage waiting",
     "connection": "client_wire errors exchange parts request",
-    "gateway": "client_wire config connection errors exchange logs parts signals turns waiting",
+    "gateway": "client_wire config connection descriptors errors exchange logs parts signals turns waiting",
     # the boot
     "probes": "",
     "processes": "",

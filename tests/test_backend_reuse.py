@@ -1,9 +1,13 @@
 """Which connections to the backend carry a second request."""
 
+import socket
+
 import pytest
 
+from relay import Pool
 from support.backend import LAST_CHUNK, STREAM_HEAD, answer, chunk, close, event, send
 from support.gateway import Stack, post, scenario, until
+from turns import Outbox
 
 STREAM = STREAM_HEAD + chunk(event('{"a": 1}')) + chunk(event("[DONE]")) + LAST_CHUNK
 
@@ -51,3 +55,17 @@ async def test_one_that_has_ended_is_let_go(stack: Stack) -> None:
     await until(lambda: all(wire.ended for wire in pool._idle))
     pool.tick()
     assert pool._idle == []
+
+
+@scenario()
+async def test_one_that_has_not_taken_all_of_its_request_is_let_go(stack: Stack) -> None:
+    """Whatever it has answered: the next request would wait behind the rest of this one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # which accepts nothing and reads nothing
+        pool = Pool("127.0.0.1", listener.getsockname()[1], stack.parts.deadlines, Outbox(), 65536)
+        for octets, kept in ((10, True), (32 << 20, False)):
+            wire = await pool.connect()
+            wire.transport.write(b"x" * octets)
+            pool.take_back(wire, reusable=True)
+            assert (pool.take() is wire) is kept
+            assert wire.ended is not kept
+            wire.abort()

@@ -384,11 +384,12 @@ async def test_renewed_certificate_is_served_after_a_reload(stack):
     client = await tls_client(stack, "renewed")
     with pytest.raises(ssl.SSLCertVerificationError):
         await tls_client(stack, "first")
-    (stack.folder / "server.crt").write_text("not a certificate\n")
-    client.send(request(b"POST", b"/reload", b"", key=OPERATOR_KEY))
-    assert (await client.response()).status == 200
-    assert any("certificate cannot be read" in line for line in stack.logged())
-    await tls_client(stack, "renewed")
+    for certificate in (first.read_text(), "not a certificate\n"):  # the one whose key has gone, and none
+        (stack.folder / "server.crt").write_text(certificate)
+        client.send(request(b"POST", b"/reload", b"", key=OPERATOR_KEY))
+        assert (await client.response()).status == 200
+        assert any("certificate cannot be read" in line for line in stack.logged())
+        await tls_client(stack, "renewed")
 
 
 @scenario()
@@ -397,3 +398,25 @@ async def test_tls_to_the_plain_port_is_told_so(stack):
     client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     response = await client.response()
     assert (response.status, response.json["error"]["message"]) == (400, "TLS was spoken to a plain HTTP port.")
+
+
+@pytest.mark.parametrize("line", [b"Content-Length: 99999999999", b"Transfer-Encoding: gzip", b"Content-Length: 1, 2"])
+@scenario()
+async def test_a_client_that_sends_its_body_though_the_head_was_refused_can_read_why(stack, line):
+    client = await stack.client()
+    client.send(request(b"POST", CHAT, None, line))
+    assert (await client.response()).status in (400, 413)
+    client.send(b"x" * 100_000)
+    assert (await client.take_all(), client.ended) == (b"", "fin")
+
+
+@needs_openssl
+@tls_scenario
+async def test_a_tls_client_that_is_still_sending_can_read_its_refusal(stack):
+    client = await tls_client(stack)
+    client.send(post(CHAT, b"x" * (8 << 20), key=None))
+    response = await client.response()
+    assert (response.status, response.field(b"connection")) == (401, b"close")
+    await until(lambda: not client.transport.get_write_buffer_size(), "all of it is taken")
+    client.close()
+    await until(lambda: not stack.open_clients)

@@ -2,13 +2,14 @@
 
 import asyncio
 import os
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -339,6 +340,27 @@ def test_hangup_reloads_the_keys(tmp_path):
         assert b" 401 " in exchange(port, get(b"/v1/models", b"Connection: close", key=KEY))
         assert b" 202 " in exchange(port, DRAIN.replace(b"Content", b"Connection: close\r\nContent"))
         assert gateway.wait(20) == 0
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this platform lets nobody else lower a limit")
+def test_connections_wait_while_descriptors_have_run_out_and_the_log_stays_short(tmp_path):
+    with process(tmp_path) as gateway, ExitStack() as crowd:
+        port = port_of(gateway)
+        fewer = len(list(Path(f"/proc/{gateway.pid}/fd").iterdir())) + 5
+        _, hard = resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (fewer, hard))
+        for _ in range(30):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", port)))
+        while "out of file descriptors" not in (line := gateway.stdout.readline()):
+            assert line
+        crowd.close()
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(get(b"/ping", b"Connection: close"))
+            assert client.makefile("rb").read().endswith(b"pong\n")
+        gateway.send_signal(signal.SIGTERM)
+        said = gateway.communicate(timeout=20)[0]
+        assert "out of file descriptors" not in said
+        assert "Traceback" not in said
 
 
 def test_taken_port_is_status_5_and_one_line(tmp_path):

@@ -304,3 +304,18 @@ async def test_begun_stream_is_readable_for_a_page(stack):
     await until(lambda: stack.parts.gate.queued == 2)
     stack.advance(BEAT_S)
     assert (await begun(client)).count(b"Access-Control-Allow-Origin: *\r\n") == 1
+
+
+@scenario(**ONE_SLOT)
+async def test_a_coded_stream_cannot_follow_a_plain_head(stack):
+    """The head that names the coding has not been sent, and cannot be any more."""
+    client = await queued(stack)
+    stack.advance(BEAT_S)
+    await begun(client)
+    stack.backend.script(
+        send(STREAM_HEAD.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n") + chunk(b"\x1f\x8b"))
+    )
+    stack.finish.set()
+    rest = await client.take_through(LAST_CHUNK)
+    assert b"backend_unavailable" in rest
+    assert b"\x1f\x8b" not in rest

@@ -259,9 +259,19 @@ async def test_both_sides_of_the_response_head_limit(stack):
 
     stack.backend.script(send(head(100) + b"\r\n\r\n"))
     assert (await stack.ask(post())).status == 200
+    stack.backend.script(send(head(100) + b"\r\n\r\n", piece=103))
+    assert (await stack.ask(post())).status == 200
     for raw in (head(101) + b"\r\n\r\n", head(101)):  # and it need not end
         stack.backend.script(send(raw), stall())
         assert (await stack.ask(post())).code == "backend_malformed"
+
+
+@pytest.mark.parametrize("first", [b"SSH-2.0-x\r\n", b"HTTP/2.0 200 OK\r\n", b"h", b"\r\n"])
+@scenario()
+async def test_who_speaks_no_http_is_told_from_the_first_octets(stack, first):
+    stack.backend.script(send(first), stall())
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (502, "backend_malformed")
 
 
 @pytest.mark.parametrize("nonsense", [b"zz\r\n", b"5\r\nabcdeXX", b"5\nabcde\r\n", b"5" + b";" * 2000 + b"\r\n"])

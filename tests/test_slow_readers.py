@@ -111,6 +111,45 @@ async def test_second_answer_waits_until_the_first_is_taken(stack):
     assert (await client.response()).body == b"2" * (32 << 20)
 
 
+@scenario()
+async def test_second_answer_waits_though_the_first_had_left_the_gateway_s_hands(stack):
+    """It asks again only when its answer waits in the gateway's own buffer, and its first request seems over."""
+    client = await deaf(stack)
+    whole = answer(b"1" * 85_000)
+    stack.backend.script(send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
+    stack.backend.script(send(STREAM_HEAD + chunk(b"2" * 65536) * 512 + LAST_CHUNK, 1 << 20))
+    client.send(post(CHAT, b"1"))
+    await until(lambda: stack.backend.calls and not stack.parts.relaying)
+    client.send(post(CHAT, b"2"))
+    await settled(stack)
+    assert 0 < held_bytes(stack) < BOUND_BYTES
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"1" * 85_000
+    assert (await client.response()).body == b"2" * (32 << 20)
+
+
+@pytest.mark.parametrize("end", ["drain", "keep-alive", "room"])
+@scenario(KEEPALIVE_TIMEOUT="20", STREAM_IDLE_TIMEOUT="1000", MAX_CONNECTIONS="1")
+async def test_an_answer_that_is_still_being_taken_is_not_cut_where_its_connection_would_end(stack, end):
+    client = await deaf(stack)
+    stack.backend.script(send(answer(b"x" * 60_000), 1 << 20))
+    client.send(post())
+    await until(lambda: stack.backend.calls and not stack.parts.relaying and held_bytes(stack) > 30_000)
+    if end == "drain":
+        stack.gateway.drain()
+    elif end == "keep-alive":
+        stack.advance(20)
+    else:
+        await stack.ask(get(b"/ping"))
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * 60_000
+    if end == "room":
+        client.send(get(b"/ping"))
+        assert (await client.response()).status == 200
+    else:
+        assert (await client.take_all(), client.ended) == (b"", "fin")
+
+
 async def served_but_not_taken(stack: Stack, *after: bytes) -> RawClient:
     """A client whose answer has left the backend whole and the gateway in part; it asked to be closed behind it."""
     client = await deaf(stack)

@@ -288,6 +288,7 @@ async def test_queue_timeout_is_a_503_with_retry_after(stack):
 async def test_clock_goes_on_whatever_fails_in_one_of_its_ticks(stack):
     class Failing:
         deadline_s = beat_s = 0.0
+        watched = False
         failed = 0
 
         def expire(self, now_s):
@@ -382,3 +383,68 @@ async def test_pipelined_bytes_beyond_a_bound_stay_with_the_client(stack):
         assert (await client.response()).body == b"pong\n"
     client.send(request(b"HEAD", b"/ping"))
     assert (await client.response(b"HEAD")).status == 200
+
+
+@scenario()
+async def test_pipelined_requests_are_read_no_faster_than_they_are_answered(stack):
+    """Each answer must not let in another read: what is held would grow for as long as the client sends."""
+    client = await stack.client()
+    ping = get(b"/ping", key=None)
+    client.send(ping * ((16 << 20) // len(ping)))
+    held = 0
+    for _ in range(2000):
+        assert (await client.response()).body == b"pong\n"
+        held = max(held, *(len(wire._ahead) for wire in stack.open_clients))
+    assert (64 << 10) < held < (512 << 10)
+
+
+@pytest.mark.parametrize("leave", ["close", "reset"])
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_one_that_leaves_behind_bytes_that_nobody_reads_yet_is_noticed(stack, leave):
+    stack.backend.script(stall())
+    first, second = await stack.client(), await stack.client()
+    for client, phase in ((first, lambda: stack.backend.calls), (second, lambda: stack.parts.gate.queued == 1)):
+        client.send(post())
+        await until(phase)
+        client.send(b"G" * 100_000)
+    await until(lambda: all(wire._paused for wire in stack.open_clients))
+    for client in (second, first):
+        getattr(client, leave)()
+    await until(lambda: not stack.open_clients)
+    assert len(stack.backend.calls) == 1
+    await stack.stop()
+    assert {line["outcome"] for line in stack.lines} == {"cancelled"}
+
+
+@scenario(CLIENT_HEADER_TIMEOUT="20", KEEPALIVE_TIMEOUT="60")
+async def test_an_empty_line_behind_a_request_is_no_beginning_of_the_next(stack):
+    client = await stack.client()
+    client.send(get(b"/ping") + b"\r\n")
+    assert (await client.response()).status == 200
+    for _ in range(2):
+        await asyncio.sleep(0)
+        stack.advance(25)
+    client.send(get(b"/ping") + b"\r\n")
+    assert (await client.response()).status == 200
+    client.send(b"\r\n\r\n")
+    stack.advance(59)
+    await client.silent()
+    stack.advance(1)
+    assert (await client.take_all(), client.ended) == (b"", "fin")
+
+
+@scenario(STREAM_IDLE_TIMEOUT="60")
+async def test_time_is_granted_from_the_last_sign_of_life_on(stack):
+    heard = asyncio.Event()
+    stack.backend.script(send(STREAM_HEAD + chunk(event("1"))), stall(heard), send(chunk(event("2"))), stall())
+    client = await stack.client()
+    client.send(post())
+    await client.take_through(chunk(event("1")))
+    stack.advance(30)
+    heard.set()
+    await client.take_through(chunk(event("2")))
+    stack.advance(0)
+    stack.advance(60 - LITTLE_S)
+    await client.silent()
+    stack.advance(LITTLE_S)
+    assert b"backend_timeout" in await client.take_all()
