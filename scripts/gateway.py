@@ -44,9 +44,10 @@ _TURN_AWAY_S = 0.1
 class Gateway:
     """Every client's connection, from accept to the last byte."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, parent: int | None = None) -> None:
         self._parts = parts
         self._outbox = parts.outbox if parts.tls is None else Outbox()  # TLS does not tell at once what has broken
+        self._parent = parent
         self._open: set[ClientWire] = set()  # every connection, until its last byte has gone
         self._empty = asyncio.Event()  # set while draining, once no connection is left
         self._ended = asyncio.Event()
@@ -113,10 +114,17 @@ class Gateway:
             return
         log.info("draining: %d connections, %d requests at work", len(self._parts.clients), self._parts.gate.active)
         self._parts.draining = True
+        self._tell_parent()
         for client in tuple(self._parts.clients):
             if client.request is not None and client.request.stage is Stage.QUEUED:
                 client.interrupt(GatewayError(DRAINING))
         self._background.append(asyncio.ensure_future(self._finish()))
+
+    def _tell_parent(self) -> None:
+        """Say that the end has begun to who started this and wants to know; never to who has come in its place."""
+        if self._parent and self._parent == os.getppid():
+            with contextlib.suppress(OSError):
+                os.kill(self._parent, signal.SIGUSR1)
 
     async def _finish(self) -> None:
         """Wait for what is under way; cut what is left when the time is up."""
@@ -163,7 +171,7 @@ class Gateway:
 # --- The process ---
 
 
-async def serve(settings: Config, outbox: Outbox) -> int:
+async def serve(settings: Config, outbox: Outbox, parent: int | None = None) -> int:
     """Run the gateway until it is told to stop; return the exit status."""
     try:
         parts = Parts(settings, outbox=outbox)
@@ -171,7 +179,7 @@ async def serve(settings: Config, outbox: Outbox) -> int:
         for complaint in error.complaints:
             log.error("%s", complaint)
         return EXIT_SETTINGS
-    gateway = Gateway(parts)
+    gateway = Gateway(parts, parent)
     parts.reload()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Shortage(time.monotonic))
@@ -208,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check-config", action="store_true", help="print every setting and where it comes from, then exit"
     )
+    parser.add_argument(
+        "--parent", type=int, metavar="PID", help="the supervisor, which SIGUSR1 tells when a drain begins"
+    )
     arguments = parser.parse_args(argv)
     if arguments.check_config:
         return config.check_config(os.environ, sys.stdout)
@@ -222,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("%s", warning)
     with contextlib.suppress(KeyboardInterrupt):
         outbox = Outbox()
-        return turns.run(serve(settings, outbox), outbox)
+        return turns.run(serve(settings, outbox, arguments.parent), outbox)
     return 0
 
 

@@ -61,7 +61,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Service:
-    """The gateway or the health server; `up` once it has answered since its last start."""
+    """The gateway or the health server; `up` once it has answered since its last start, `draining` once it said so."""
 
     name: str
     argv: list[str]
@@ -70,6 +70,7 @@ class Service:
     path: str
     child: Child | None = None
     up: bool = False
+    draining: bool = False
 
 
 class Supervisor:
@@ -83,7 +84,7 @@ class Supervisor:
         tls = config.listen.tls_cert_file is not None
         self._gateway = Service(
             "gateway",
-            [sys.executable, str(HERE / "gateway.py")],
+            [sys.executable, str(HERE / "gateway.py"), "--parent", str(os.getpid())],
             {**env, "BACKEND_API_KEY_FILE": str(run_dir.key_file)},
             Address(config.listen.host, int(ports["PORT"]), tls),
             "/ping",
@@ -116,7 +117,7 @@ class Supervisor:
         try:
             return await self._run()
         finally:
-            signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+            signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 
     async def _run(self) -> int:
         try:
@@ -167,6 +168,8 @@ class Supervisor:
             return "dead" if self._wish.result() else "draining", self._last_words
         if self._dead:
             return "dead", "; ".join(self._dead.values())
+        if self._gateway.draining:
+            return "draining", "the gateway drains"
         if self._backend.ready and self._gateway.up:
             return "ready", "serving"
         return "loading", "the gateway is starting" if self._backend.ready else self._loading
@@ -186,7 +189,7 @@ class Supervisor:
             await self._await_up(service, service.child)
             answered = answered or service.up
             status = await service.child.end()
-            service.up = False
+            service.up = service.draining = False
             if service is self._gateway and status == 0:
                 raise Ending(STOPPED, "the gateway has drained and ended: stopping everything")
             words = f"the {service.name} {exit_words.plainly(status)}"
@@ -298,6 +301,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_stop, number)
         loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        loop.add_signal_handler(signal.SIGUSR1, self._gateway_drains)
         loop.add_signal_handler(signal.SIGCHLD, self._children.reap)
 
     def _asked_to_stop(self, number: signal.Signals) -> None:
@@ -312,6 +316,13 @@ class Supervisor:
             self._end(STOPPED, "the terminal is gone: stopping everything")
         self._hup_held = True
         self._forward_held_hup(self._gateway)
+
+    def _gateway_drains(self) -> None:
+        """An operator has asked the gateway itself (POST /drain): the probes hear of it before its port is closed."""
+        if self._gateway.child and self._gateway.child.alive and not self._wish.done():
+            self._gateway.draining = True
+            log.info("the gateway drains, by no signal from here")
+            self._publish()
 
     def _forward_held_hup(self, service: Service) -> None:
         """A gateway that has not yet installed its handler would die of the signal, so it waits until it answers."""

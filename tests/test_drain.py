@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -254,7 +254,9 @@ async def test_handshake_that_ends_after_the_end_began_is_turned_away(stack):
 
 
 @contextmanager
-def process(folder: Path, scripts: Path = SCRIPTS, **settings: str) -> Iterator[subprocess.Popen[str]]:
+def process(
+    folder: Path, scripts: Path = SCRIPTS, options: Sequence[str] = (), **settings: str
+) -> Iterator[subprocess.Popen[str]]:
     """gateway.py as the supervisor runs it; its first output names its port."""
     keys = folder / "keys.txt"
     if not keys.exists():
@@ -268,7 +270,7 @@ def process(folder: Path, scripts: Path = SCRIPTS, **settings: str) -> Iterator[
         "AUTH_KEYS_FILE": str(keys),
         **settings,
     }
-    words = [sys.executable, str(scripts / "gateway.py")]
+    words = [sys.executable, str(scripts / "gateway.py"), *options]
     with subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as gateway:
         try:
             yield gateway
@@ -328,6 +330,24 @@ def test_pitfall_34_a_second_signal_ends_it_at_once(tmp_path):
                 said = gateway.communicate(timeout=20)[0]
             assert gateway.returncode == 0
             assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("is_parent", [True, False])
+def test_a_drain_is_told_to_the_parent_that_asked_for_it_and_to_nobody_else(tmp_path, is_parent):
+    told = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: told.append("told"))
+    try:
+        with subprocess.Popen(["sleep", "60"]) as stranger:
+            parent = os.getpid() if is_parent else stranger.pid
+            with process(tmp_path, options=["--parent", str(parent)]) as gateway:
+                port_of(gateway)
+                gateway.send_signal(signal.SIGTERM)
+                assert gateway.wait(20) == 0
+            stranger.terminate()
+            assert stranger.wait(20) == -signal.SIGTERM  # SIGUSR1, by its lower number, would have killed it first
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert told == ["told"] * is_parent
 
 
 def test_hangup_reloads_the_keys(tmp_path):

@@ -418,17 +418,37 @@ def test_pitfall_34_an_endless_stream_is_cut_at_drain_timeout_with_0(tmp_path: P
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
 
+def drain(boot: Boot, key: str = "") -> None:
+    connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
+    with contextlib.closing(connection):
+        connection.request("POST", "/drain", headers={"Authorization": f"Bearer {key}"} if key else {})
+        assert connection.getresponse().status == 202
+
+
 def test_drain_asked_for_by_an_operator_ends_everything_with_0(tmp_path: Path) -> None:
     key = "sk-operator-0123456789"
     (tmp_path / "keys").write_text(f"ops:{key} role=operator\n")
     settings = {**MOCK, "AUTH_ENABLED": "true", "AUTH_KEYS_FILE": str(tmp_path / "keys"), "ADMIN_ROUTES": "true"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
         boot.await_line("gateway: the backend is ready")
-        connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
-        connection.request("POST", "/drain", headers={"Authorization": f"Bearer {key}"})
-        assert connection.getresponse().status == 202
-        connection.close()
+        drain(boot, key)
         assert boot.end() == 0
+
+
+def test_probes_are_told_of_a_drain_that_an_operator_asked_for_while_streams_finish(tmp_path: Path) -> None:
+    settings = {**MOCK, "ADMIN_ROUTES": "true", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "1000"}
+    with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("gateway: the backend is ready")
+        boot.await_line("health: listening")
+        with streaming(boot) as response:
+            drain(boot)
+            boot.await_line("state draining")
+            assert boot.status("/ready", port="PORT_HEALTH") == 503
+            assert boot.status("/", port="PORT_HEALTH") == 200
+            assert boot.state["detail"] == "the gateway drains"
+            events = [line for line in (response.readline() for _ in range(10)) if line.startswith(b"data: {")]
+            assert len(events) >= 4
+            assert "the gateway has drained and ended" not in boot.output
 
 
 # start.sh itself

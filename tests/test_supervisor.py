@@ -479,6 +479,20 @@ def a_drain_that_was_asked_for_ends_everything_with_0(place: Place) -> None:
 
 
 @scenario
+def a_gateway_that_dies_while_it_drains_is_started_again_and_drains_no_more(place: Place) -> None:
+    with Boot(place.folder, place.model, stub_gateway=True, orders=["undrained"]) as boot:
+        boot.await_ready()
+        gateway = boot.pid_of("gateway.py")
+        os.kill(gateway, signal.SIGTERM)
+        boot.await_line("state draining")
+        os.kill(gateway, signal.SIGKILL)
+        boot.await_line("state dead")
+        boot.await_ready(2)
+        assert boot.output.count("state draining") == 1
+        assert boot.stop() == 0
+
+
+@scenario
 def children_die_with_a_killed_supervisor_and_the_next_boot_sweeps(place: Place) -> None:
     with Boot(place.folder, place.model, stub_gateway=True) as boot:
         boot.await_ready()

@@ -1,6 +1,7 @@
 """A gateway to order, for what a real one would have to be talked into: its /health is the file STUB_DIR/health.json.
 
-It drains at SIGTERM for as long as the file `undrained` is there, and says what signals it got.
+It drains at SIGTERM for as long as the file `undrained` is there, and says what signals it got, and its parent that it
+drains.
 """
 
 import os
@@ -35,6 +36,7 @@ class Server(ThreadingHTTPServer):
 
 def leave(number: int, frame: object) -> None:
     print(f"stub gateway: signal {number}", flush=True)
+    os.kill(int(sys.argv[sys.argv.index("--parent") + 1]), signal.SIGUSR1)
     threading.Thread(target=drain).start()
 
 

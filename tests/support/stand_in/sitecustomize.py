@@ -7,5 +7,5 @@ import os
 import sys
 from pathlib import Path
 
-if Path(sys.orig_argv[-1]).name == "gateway.py":
-    os.execv(sys.executable, [sys.executable, str(Path(__file__).parent.parent / "stub_gateway.py")])
+if "gateway.py" in [Path(word).name for word in sys.orig_argv]:
+    os.execv(sys.executable, [sys.executable, str(Path(__file__).parent.parent / "stub_gateway.py"), *sys.argv[1:]])
