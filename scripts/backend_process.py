@@ -14,7 +14,7 @@ from boot_log import BootLog, Lines
 from config import Config
 from probes import Activity, Address, ask
 from processes import Child, Children
-from watchdog import Silence, slots_patience_s, stalled
+from watchdog import Silence, Stall, slots_patience_s
 
 NAME = "llama-server"
 LOADING_POLL_S = 0.1
@@ -164,14 +164,14 @@ class Backend:
             log.info("%s asks for its key, as it should", NAME)
 
     async def _keep_watch(self, child: Child) -> str:
-        silence = Silence(self._wedge_s, monotonic)
+        silence, stall = Silence(self._wedge_s, monotonic), Stall(self._wedge_s, monotonic)
         tick_s = min(LONGEST_TICK_S, self._wedge_s / 4)
         while not await child.ended_within(tick_s):
             if await ask(self._address, "/health", self._health_s):
                 silence.heard()
             if silence.wedged():
                 return f"is wedged: /health has not answered for {self._wedge_s:g} s (WEDGE_TIMEOUT)"
-            if stalled(await self._activity(), self._wedge_s) and not await self._slots_answer():
+            if stall.possible() and stall.suspected(await self._activity()) and not await self._slots_answer():
                 return f"is wedged: no byte for {self._wedge_s:g} s (WEDGE_TIMEOUT) and /slots does not answer"
         return ""
 

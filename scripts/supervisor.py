@@ -279,7 +279,7 @@ class Supervisor:
                 idle = None
             elif idle is None:
                 idle = Idle(limit_s, monotonic)
-            elif idle.due(await self._activity()):
+            elif idle.possible() and idle.due(await self._activity()):
                 self._be_idle(limit_s)
 
     def _be_idle(self, limit_s: float) -> None:

@@ -46,9 +46,28 @@ class Silence:
         return self._clock() - self._heard_s > self._timeout_s
 
 
-def stalled(activity: Activity | None, wedge_timeout_s: float) -> bool:
-    """Requests are at the backend and no byte has come for so long that /slots is worth asking."""
-    return activity is not None and activity.active > 0 and activity.backend_silent_s > wedge_timeout_s
+class Stall:
+    """When requests at the backend have had no byte for so long that /slots is worth asking.
+
+    Asking the gateway costs it a line of its access log, so nobody has to before `possible`: a silence under load can
+    have lasted too long only once that time has passed since the last answer.
+    """
+
+    def __init__(self, timeout_s: float, clock: Clock) -> None:
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._earliest_s = clock() + timeout_s
+
+    def possible(self) -> bool:
+        return self._clock() >= self._earliest_s
+
+    def suspected(self, activity: Activity | None) -> bool:
+        """Judge the gateway's answer; one that does not tell is asked again."""
+        if activity is None:
+            return False
+        silent_s = activity.backend_silent_s if activity.active else 0.0
+        self._earliest_s = self._clock() + max(0.0, self._timeout_s - silent_s)
+        return silent_s > self._timeout_s
 
 
 def slots_patience_s(wedge_timeout_s: float, health_timeout_s: float) -> float:
@@ -63,6 +82,10 @@ class Idle:
         self._limit_s = limit_s
         self._clock = clock
         self._since_s = clock()
+
+    def possible(self) -> bool:
+        """Whether it may be due; before that the gateway need not be asked, which it would log."""
+        return bool(self._limit_s) and self._clock() - self._since_s >= self._limit_s
 
     def due(self, activity: Activity | None) -> bool:
         """A gateway that does not tell is not idle: it may be at work."""

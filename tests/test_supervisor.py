@@ -330,6 +330,19 @@ def a_long_prefill_is_no_wedge(place: Place) -> None:
         assert boot.state["state"] == "ready"
 
 
+@scenario
+def the_gateway_is_not_asked_before_its_answer_can_matter(place: Place) -> None:
+    """Each question is a line of its access log, a request in its metrics."""
+    settings = {**place.model, "WEDGE_TIMEOUT": "600", "IDLE_STOP_SECONDS": "600"}
+    with Boot(place.folder, settings, stub_gateway=True) as boot:
+        boot.await_ready()
+        boot.await_line("asks for its key")
+        boot.order("talkative")
+        # When llama-server is asked again, the first look at everything is over.
+        boot.await_line("llama-server: asked /health$", times=2)
+        assert "stub gateway: asked /health" not in boot.output
+
+
 # Idle
 
 

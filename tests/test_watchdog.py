@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from probes import Activity
-from watchdog import Idle, Restarts, Silence, slots_patience_s, stalled
+from watchdog import Idle, Restarts, Silence, Stall, slots_patience_s
 
 
 @dataclass
@@ -72,7 +72,33 @@ def test_silence_is_measured_from_the_last_answer() -> None:
     ],
 )
 def test_only_silence_under_load_is_suspicious(seen: Activity | None, worth_asking: bool) -> None:
-    assert stalled(seen, 120) is worth_asking
+    assert Stall(120, Clock()).suspected(seen) is worth_asking
+
+
+@pytest.mark.parametrize(
+    ("seen", "pause_s"),
+    [
+        (activity(), 120),
+        (activity(active=0, silent_s=500), 120),
+        (activity(active=1), 120),
+        (activity(active=1, silent_s=50), 70),
+        (activity(active=1, silent_s=120), 0),
+        (activity(active=1, silent_s=500), 0),
+        (None, 0),
+    ],
+)
+def test_the_gateway_is_asked_again_when_a_silence_can_have_lasted_too_long(
+    seen: Activity | None, pause_s: float
+) -> None:
+    clock = Clock()
+    stall = Stall(120, clock)
+    assert not stall.possible()
+    clock.now_s += 120
+    assert stall.possible()
+    stall.suspected(seen)
+    assert stall.possible() is (pause_s == 0)
+    clock.now_s += pause_s
+    assert stall.possible()
 
 
 def test_slots_may_take_as_long_as_a_batch() -> None:
@@ -114,5 +140,30 @@ def test_idle_counts_from_the_end_of_the_last_work() -> None:
     assert idle.due(activity(idle_s=60))
 
 
+def test_the_gateway_is_asked_whether_it_is_idle_when_it_can_have_been_for_long_enough() -> None:
+    clock = Clock()
+    idle = Idle(60, clock)
+    assert not idle.possible()
+    clock.now_s += 60
+    assert idle.possible()
+    assert not idle.due(None)
+    assert idle.possible()
+    assert not idle.due(activity(active=1))
+    clock.now_s += 59.9
+    assert not idle.possible()
+    clock.now_s += 0.1
+    assert idle.possible()
+    assert not idle.due(activity(idle_s=20))
+    clock.now_s += 39.9
+    assert not idle.possible()
+    clock.now_s += 0.1
+    assert idle.due(activity(idle_s=60))
+    assert not idle.possible()
+
+
 def test_idle_stop_that_is_off_is_never_due() -> None:
+    clock = Clock()
+    idle = Idle(0, clock)
+    clock.now_s += 1e9
+    assert not idle.possible()
     assert not Idle(0, Clock()).due(activity(idle_s=1e9))

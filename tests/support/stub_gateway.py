@@ -1,7 +1,7 @@
 """A gateway to order, for what a real one would have to be talked into: its /health is the file STUB_DIR/health.json.
 
-It drains at SIGTERM for as long as the file `undrained` is there, and says what signals it got, and its parent that it
-drains.
+It drains at SIGTERM for as long as the file `undrained` is there, and tells its parent that it does. It says what it is
+asked and what signals it got.
 """
 
 import os
@@ -18,6 +18,7 @@ IDLE = b'{"active": 0, "queued": 0, "backend_silent_s": 0.0, "idle_s": 0.0}'
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        print(f"stub gateway: asked {self.path}", flush=True)
         told = CONTROL / "health.json"
         body = told.read_bytes() if told.exists() else IDLE
         self.send_response(200)

@@ -5,6 +5,7 @@
     deaf          /health is not answered; `deaf_slots`: /slots is not
     open          protected routes answer without the key
     stubborn      SIGTERM is ignored
+    talkative     what is asked is printed
     lines         printed at the start
     exit, signal  end at once with this status, or by this signal
     family        a process of its own is started; its pid goes to the file `grandchild`
@@ -36,6 +37,8 @@ def option(name: str) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if told("talkative"):
+            print(f"asked {self.path}", flush=True)
         while told("deaf" if self.path == "/health" else "deaf_slots"):
             time.sleep(0.02)
         if told("loading"):
