@@ -5,6 +5,7 @@ this process lives. One request a connection, one deadline for the whole of it, 
 the oldest makes room: an idle or slow client costs a probe nothing.
 """
 
+import argparse
 import asyncio
 import json
 import logging
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import config
@@ -169,9 +171,11 @@ async def serve(settings: Config) -> int:
     return 0
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     # Until the loop has its own handlers: to be asked to stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    words = "Liveness and readiness for the platform; the settings come by environment (docs/CONFIGURATION.md)."
+    argparse.ArgumentParser(description=words).parse_args(argv)
     try:
         settings = config.load_config(os.environ)
     except ConfigError as error:

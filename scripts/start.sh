@@ -3,16 +3,41 @@
 #
 #   start.sh                serve; the settings come by environment (docs/CONFIGURATION.md)
 #   start.sh --quickstart   the same for a first try on one's own machine: a local data folder, a first key, a curl
+#   start.sh --help         this, in short
 #
 # No setting is judged here but where to find programs: supervisor.py reads them all, and complains about all at once.
 set -Eeuo pipefail
 
+readonly EXIT_USAGE=2
 readonly EXIT_NO_PYTHON=5
 scripts=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly scripts
 
 say() { printf 'start: %s\n' "$*"; }
 fail() { printf 'start: %s\n' "$*" >&2; }
+
+usage() {
+  printf '%s\n' 'usage: start.sh [-h] [--quickstart]' '' \
+    'Start everything; the settings come by environment (docs/CONFIGURATION.md).' '' \
+    '  -h, --help    show this and exit' \
+    '  --quickstart  a first try on this machine: a local data folder, a first key, a curl that works'
+}
+
+# Leave unless the words are ones to start with; a mistyped one must not open a port.
+check_arguments() {
+  case "$*" in
+    '' | --quickstart) ;;
+    -h | --help)
+      usage
+      exit 0
+      ;;
+    *)
+      usage >&2
+      fail "unknown arguments: $*"
+      exit "$EXIT_USAGE"
+      ;;
+  esac
+}
 
 # Print the first Python that is new enough; one that is on the PATH may still not run (a version manager's shim).
 find_python() {
@@ -43,6 +68,7 @@ debug_shell() {
 
 main() {
   trap 'exit 0' TERM INT
+  check_arguments "$@"
   local python
   if ! python=$(find_python); then
     fail 'no Python 3.10 or later found (python3, python3.13 … python3.10)'

@@ -7,6 +7,7 @@ up, 5 a service cannot start. It reads no request and relays nothing.
     python3 supervisor.py --debug-shell   tell by exit status 0 that DEBUG_SHELL is on
 """
 
+import argparse
 import asyncio
 import errno
 import json
@@ -14,7 +15,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -388,10 +389,18 @@ async def serve(config: Config, environ: Mapping[str, str]) -> int:
         return await Supervisor(config, environ, run_dir, boot_log).run()
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
+    words = "Start, watch and stop everything; the settings come by environment (docs/CONFIGURATION.md)."
+    parser = argparse.ArgumentParser(description=words, allow_abbrev=False)
+    words = "start nothing, and tell by exit status 0 that DEBUG_SHELL is on"
+    parser.add_argument("--debug-shell", action="store_true", help=words)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    if "--debug-shell" in (sys.argv[1:] if argv is None else argv):
+    if _parser().parse_args(argv).debug_shell:
         return 0 if _wants_shell(os.environ) else 1
     try:
         config = load_config(os.environ)

@@ -283,9 +283,9 @@ def program(**environ: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
             process.kill()
 
 
-def run(**environ: str) -> subprocess.CompletedProcess[str]:
+def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(PROGRAM)],
+        [sys.executable, str(PROGRAM), *argv],
         env={**os.environ, **environ},
         text=True,
         capture_output=True,
@@ -348,6 +348,20 @@ def test_a_wrong_setting_is_status_2():
         ["health", " PORT_HEALTH"],
         ["health", " AUTH_ENABLED"],
     ]
+
+
+def test_help_is_shown_and_nothing_started():
+    done = run("--help", PORT_HEALTH="x")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: health_server.py")
+
+
+@pytest.mark.parametrize("word", ["--hlep", "--he=1", "start"])
+def test_an_unknown_argument_is_status_2_and_starts_nothing(word: str):
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # where it would end with 5
+        done = run(word, HOST="127.0.0.1", PORT_HEALTH=str(taken.getsockname()[1]))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].startswith("health_server.py: error: ")
 
 
 def test_it_listens_on_ipv6_and_logs_json(tmp_path: Path):

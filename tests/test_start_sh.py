@@ -454,9 +454,13 @@ def test_probes_are_told_of_a_drain_that_an_operator_asked_for_while_streams_fin
 # start.sh itself
 
 
-def shell(tmp_path: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+def shell(tmp_path: Path, *argv: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return run([str(START), *argv], tmp_path, **environ)
+
+
+def run(argv: list[str], tmp_path: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [str(START)],
+        argv,
         env=environ,
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
@@ -555,6 +559,34 @@ def test_it_becomes_the_supervisor(tmp_path: Path) -> None:
     with Boot(tmp_path, MOCK, by_shell=True) as boot:
         boot.await_ready()
         assert "supervisor.py" in command_line(boot.process.pid)
+
+
+# No model is set: what starts all the same ends with status 3.
+PROGRAMS = pytest.mark.parametrize(
+    "argv", [[str(START)], [sys.executable, str(SCRIPTS / "supervisor.py")]], ids=["start.sh", "supervisor.py"]
+)
+
+
+@PROGRAMS
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_is_shown_and_nothing_started(tmp_path: Path, argv: list[str], word: str) -> None:
+    done = run([*argv, word], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {Path(argv[-1]).name}")
+
+
+@PROGRAMS
+@pytest.mark.parametrize("words", [["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"]])
+def test_an_unknown_argument_is_status_2_and_starts_nothing(tmp_path: Path, argv: list[str], words: list[str]) -> None:
+    done = run([*argv, *words], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"(start|supervisor.py: error): .*", done.stderr.splitlines()[-1])
+
+
+def test_an_argument_that_is_empty_is_none(tmp_path: Path) -> None:
+    """As a template makes it of a variable that is not set."""
+    done = shell(tmp_path, "", PATH=PATH, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
+    assert (done.returncode, "no model is set" in done.stdout) == (3, True)
 
 
 def test_debug_shell_without_a_terminal_just_stays(tmp_path: Path) -> None:
