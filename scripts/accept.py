@@ -75,7 +75,10 @@ def _bounded(number: N, low: float, high: float) -> N:
 
 
 def auto(converter: Converter) -> Converter:
-    return Converter(f"auto, or {converter.accepts}", lambda text: None if text == "auto" else converter.parse(text))
+    def parse(text: str) -> Any:
+        return None if text.lower() == "auto" else converter.parse(text)
+
+    return Converter(f"auto, or {converter.accepts}", parse)
 
 
 def choice(words: Mapping[str, object]) -> Converter:

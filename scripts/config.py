@@ -377,8 +377,10 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"MODEL_HF excludes {' and '.join(others)}: set one or the other"
     if values.get("METRICS_AUTH_ENABLED") and values.get("AUTH_ENABLED") is False:
         yield "METRICS_AUTH_ENABLED=true contradicts AUTH_ENABLED=false: there would be no key to ask for"
-    if values.get("WEDGE_TIMEOUT", YEAR_S) <= values.get("HEALTH_TIMEOUT", 0):
-        yield "WEDGE_TIMEOUT must be longer than HEALTH_TIMEOUT: one slow probe would count as wedged"
+    wedge_s, health_s = values.get("WEDGE_TIMEOUT", YEAR_S), values.get("HEALTH_TIMEOUT", 0)
+    if wedge_s <= health_s:
+        both = f"WEDGE_TIMEOUT ({wedge_s:.15g} s) must be longer than HEALTH_TIMEOUT ({health_s:.15g} s)"
+        yield f"{both}: one slow probe would count as wedged"
 
 
 def _port_clashes(values: Mapping[str, Any]) -> Iterator[str]:
@@ -397,6 +399,11 @@ def _doubts(values: Mapping[str, Any]) -> Iterator[str]:
     """What works but is rarely meant."""
     if values.get("AUTH_ENABLED") is False:
         yield "AUTH_ENABLED=false: whoever reaches the port is served"
+        if values.get("ADMIN_ROUTES"):
+            yield "ADMIN_ROUTES=true: whoever reaches the port may drain the gateway and change the backend's model"
+    if everything := [path for path in values.get("ALLOW_PATHS", ()) if re.fullmatch(r"/?\*+", path)]:
+        opened = "every path of the backend's that is not listed, also those that its next version brings,"
+        yield f"ALLOW_PATHS={everything[0]}: {opened} is open to every key"
     if values.get("MAX_REQUEST_BODY_SIZE", 0) > values.get("MAX_BUFFERED_BYTES", 1 << 60):
         yield "MAX_REQUEST_BODY_SIZE is above MAX_BUFFERED_BYTES: the largest bodies are always refused"
     if values.get("ON_IDLE") and values.get("IDLE_STOP_SECONDS") == 0:

@@ -142,7 +142,7 @@ GOOD = {
     "REQUEST_TIMEOUT": ["0.001"],
     "MAX_HEADER_LINE_SIZE": ["64", "16777216", "1KiB", "16MiB"],
     "MAX_BUFFERED_BYTES": ["3GiB"],
-    "MAX_CONCURRENT_REQUESTS": ["auto", "1", "1000000"],
+    "MAX_CONCURRENT_REQUESTS": ["auto", "Auto", "AUTO", "1", "1000000"],
     "LOG_LEVEL": ["debug", "INFO", "Warning", "error", "critical"],
     "MODEL_NAME": ["m.gguf", "a/b.gguf", "..m", "a..b/c"],
     "MODEL_URL": ["https://h/m.gguf", "HTTPS://h", "http://127.0.0.1:8/m", "http://[::1]:8/m", "http://u:p@LOCALHOST/?x#y"],
@@ -163,7 +163,7 @@ BAD = {
     "QUEUE_TIMEOUT": ["-1", "+1", ".5", "1.", "1,5", "1e3", "inf", "nan", "1s", "31536001", "1" * 20],
     "REQUEST_TIMEOUT": ["0", "0.0009"],
     "MAX_HEADER_LINE_SIZE": ["63", "16777217", "17MiB", "1K", "1KB", "1kib", "1 KiB", "1.5KiB", "-1", "KiB"],
-    "MAX_CONCURRENT_REQUESTS": ["0", "AUTO", "1000001"],
+    "MAX_CONCURRENT_REQUESTS": ["0", "automatic", "1000001"],
     "AUTH_ENABLED": ["ture", "2", "t", " true", "enabled", "None"],
     "LOG_LEVEL": ["warn", "trace"],
     "LOG_FORMAT": ["xml"],
@@ -408,7 +408,8 @@ def test_models_exclude_each_other():
 
 
 def test_a_wedge_is_longer_than_a_probe():
-    assert complaint(WEDGE_TIMEOUT="2").startswith("WEDGE_TIMEOUT")
+    assert complaint(WEDGE_TIMEOUT="2").startswith("WEDGE_TIMEOUT (2 s) must be longer than HEALTH_TIMEOUT (2 s)")
+    assert "(0.5 s)" in complaint(WEDGE_TIMEOUT="0.5")
     load(WEDGE_TIMEOUT="2.1")
 
 
@@ -424,6 +425,21 @@ def test_doubtful_settings_are_warnings():
         "ON_IDLE never runs",
     ]
     assert load(ON_IDLE="x", IDLE_STOP_SECONDS="1").warnings == ()
+
+
+def test_what_an_open_gateway_lets_anybody_do_is_a_warning():
+    served, administered = load(AUTH_ENABLED="0", ADMIN_ROUTES="1").warnings
+    assert "whoever reaches the port is served" in served
+    assert "whoever reaches the port may drain the gateway and change the backend's model" in administered
+    assert load(ADMIN_ROUTES="1").warnings == ()
+
+
+def test_a_path_that_stands_for_all_is_a_warning():
+    for text in ("*", "/a,/*", "/**"):
+        (line,) = load(ALLOW_PATHS=text).warnings
+        assert line.startswith(f"ALLOW_PATHS={text.rpartition(',')[2]}: every path of the backend's")
+        assert "is open to every key" in line
+    assert load(ALLOW_PATHS="/,/a/*,/b*").warnings == ()
 
 
 # The data folder
