@@ -10,6 +10,7 @@ took on average. The shares add up to what the machine was rented for, less the 
 """
 
 import logging
+import os
 import re
 import threading
 import time
@@ -120,13 +121,15 @@ def cost(gpu_s: float, gpu_cost_per_hour: float) -> float:
 def first_day(since: str, now_s: float) -> str:
     """Return the day on which a report begins: `7d` is today and the six days before it; else an ISO 8601 date.
 
-    now_s counts from the epoch. Raises ValueError.
+    now_s counts from the epoch. Raises ValueError with words for whoever gave `since`.
     """
     if days := re.fullmatch(r"([0-9]{1,5})d", since):
         return str(date.fromisoformat(_day(now_s)) - timedelta(days=max(int(days[1]), 1) - 1))
-    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", since):
-        raise ValueError("expected a number of days such as 7d, or a date such as 2026-01-31")
-    return str(date.fromisoformat(since))
+    try:
+        # fromisoformat takes other forms too, which sort otherwise than the ledger's days.
+        return str(date.fromisoformat(since if re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", since) else ""))
+    except ValueError:
+        raise ValueError("since: expected a number of days such as 7d, or a date such as 2026-01-31") from None
 
 
 def query(path: Path, since: str = "", by: str = "key") -> list[Usage]:
@@ -226,6 +229,9 @@ def _read(path: Path, since: str) -> Batch:
 
 def _open(sqlite: ModuleType, path: Path) -> "sqlite3.Connection":
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        # SQLite would let everybody read it; what it puts beside the file gets the file's mode.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640))
     db: sqlite3.Connection = sqlite.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -230,11 +231,31 @@ def test_a_report_begins_so_many_days_ago_or_on_a_date(since: str, expected: str
 
 @pytest.mark.parametrize("since", ["", "d", "7", "-1d", "7D", "1e3d", "\u0667d", "2026-02-30", "20260301", "x"])
 def test_what_is_neither_days_nor_a_date_is_refused(since: str) -> None:
-    with pytest.raises(ValueError, match=r"expected|day"):
+    with pytest.raises(
+        ValueError, match=r"^since: expected a number of days such as 7d, or a date such as 2026-01-31$"
+    ):
         first_day(since, NOON_S)
 
 
 # The file
+
+
+def test_others_may_not_read_the_file(path: Path) -> None:
+    with opened(path, Clock()) as ledger:
+        ledger.record({"alice": charge([(ANSWER, "done")])})
+        ledger.flush()
+        modes = {file.name: stat.S_IMODE(file.stat().st_mode) & 0o137 for file in path.parent.iterdir()}
+        assert modes == {"usage.db": 0, "usage.db-wal": 0, "usage.db-shm": 0}
+
+
+def test_a_file_that_is_there_keeps_its_mode(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    path.chmod(0o600)
+    with opened(path, Clock()) as ledger:
+        ledger.record({"alice": charge([(ANSWER, "done")])})
+        ledger.flush()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_report_can_be_read_while_the_ledger_is_written(path: Path) -> None:
