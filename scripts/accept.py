@@ -186,6 +186,7 @@ def _parse_origins(text: str) -> tuple[str, ...]:
 
 
 FLAG = choice(FLAGS)
+PRICE = decimal(0, 10**6, "an amount")
 FILE = matching(r"[^\x00-\x1f\x7f]+", "a path without control characters")
 PATH = Converter(FILE.accepts, lambda text: Path(FILE.parse(text)))
 TEXT = matching(r"(?s:.*)", "any text")

@@ -207,7 +207,7 @@ SETTINGS: tuple[Setting, ...] = (
             "Whether operator keys may call routes that change llama-server; off, as few need them."),
     Setting("USAGE_FILE", "usage.file", accept.PATH, "$DATA_DIR/usage.db", "",
             "The usage ledger; empty, it is kept in memory only."),
-    Setting("GPU_COST_PER_HOUR", "usage.gpu_cost_per_hour", accept.decimal(0, 10**6, "an amount"), None, "an hour",
+    Setting("GPU_COST_PER_HOUR", "usage.gpu_cost_per_hour", accept.PRICE, None, "an hour",
             "Turns usage into money in reports; unset, reports have no money."),
     Setting("METRICS_BACKEND_SECONDS", "usage.metrics_backend_s", accept.decimal(0, 86400), "0", "seconds",
             "Least interval between scrapes of llama-server's metrics (0: off, as each scrape resets its averages)."),

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Make, list, change, rotate and remove API keys.
 
-The command line of the keys file. It needs keyfile.py beside it and nothing else (`usage` needs usage.py too), talks
-to no gateway and restarts nothing: a running gateway sees the changed file by itself. Data goes to stdout, talk to
-stderr. The exit status is 0 when it is done, 1 when the state of things forbids it and 2 when the command is wrong.
+The command line of the keys file. It needs keyfile.py beside it and nothing else (`usage` needs accept.py, usage.py and
+meter.py too), talks to no gateway and restarts nothing: a running gateway sees the changed file by itself. Data goes to
+stdout, talk to stderr. The exit status is 0 when it is done, 1 when the state of things forbids it and 2 when the
+command is wrong.
 """
 
 import argparse
@@ -88,6 +89,22 @@ def chosen_file(given: str | None, setting: str, name: str) -> Path:
 
 def keys_file(arguments: argparse.Namespace) -> Path:
     return chosen_file(arguments.file, "AUTH_KEYS_FILE", "api_keys.txt")
+
+
+def ledger_file(arguments: argparse.Namespace) -> Path:
+    # To the gateway an empty USAGE_FILE is not an unset one.
+    if arguments.usage_file is None and os.environ.get("USAGE_FILE") == "":
+        raise Refused("USAGE_FILE is empty, so that usage is in the gateway's memory only: ask GET /usage")
+    return chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
+
+
+def setting(name: str, accepts: str, parse: Callable[[str], Any]) -> Any:
+    """Read a setting of the gateway's as the gateway does; None where it is unset."""
+    text = os.environ.get(name)
+    try:
+        return parse(text) if text else None
+    except ValueError as problem:
+        raise Misused(f"{name}: the value {text!a} {problem}; accepted: {accepts}") from None
 
 
 def now() -> datetime:
@@ -212,20 +229,22 @@ def hash_key(arguments: argparse.Namespace) -> int:
 
 
 def show_usage(arguments: argparse.Namespace) -> int:
+    if arguments.json and arguments.csv:
+        raise Misused("--json and --csv exclude each other: give one of them")
     try:
-        import usage  # noqa: PLC0415 - nothing but this command needs it
+        import accept  # noqa: PLC0415 - nothing but this command needs the two
+        import usage  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise Refused(f"usage needs {error.name}.py beside key_mgmt.py") from None
-    path = chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
-    price = os.environ.get("GPU_COST_PER_HOUR")
+    path, price = ledger_file(arguments), setting("GPU_COST_PER_HOUR", accept.PRICE.accepts, accept.PRICE.parse)
     try:
         since = usage.first_day(arguments.since, time.time()) if arguments.since else ""
         rows = usage.query(path, since, arguments.by)
-        costs = [{"cost": round(usage.cost(row.gpu_s, float(price)), 4)} if price else {} for row in rows]
     except ValueError as error:
-        raise Misused(str(error)) from None
+        raise Misused(f"--{error}") from None
     except usage.LedgerUnreadable as error:
         raise Refused(f"{path}: {error}") from None
+    costs = [{} if price is None else {"cost": round(usage.cost(row.gpu_s, price), 4)} for row in rows]
     told = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
     records = [{name: value for name, value in record.items() if value != ""} for record in told]
     return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
@@ -293,13 +312,15 @@ def _sooner(first: datetime | None, second: datetime | None) -> datetime | None:
 
 def _hand_out(arguments: argparse.Namespace, document: Document, secret: str) -> int:
     name = arguments.name
-    record = {**_record(document.find(name)[-1][1]), "api_key": secret}
+    entry = document.find(name)[-1][1]
+    record = {**_record(entry), "api_key": secret}
     try:
         _print(json.dumps(record, indent=2) + "\n" if arguments.json else secret + "\n")
     except OSError as error:
         reason = f"the key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
         raise Refused(reason) from None
-    _say(f"{name} is in {keys_file(arguments)}; its key is shown this once", arguments.quiet)
+    end = f" and ends at {record['expires_at']}" if entry.expires_at is not None else ""
+    _say(f"{name} is in {keys_file(arguments)}; its key is shown this once{end}", arguments.quiet)
     return 0
 
 

@@ -72,7 +72,7 @@ TABLE = {
     " signals watchdog",
     # other programs
     "health_server": "config logs signals",
-    "key_mgmt": "keyfile usage",
+    "key_mgmt": "accept keyfile usage",
     "bench_client": "",
     "bench_stats": "bench_client",
     "bench_report": "bench_stats",

@@ -19,6 +19,7 @@ import pytest
 
 import accept
 import auth
+import config
 import key_mgmt
 import keyfile
 import usage
@@ -278,6 +279,14 @@ def test_rotate_of_an_expired_key_needs_another_end(path: Path, run: Callable[..
     assert in_time(entries(path)[0].expires_at, timedelta(30))
 
 
+def test_an_end_of_the_new_key_is_told(path: Path, run: Callable[..., Answer]) -> None:
+    path.write_text(f"a:{OLD}::{FUTURE}\nb:{OLD}2\n")
+    assert run("rotate", "--name", "a").err == (
+        f"key_mgmt: a is in {path}; its key is shown this once and ends at {FUTURE}\n"
+    )
+    assert run("rotate", "--name", "b").err == f"key_mgmt: b is in {path}; its key is shown this once\n"
+
+
 # check, hash
 
 
@@ -356,8 +365,45 @@ def test_usage_says_what_is_missing_or_wrong(
     answer = run("usage", "--usage-file", str(ledger))
     assert (answer.status, answer.out) == (1, "")
     assert answer.err.startswith(f"key_mgmt: {ledger}: ")
-    answer = run("usage", "--since", "soon")
+
+
+@pytest.mark.parametrize("since", ["soon", "2026-13-01", "2026-02-30"])
+def test_usage_says_which_days_it_takes(ledger: Path, run: Callable[..., Answer], since: str) -> None:
+    answer = run("usage", "--usage-file", str(ledger), "--since", since)
     assert (answer.status, answer.out) == (2, "")
+    assert answer.err == "key_mgmt: --since: expected a number of days such as 7d, or a date such as 2026-01-31\n"
+
+
+@pytest.mark.parametrize("price", ["abc", "nan", "inf", "-1", "1e3", "1000001"])
+def test_usage_takes_the_price_that_the_gateway_takes(
+    ledger: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch, price: str
+) -> None:
+    monkeypatch.setenv("GPU_COST_PER_HOUR", price)
+    answer = run("usage", "--usage-file", str(ledger))
+    assert (answer.status, answer.out) == (2, "")
+    with pytest.raises(config.ConfigError) as refused:
+        config.load_config({"GPU_COST_PER_HOUR": price})
+    assert answer.err == f"key_mgmt: {refused.value}\n"
+    monkeypatch.setenv("GPU_COST_PER_HOUR", "0")
+    assert run("usage", "--usage-file", str(ledger), "--csv").out.splitlines()[1].endswith(",0.0")
+
+
+def test_an_empty_usage_file_means_none(
+    ledger: Path, run: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_DIR", str(ledger.parent))
+    monkeypatch.setenv("USAGE_FILE", "")
+    answer = run("usage")
+    assert (answer.status, answer.out) == (1, "")
+    assert answer.err.startswith("key_mgmt: USAGE_FILE is empty")
+    assert run("usage", "--usage-file", str(ledger)).status == 0
+
+
+@pytest.mark.parametrize("words", [["usage", "--csv", "--json"], ["--json", "usage", "--csv"]])
+def test_usage_is_json_or_csv(ledger: Path, run: Callable[..., Answer], words: list[str]) -> None:
+    answer = run(*words, "--usage-file", str(ledger))
+    assert (answer.status, answer.out) == (2, "")
+    assert answer.err == "key_mgmt: --json and --csv exclude each other: give one of them\n"
 
 
 def test_usage_without_its_modules_says_so(
@@ -374,7 +420,7 @@ def test_usage_of_a_lone_copy_says_so(tmp_path: Path) -> None:
         shutil.copy(SCRIPTS / f"{name}.py", tmp_path)
     command = [sys.executable, "-B", "key_mgmt.py", "usage"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={})
-    assert (done.returncode, done.stderr) == (1, "key_mgmt: usage needs usage.py beside key_mgmt.py\n")
+    assert (done.returncode, done.stderr) == (1, "key_mgmt: usage needs accept.py beside key_mgmt.py\n")
 
 
 # Where the file is
@@ -618,7 +664,7 @@ def examples() -> list[str]:
 
 
 def test_pitfall_42_every_example_of_the_help_works(ledger: Path, tmp_path: Path) -> None:
-    """In their order, in a folder with nothing but the two files (and, for `usage`, its own)."""
+    """In their order, in a folder with nothing but the two files (and, for `usage`, its own three)."""
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in ("key_mgmt.py", "keyfile.py"):
@@ -633,7 +679,7 @@ def test_pitfall_42_every_example_of_the_help_works(ledger: Path, tmp_path: Path
     }
     for line in lines:
         if " usage " in line:
-            for name in ("usage.py", "meter.py"):
+            for name in ("accept.py", "usage.py", "meter.py"):
                 shutil.copy(SCRIPTS / name, alone)
         command = ["bash", "-euo", "pipefail", "-c", line]
         done = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True, check=False)
