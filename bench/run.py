@@ -79,8 +79,10 @@ def tell_cpu(used_s: float, port: int) -> None:
         page = answer.read().decode()
     requests = total(page, "gateway_requests_total", 'code="200"')
     tokens = total(page, "gateway_tokens_total", 'type="completion"')
+    if not requests:  # after --help, or where every request failed
+        return
     print(f"\nThe gateway used {used_s:.2f} s of CPU for {requests:.0f} requests and {tokens:.0f} tokens", end="")
-    if requests and tokens:
+    if tokens:
         print(f": {used_s * 1e3 / requests:.2f} ms a request, {used_s * 1e6 / tokens:.0f} µs a token, all in", end="")
     print(".")
 
