@@ -14,7 +14,10 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True)
 class Turn:
-    """One target's share of a round: `concurrency` clients at once, each sending its next request after the last."""
+    """One target's share of a round: `concurrency` clients at once, each sending its next request after the last.
+
+    A turn that was `cut` lacks the requests that had not come to their end when the time was up.
+    """
 
     kind: str
     concurrency: int
@@ -22,6 +25,7 @@ class Turn:
     target: str
     wall_s: float
     samples: tuple[Sample, ...]
+    cut: bool = False
 
     @property
     def good(self) -> list[Sample]:
@@ -172,7 +176,8 @@ MEASURES: tuple[tuple[str, str, Callable[[Turn], float | None]], ...] = (
 def overheads(turns: Sequence[Turn]) -> list[Overhead]:
     """Compare the two targets inside each round, where the machine was in the same mood.
 
-    A round with a failed request is left out: whoever fails half of its requests answers the others sooner.
+    A round with a failed request is left out: whoever fails half of its requests answers the others sooner. So is one
+    that was cut, as what it lacks are its slowest.
     """
     cells = dict.fromkeys((turn.kind, turn.concurrency) for turn in turns)
     found = [overhead_of(cell, measure, turns) for cell in cells for measure in MEASURES]
@@ -185,7 +190,7 @@ def overhead_of(
     name, unit, figure = measure
     both: dict[int, dict[str, float | None]] = {}
     for turn in turns:
-        if (turn.kind, turn.concurrency) == cell and len(turn.good) == len(turn.samples):
+        if (turn.kind, turn.concurrency) == cell and len(turn.good) == len(turn.samples) and not turn.cut:
             both.setdefault(turn.round, {})[turn.target] = figure(turn)
     pairs = [(pair.get("direct"), pair.get("gateway")) for pair in both.values()]
     rounds = [

@@ -5,21 +5,26 @@
 
 With both addresses the two take turns within each round, so that the difference is the gateway's own. Keys come from
 files or from the environment (GATEWAY_API_KEY, BACKEND_API_KEY), never from the command line. Figures go to stdout,
-progress to stderr. Exit status: 0 measured, 1 nothing could be measured or some requests failed, 2 wrong usage.
+progress to stderr. Exit status: 0 measured, 1 nothing could be measured, some requests failed or a file could
+not be written, 2 wrong usage.
 """
 
 import argparse
 import asyncio
+import errno
 import math
 import os
 import platform
+import re
+import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import bench_html
 import bench_report
@@ -27,6 +32,12 @@ from bench_client import PATHS, Connection, Sample, Target
 from bench_stats import Result, Turn, overheads, summarize
 
 SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody has ever asked it why. "
+# The options that name a file, and what is written to it.
+FORMS: dict[str, Callable[[Result], str]] = {
+    "json": bench_report.to_json,
+    "csv": bench_report.to_csv,
+    "html": bench_html.to_html,
+}
 
 
 @dataclass(frozen=True)
@@ -121,32 +132,51 @@ class Runner:
             if (kind, target.name) not in warm:
                 warm.add((kind, target.name))
                 await self._clients(kind, 1, 1, target)
-            turns.append(await self._turn(kind, concurrency, number, target))
+            turn = await self._turn(kind, concurrency, number, target)
+            self.stopped_early |= turn.cut
+            turns += [turn] * bool(turn.samples)
             self._progress.step(f"{kind}, {concurrency} at once, round {number}, {target.name}")
         return turns
 
     async def _turn(self, kind: str, concurrency: int, number: int, target: Target) -> Turn:
         each = math.ceil(self._plan.requests / concurrency)
         wall_s, samples = await self._clients(kind, concurrency, each, target)
-        return Turn(kind, concurrency, number, target.name, wall_s, tuple(samples))
+        cut = len(samples) < concurrency * each
+        return Turn(kind, concurrency, number, target.name, wall_s, tuple(samples), cut)
 
     async def _clients(self, kind: str, concurrency: int, each: int, target: Target) -> tuple[float, list[Sample]]:
-        """Let so many clients at once send so many requests each, over connections opened beforehand."""
-        timeout_s = min(self._plan.timeout_s, max(1.0, self._deadline_s - time.monotonic()))
-        connections = [Connection(target, timeout_s) for _ in range(concurrency)]
+        """Let so many clients at once send so many requests each, over connections opened beforehand.
+
+        Returns what came to its end, well or not, before the time was up.
+        """
+        connections = [Connection(target, self._plan.timeout_s) for _ in range(concurrency)]
         requests = [[self._request(kind, target) for _ in range(each)] for _ in connections]
+        samples: list[Sample] = []
         try:
-            await asyncio.gather(*(connection.open() for connection in connections), return_exceptions=True)
+            opened = (connection.open() for connection in connections)
+            await self._in_time(asyncio.gather(*opened, return_exceptions=True))
             began_s = time.perf_counter()
-            clients = (self._client(*pair) for pair in zip(connections, requests, strict=True))
-            samples = [sample for client in await asyncio.gather(*clients) for sample in client]
+            clients = (self._client(*pair, samples) for pair in zip(connections, requests, strict=True))
+            await self._in_time(asyncio.gather(*clients))
             return time.perf_counter() - began_s, samples
         finally:
             for connection in connections:
                 connection.close()
 
-    async def _client(self, connection: Connection, requests: Sequence[bytes]) -> list[Sample]:
-        return [await connection.measure(request) for request in requests]
+    async def _client(self, connection: Connection, requests: Sequence[bytes], samples: list[Sample]) -> None:
+        for request in requests:
+            # asyncio.wait_for may lose a cancellation that comes together with what it waits for.
+            if self._left_s() <= 0:
+                return
+            samples.append(await connection.measure(request))
+
+    async def _in_time(self, work: "asyncio.Future[Any]") -> None:
+        """Wait for the work until the time is up; what is not done by then is cancelled."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(work, self._left_s())
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
 
     def _request(self, kind: str, target: Target) -> bytes:
         self._serial += 1
@@ -174,7 +204,10 @@ def notes_of(turns: Sequence[Turn], plan: Plan, stopped_early: bool) -> list[str
     notes = []
     errors = {sample.error for turn in turns for sample in turn.samples if sample.error}
     if stopped_early:
-        notes.append(f"stopped after {plan.max_s:g} s; the rest of the plan was not measured (--max-seconds)")
+        notes.append(
+            f"stopped after {plan.max_s:g} s; what was under way then is left out, and the rest of the plan was not"
+            " measured (--max-seconds)"
+        )
     if errors:
         notes.append(
             "failed requests are in no percentile and in no rate, and their rounds not in what the gateway adds"
@@ -252,12 +285,13 @@ def seconds(text: str) -> float:
 
 
 def plan_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
-    """Turn the options into a plan. Raises ValueError or OSError with words for the operator."""
-    given = (
-        ("direct", options.direct, options.backend_key_file, "BACKEND_API_KEY"),
-        ("gateway", options.gateway, options.key_file, "GATEWAY_API_KEY"),
-    )
-    targets = tuple(Target(name, url, key_of(file, environ.get(key, ""))) for name, url, file, key in given if url)
+    """Turn the options into a plan. Raises ValueError with words for the operator."""
+    keys = {
+        "direct": key_of("--backend-key-file", options.backend_key_file, environ.get("BACKEND_API_KEY", "")),
+        "gateway": key_of("--key-file", options.key_file, environ.get("GATEWAY_API_KEY", "")),
+    }
+    given = {"direct": options.direct, "gateway": options.gateway}
+    targets = tuple(Target(name, base_of(url), keys[name]) for name, url in given.items() if url)
     if not targets:
         raise ValueError("give --direct, --gateway or both")
     for target in targets:
@@ -276,8 +310,20 @@ def plan_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
     )
 
 
-def key_of(file: Path | None, inherited: str) -> str:
-    return file.read_text("utf-8").strip() if file else inherited
+def key_of(option: str, file: Path | None, inherited: str) -> str:
+    if file is None:
+        return inherited
+    try:
+        return file.read_text("utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"{option}: {file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{option}: {file} is not UTF-8 text") from None
+
+
+def base_of(url: str) -> str:
+    """The address without the /v1 at its end, which OpenAI clients are given and `make run` prints."""
+    return re.sub(r"(?<=[^/])/v1/?$", "", url)
 
 
 def facts_of(plan: Plan, found: Mapping[str, object]) -> dict[str, object]:
@@ -298,32 +344,58 @@ async def measure(plan: Plan, progress: Progress) -> Result:
     return Result(facts_of(plan, found), tuple(turns), summaries, added, tuple(notes))
 
 
-def write(result: Result, options: argparse.Namespace) -> None:
+def check_outputs(options: argparse.Namespace) -> None:
+    """Look before minutes of measuring whether what comes of them can be written. Raises ValueError."""
+    for name in FORMS:
+        if (file := getattr(options, name)) and (reason := why_not_writable(file)):
+            raise ValueError(f"--{name}: {file} cannot be written: {reason}")
+
+
+def why_not_writable(file: Path) -> str:
+    """Say what is in the way, without making the file; what this cannot see is told when it is written."""
+    try:
+        if stat.S_ISDIR(file.stat().st_mode):
+            return os.strerror(errno.EISDIR)
+        return "" if os.access(file, os.W_OK) else os.strerror(errno.EACCES)
+    except FileNotFoundError:
+        if not file.parent.is_dir():
+            return f"there is no folder {file.parent}"
+        return "" if os.access(file.parent, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def write(result: Result, options: argparse.Namespace) -> bool:
+    """Print the tables and write each file that was asked for, whatever becomes of the others; False if one failed."""
     sys.stdout.write(bench_report.to_text(result))
-    forms = (
-        (options.json, bench_report.to_json),
-        (options.csv, bench_report.to_csv),
-        (options.html, bench_html.to_html),
-    )
-    for file, form in forms:
-        if file:
-            file.write_text(form(result), "utf-8")
+    sys.stdout.flush()
+    whole = True
+    for name, form in FORMS.items():
+        file = getattr(options, name)
+        try:
+            if file:
+                file.write_text(form(result), "utf-8")
+        except OSError as error:
+            print(f"benchmark: --{name}: {file} cannot be written: {error.strerror}", file=sys.stderr)
+            whole = False
+    return whole
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     options = parser().parse_args(argv)
     try:
         plan = plan_of(options, environ)
-    except (OSError, ValueError) as error:
+        check_outputs(options)
+    except ValueError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     try:
         result = asyncio.run(measure(plan, Progress(plan.turn_count, sys.stderr, options.quiet)))
     except KeyboardInterrupt:
         return 130
-    write(result, options)
+    written = write(result, options)
     failed = any(summary.errors for summary in result.summaries)
-    return 1 if failed or not result.turns else 0
+    return 1 if failed or not written or not result.turns else 0
 
 
 if __name__ == "__main__":

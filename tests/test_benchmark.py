@@ -5,9 +5,12 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -277,6 +280,7 @@ def test_pitfall_49_the_gateway_is_compared_with_the_backend_reached_directly_ro
 def test_nothing_is_compared_without_a_pair_or_with_failures():
     assert overheads([turn("direct", 1, 0.1), turn("direct", 2, 0.1)]) == []
     assert overheads([turn("direct", 1, 0.1), turn("gateway", 1, 0.1, error="502 x")]) == []
+    assert overheads([turn("direct", 1, 0.1), replace(turn("gateway", 1, 0.1), cut=True)]) == []
 
 
 # Running a plan
@@ -316,6 +320,29 @@ def test_the_deadline_ends_a_plan():
     with mock() as url:
         turns, runner = run_plan(Target("direct", url), max_s=0.0)
     assert (turns, runner.stopped_early) == ([], True)
+
+
+def test_what_the_deadline_cuts_is_left_out_and_no_error():
+    with mock(prompt_ms=60_000.0) as url:
+        turns, runner = run_plan(Target("direct", url), max_s=0.3)
+    assert (turns, runner.stopped_early) == ([], True)
+
+
+def test_what_was_done_before_the_deadline_stays():
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"] * 3
+
+    async def handler(reader, writer):
+        """Answer three requests in all, the one that warms up among them, and then no more."""
+        with suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(answers.pop() if answers else b"")
+        writer.close()
+
+    with served(handler) as url:
+        turns, runner = run_plan(Target("direct", url), concurrency=(1,), kinds=("embeddings",), max_s=2.0)
+    assert runner.stopped_early
+    assert [(len(turn.samples), turn.cut) for turn in turns] == [(2, True)]
+    assert [sample.error for sample in turns[0].samples] == ["", ""]
 
 
 def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere():
@@ -453,6 +480,56 @@ def test_failures_end_in_1_with_advice(capsys):
     assert err == ""
 
 
+def files_of(folder: Path) -> list[str]:
+    return [word for form in ("json", "csv", "html") for word in (f"--{form}", str(folder / f"report.{form}"))]
+
+
+QUICKLY = ["--rounds", "1", "--requests", "1", "--concurrency", "1", "--quiet"]
+
+
+def test_one_report_that_cannot_be_written_keeps_no_other(tmp_path, capsys):
+    (tmp_path / "report.csv").symlink_to("/dev/full")
+    with mock() as url:
+        assert benchmark.main(["--direct", url, *QUICKLY, *files_of(tmp_path)], {}) == 1
+    out, err = capsys.readouterr()
+    assert err == f"benchmark: --csv: {tmp_path / 'report.csv'} cannot be written: No space left on device\n"
+    assert "direct" in out
+    assert json.loads((tmp_path / "report.json").read_text())["turns"]
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nope/x", "there is no folder {folder}/nope"),
+        ("file/x", "Not a directory"),
+        (".", "Is a directory"),
+        ("n" * 256, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--json", "--csv", "--html"])
+def test_nothing_is_measured_where_the_report_cannot_be_written(tmp_path, capsys, option, target, reason):
+    (tmp_path / "file").touch()
+    file = tmp_path / target
+    assert benchmark.main(["--direct", "http://127.0.0.1:1", *QUICKLY, option, str(file)], {}) == 2
+    said = reason.format(folder=tmp_path)
+    assert capsys.readouterr() == ("", f"benchmark: {option}: {file} cannot be written: {said}\n")
+
+
+def test_a_report_that_can_be_written_is_not_made_beforehand(tmp_path):
+    assert benchmark.why_not_writable(tmp_path / "new") == benchmark.why_not_writable(Path("/dev/null")) == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_may_end_as_openai_clients_have_it(capsys):
+    assert [benchmark.base_of(url) for url in ("http://x/v1", "http://x/llm/v1/", "http://v1", "http://x/v12")] == [
+        *["http://x", "http://x/llm", "http://v1", "http://x/v12"]
+    ]
+    with mock() as url:
+        assert benchmark.main(["--direct", url + "/v1", *QUICKLY], {}) == 0
+    assert "model mock" in capsys.readouterr().out
+
+
 def test_notes_name_the_rate_limit_and_an_early_end():
     plan = Plan((Target("gateway", "http://x"),))
     notes = benchmark.notes_of([turn("gateway", 1, 0.1, error="429 rate_limit_exceeded")], plan, stopped_early=True)
@@ -468,12 +545,21 @@ def test_notes_name_the_rate_limit_and_an_early_end():
         ["--direct", "ftp://x"],
         ["--direct", "http://"],
         ["--direct", "http://x:99999"],
-        ["--direct", "http://x", "--backend-key-file", "/nowhere/key"],
     ],
 )
 def test_wrong_usage_ends_in_2(argv, capsys):
     assert benchmark.main(argv, {}) == 2
     assert capsys.readouterr().err.startswith("benchmark: ")
+
+
+@pytest.mark.parametrize("option", ["--key-file", "--backend-key-file"])
+def test_a_key_file_that_cannot_be_read_is_told_with_its_option(option, tmp_path, capsys):
+    argv = ["--direct", "http://x", "--gateway", "http://y", option]
+    assert benchmark.main([*argv, "/nope"], {}) == 2
+    assert capsys.readouterr().err == f"benchmark: {option}: /nope cannot be read: No such file or directory\n"
+    (tmp_path / "key").write_bytes(b"\xff")
+    assert benchmark.main([*argv, str(tmp_path / "key")], {}) == 2
+    assert capsys.readouterr().err == f"benchmark: {option}: {tmp_path / 'key'} is not UTF-8 text\n"
 
 
 @pytest.mark.parametrize(
@@ -497,6 +583,14 @@ def test_bad_values_are_refused_by_name(argv, capsys):
 def test_a_key_that_no_header_can_carry_is_refused(capsys):
     assert benchmark.main(["--gateway", "http://x"], {"GATEWAY_API_KEY": "a\r\nb"}) == 2
     assert "key for --gateway" in capsys.readouterr().err
+
+
+def test_the_help_of_make_bench_is_the_help_alone():
+    command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "run.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    assert "The gateway used" not in done.stdout
 
 
 def test_every_option_is_documented():
