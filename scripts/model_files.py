@@ -50,6 +50,11 @@ def place(model: Model) -> Path:
     raise ModelError(NO_MODEL)
 
 
+def _setting(model: Model) -> str:
+    """The setting that says where the file lies."""
+    return "MODEL_PATH" if model.path else "MODEL_NAME" if model.name else "MODEL_URL"
+
+
 def _named(folder: Path, name: str) -> Path:
     path = folder / name
     suffixed = folder / f"{name}.gguf"
@@ -83,7 +88,10 @@ def obtain(model: Model, fetch: Fetch | None = None) -> Found:
     first = place(model)
     if model.url and not _all_there(first):
         _fetch_set(model, first, fetch or _download)
-    found = examine(first, model.dir)
+    try:
+        found = examine(first, model.dir)
+    except ModelError as error:
+        raise ModelError(f"{_setting(model)}: {error}") from None
     if model.sha256:
         _verify_once(first, model.sha256)
     return found

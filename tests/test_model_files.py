@@ -111,6 +111,19 @@ def test_a_missing_file_names_what_there_is(tmp_path: Path) -> None:
         obtain(model(tmp_path, MODEL_NAME="mm.gguf"))
 
 
+def test_the_setting_that_leads_to_no_model_is_named(tmp_path: Path) -> None:
+    none, part = tmp_path / "none.gguf", tmp_path / "a-00002-of-00002.gguf"
+    with pytest.raises(ModelError, match=f"^MODEL_PATH: {none} does not exist$"):
+        obtain(model(tmp_path, MODEL_PATH=str(none)))
+    with pytest.raises(ModelError, match=f"^MODEL_NAME: {none} does not exist$"):
+        obtain(model(tmp_path, MODEL_NAME=none.name))
+    with pytest.raises(ModelError, match=f"^MODEL_NAME: {part} is not the first part of its set: name a-00001-of"):
+        obtain(model(tmp_path, MODEL_NAME=part.name))
+    write(tmp_path / "there.gguf", b"<html>")
+    with pytest.raises(ModelError, match=f"^MODEL_URL: {tmp_path / 'there.gguf'} is "):
+        obtain(model(tmp_path, MODEL_URL="https://x.example/there.gguf"))
+
+
 def test_a_missing_folder_is_no_second_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"does not exist$"):
         obtain(model(tmp_path, MODEL_NAME="m.gguf", MODELS_DIR=str(tmp_path / "none")))
