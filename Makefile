@@ -25,7 +25,7 @@ files = $(subst $(empty) $(empty),$(comma),$(wildcard $(1:%=scripts/%.py)))
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-run: ## Start it here: a first key, the address and a curl that works (a mock model unless MODEL_PATH is set)
+run: ## Start it here: a first key, the address and a curl that works (a mock unless a model is named: MODEL_PATH …)
 	@scripts/start.sh --quickstart
 
 test: ## Run the test suite (ARGS="-k name" hands options to pytest)

@@ -1,7 +1,7 @@
 """A first try on one's own machine (`make run`): a local data folder, a first key, the address, a curl that works.
 
-Chooses what the environment leaves open (DATA_DIR=./data, HOST=127.0.0.1, the mock where there is no model or no
-llama-server), then becomes start.sh. A container does not come here: there, no model is an error.
+Chooses what the environment leaves open (DATA_DIR=./data, HOST=127.0.0.1, the mock where no model is named), then
+becomes start.sh. A model without a llama-server is an error. A container does not come here: no model is one there.
 """
 
 import asyncio
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import keyfile
 import llama
-from config import Config, ConfigError, load_config
-from preflight import SETTINGS_WRONG, Ending, claim_ports
+from config import Config, ConfigError, Model, load_config
+from preflight import SETTINGS_WRONG, Ending, check_backend, claim_ports
 from probes import ANYWHERE, Address, ask
 
 HERE = Path(__file__).resolve().parent
 FIRST_KEY_ID = "first"
 POLL_S = 0.2
+NO_MODEL = "No model is set (MODEL_PATH, MODEL_NAME, MODEL_URL, MODEL_HF)"
 CHAT = '{"messages": [{"role": "user", "content": "Hello"}]}'
 
 
@@ -39,16 +40,23 @@ def local(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, **{name: value for name, value in chosen.items() if not environ.get(name)}}
 
 
-def why_mock(config: Config) -> str:
-    """Say what the real thing lacks; nothing where it lacks nothing."""
-    if not llama.is_set(config.model):
-        return "No model is set (MODEL_PATH, MODEL_NAME, MODEL_URL, MODEL_HF)"
-    try:
-        llama.find_binary(config.model)
-    except llama.NoBinary:
-        # A LLAMA_BIN that is wrong is a mistake, not a wish for the mock.
-        return "" if config.model.llama_bin else "No llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
-    return ""
+def choose_backend(environ: Mapping[str, str], config: Config) -> dict[str, str]:
+    """Add MOCK_BACKEND where nothing is said of a model; whoever names one wants no mock for it. Raises Ending."""
+    if llama.is_set(config.model):
+        try:
+            check_backend(config)
+        except Ending as ending:
+            raise Ending(ending.status, f"{named_model(config.model)} is set, but {ending}") from None
+    elif not environ.get("MOCK_BACKEND"):
+        say(f"{NO_MODEL}: the built-in mock answers in its place (MOCK_BACKEND=true).")
+        return {**environ, "MOCK_BACKEND": "true"}
+    return dict(environ)
+
+
+def named_model(model: Model) -> str:
+    """The setting that names the model, with its value; a MODEL_URL may be signed, and is not shown."""
+    shown = {"MODEL_PATH": model.path, "MODEL_NAME": model.name, "MODEL_HF": model.hf}
+    return next((f"{name}={value}" for name, value in shown.items() if value), "MODEL_URL")
 
 
 def first_key(path: Path) -> str | None:
@@ -80,7 +88,8 @@ def invitation(config: Config, address: Address, key: str | None) -> str:
     host = ANYWHERE.get(address.host, address.host)
     scheme, unverified = ("https", " -k") if address.tls else ("http", "")
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{address.port}"
-    lines = [f"Ready: {url} (OpenAI clients: {url}/v1). Ctrl-C ends it. Try:"]
+    mock = " (mock)" if config.supervision.mock_backend else ""
+    lines = [f"Ready{mock}: {url} (OpenAI clients: {url}/v1). Ctrl-C ends it. Try:"]
     authorization = f" -H 'Authorization: Bearer {key or 'YOUR_KEY'}'" if config.auth.enabled else ""
     lines += [
         f"  curl{unverified} {url}/v1/chat/completions{authorization} -H 'Content-Type: application/json' -d '{CHAT}'"
@@ -121,9 +130,8 @@ def prepare(environ: Mapping[str, str]) -> tuple[dict[str, str], Config, str | N
     config = load_config(env)
     env |= claim_ports(config)
     env.pop("GATEWAY_PORT", None)
-    if not env.get("MOCK_BACKEND") and (why := why_mock(config)):
-        say(f"{why}: the built-in mock answers in its place (MOCK_BACKEND=true).")
-        env["MOCK_BACKEND"] = "true"
+    env = choose_backend(env, config)
+    config = load_config(env)
     key = first_key(config.auth.keys_file) if config.auth.enabled else None
     return env, config, key
 

@@ -40,7 +40,7 @@ def test_one_command_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) ->
         assert run.lines[0].startswith("No model is set")
         assert "the built-in mock answers" in run.lines[0]
         (key,) = re.findall(r"is shown this once: (\S+)", run.output)
-        assert f"Ready: http://127.0.0.1:{run.env['PORT']} " in run.output
+        assert f"Ready (mock): http://127.0.0.1:{run.env['PORT']} " in run.output
         done = subprocess.run(run.curl, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
         assert '"choices"' in done.stdout
         assert key not in (tmp_path / "data" / "api_keys.txt").read_text()
@@ -70,6 +70,7 @@ def test_with_a_model_it_is_the_real_thing(tmp_path: Path) -> None:
         run.await_line("^  curl ")
         assert len(run.starts) == 1
         assert "mock" not in run.output
+        assert f"Ready: http://127.0.0.1:{run.env['PORT']} " in run.output
         assert run.stop() == 0
 
 
@@ -104,20 +105,47 @@ def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
     assert "no model is set" in run.output
 
 
-def test_a_wrong_llama_bin_is_no_wish_for_the_mock(tmp_path: Path) -> None:
-    given = {"DATA_DIR": str(tmp_path), "MODEL_PATH": "/m.gguf"}
-    assert quickstart.why_mock(config.load_config({**given, "LLAMA_BIN": "/none"})) == ""
-
-
-def test_no_llama_server_is_said(tmp_path: Path) -> None:
+def path_without_llama_server(tmp_path: Path) -> str:
     path = tmp_path / "bin"
     path.mkdir()
     for tool in ("bash", "dirname", "env", "sh"):
         (path / tool).symlink_to(shutil.which(tool) or "/bin/false")
     program(path / "python3", sys.executable)
-    with Run(tmp_path, MODEL_PATH="/m.gguf", PATH=str(path)) as run:
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"MODEL_PATH": "/nope/x.gguf"}, "MODEL_PATH=/nope/x.gguf"),
+        ({"MODEL_NAME": "x.gguf"}, "MODEL_NAME=x.gguf"),
+        ({"MODEL_HF": "a/b:Q4_0"}, "MODEL_HF=a/b:Q4_0"),
+        ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
+    ],
+)
+def test_a_model_without_a_llama_server_is_an_error_that_names_both(
+    tmp_path: Path, settings: dict[str, str], shown: str
+) -> None:
+    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
+        assert run.end() == 4
+    assert run.output == (
+        f"run: {shown} is set, but llama-server is neither /app/llama-server nor on the PATH: set LLAMA_BIN"
+        " (or MOCK_BACKEND=true)"
+    )
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_wrong_llama_bin_is_no_wish_for_the_mock(tmp_path: Path) -> None:
+    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", LLAMA_BIN="/none") as run:
+        assert run.end() == 2
+    assert run.output == "run: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file"
+
+
+def test_whoever_asks_for_the_mock_gets_it_beside_a_model_too(tmp_path: Path) -> None:
+    path = path_without_llama_server(tmp_path)
+    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", MOCK_BACKEND="true", PATH=path) as run:
         run.await_line("^  curl ")
-        assert run.lines[0].startswith("No llama-server was found")
+        assert "Ready (mock): " in run.output
         assert run.stop() == 0
 
 
