@@ -7,6 +7,7 @@ kubernetes-validate, PyYAML, systemd-analyze) is skipped; .ci/run has them.
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,7 @@ HAPROXY = (DEPLOY / "haproxy" / "haproxy.cfg").read_text()
 KUBERNETES = DEPLOY / "kubernetes"
 UNIT = (DEPLOY / "systemd" / "llama-gateway.service").read_text()
 ENV_EXAMPLE = (DEPLOY / "systemd" / "env.example").read_text()
+DEPLOYMENT = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
 DASHBOARD = DEPLOY / "grafana" / "dashboard.json"
 DOCS = [ROOT / "docs" / "DEPLOYMENT.md", ROOT / "docs" / "SCALING.md"]
 DEFAULTS = load_config({"DATA_DIR": "/data"})
@@ -331,10 +333,43 @@ def test_the_unit_gives_time_to_drain_and_does_not_repeat_what_cannot_help() -> 
 
 
 def test_the_units_settings_are_good() -> None:
-    lines = [line.lstrip("#") for line in ENV_EXAMPLE.splitlines() if re.match("#?[A-Z_]+=", line)]
-    settings = dict(line.split("=", 1) for line in lines)
+    settings = env_example()
     assert settings.keys() <= SETTING_NAMES
     load_config(settings | {"DATA_DIR": "/var/lib/llama-gateway"})
+
+
+def env_example() -> dict[str, str]:
+    """What is set, and what stands in comments; fails unless single quotes are around every value."""
+    lines = [line.lstrip("#") for line in ENV_EXAMPLE.splitlines() if re.match("#?[A-Z_]+=", line)]
+    found = [re.fullmatch("([A-Z_]+)='([^']*)'", line) for line in lines]
+    return {match[1]: match[2] for match in found if match} if all(found) else {}
+
+
+def test_a_shell_reads_the_units_settings_as_systemd_does(tmp_path: Path) -> None:
+    settings = env_example()
+    assert settings, "a value that is not in single quotes is read by systemd and a shell each in its own way"
+    file = tmp_path / "env"
+    file.write_text(re.sub("(?m)^#(?=[A-Z_]+=)", "", ENV_EXAMPLE))
+    command = ["sh", "-c", 'set -a; . "$0"; exec env -0', str(file)]
+    read = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]}).stdout
+    assert settings.items() <= dict(line.split("=", 1) for line in read.split("\0") if line).items()
+
+
+def test_the_check_of_the_units_settings_reads_them_as_the_unit_does() -> None:
+    (command,) = re.findall(r"(?m)^    sudo systemd-run (?:.*\\\n)*.*--check-config$", DEPLOYMENT)
+    words = shlex.split(command)
+    properties = [words[at + 1] for at, word in enumerate(words) if word == "-p"]
+    assert set(properties) <= set(UNIT.splitlines())
+    kept = re.findall(r"(?m)^(?:User|Group|Environment|EnvironmentFile|WorkingDirectory)=.*$", UNIT)
+    assert set(kept) == set(properties)
+    assert "set -a" not in DEPLOYMENT
+
+
+def test_the_access_log_that_is_rotated_is_the_units() -> None:
+    (path, stanza) = re.findall(r"(?ms)^    (/\S+) \{\n(.*?)^    \}$", DEPLOYMENT)[0]
+    assert path == str(load_config(env_example() | {"DATA_DIR": "/var/lib/llama-gateway"}).log.access_file)
+    assert "systemctl try-reload-or-restart llama-gateway" in stanza
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in UNIT
 
 
 # Prometheus and Grafana
