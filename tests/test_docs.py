@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +83,15 @@ def test_targets_are_found_in_commands() -> None:
     assert made("cd x && make run") == ["run"]
     assert made("make test    # the test suite") == ["test"]
     assert made("make it so, they said") == []
+
+
+@pytest.mark.parametrize("page", ["CONFIGURATION.md", "BENCHMARK.md"])
+def test_the_command_that_makes_a_backends_key_makes_one(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (command,) = [line for line in commands(text) if "gateway-" in line and line.startswith("python3 -c ")]
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, check=True)
+    key = done.stdout.rstrip("\n")
+    assert config.load_config({"BACKEND_API_KEY": key}).backend.api_key == key
 
 
 # --- The reference of the API ---
