@@ -72,6 +72,7 @@ class Wire(asyncio.Protocol):
         self._sink = None  # it may be this wire's own: a cycle
         if self.feeder is not None:
             self.feeder.transport.resume_reading()
+        self.transport.close()  # before Python 3.11 one of TLS that its peer has ended does not count as closed
         self._former.connection_lost(None)  # it lets the writer go, and the writer the transport
 
     def _end(self, *, orderly: bool) -> None:

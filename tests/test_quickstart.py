@@ -16,6 +16,7 @@ import quickstart
 from probes import Address
 from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, free_ports, program
 from support.fileserver import Shelf, serve
+from support.together import aside
 
 LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
 
@@ -32,6 +33,7 @@ class Run(Boot):
         return shlex.split(line)
 
 
+@aside
 def test_one_command_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) -> None:
     if not shutil.which("curl"):
         pytest.skip("no curl here")
@@ -51,6 +53,7 @@ def test_one_command_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) ->
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
 
+@aside
 def test_the_second_time_the_key_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "api_keys.txt").write_text("mine:sk-0123456789abcdef\n")
@@ -61,6 +64,7 @@ def test_the_second_time_the_key_is_not_made_again(tmp_path: Path) -> None:
         assert run.stop() == 0
 
 
+@aside
 def test_with_a_model_it_is_the_real_thing(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     (tmp_path / "bin").mkdir()
@@ -74,6 +78,7 @@ def test_with_a_model_it_is_the_real_thing(tmp_path: Path) -> None:
         assert run.stop() == 0
 
 
+@aside
 def test_twice_at_once_is_one_line(tmp_path: Path) -> None:
     with Run(tmp_path) as run:
         run.await_line("^  curl ")
@@ -92,12 +97,14 @@ def test_twice_at_once_is_one_line(tmp_path: Path) -> None:
         ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: / cannot be read: .*"),
     ],
 )
+@aside
 def test_what_is_wrong_is_one_line(tmp_path: Path, settings: dict[str, str], status: int, words: str) -> None:
     with Run(tmp_path, **settings) as run:
         assert run.end() == status
     assert re.fullmatch(words, run.output)
 
 
+@aside
 def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
     with Run(tmp_path, MOCK_BACKEND="false") as run:
         assert run.end() == 3
@@ -123,6 +130,7 @@ def path_without_llama_server(tmp_path: Path) -> str:
         ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
     ],
 )
+@aside
 def test_a_model_without_a_llama_server_is_an_error_that_names_both(
     tmp_path: Path, settings: dict[str, str], shown: str
 ) -> None:
@@ -135,12 +143,14 @@ def test_a_model_without_a_llama_server_is_an_error_that_names_both(
     assert not (tmp_path / "data").exists()
 
 
+@aside
 def test_a_wrong_llama_bin_is_no_wish_for_the_mock(tmp_path: Path) -> None:
     with Run(tmp_path, MODEL_PATH="/nope/x.gguf", LLAMA_BIN="/none") as run:
         assert run.end() == 2
     assert run.output == "run: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file"
 
 
+@aside
 def test_whoever_asks_for_the_mock_gets_it_beside_a_model_too(tmp_path: Path) -> None:
     path = path_without_llama_server(tmp_path)
     with Run(tmp_path, MODEL_PATH="/nope/x.gguf", MOCK_BACKEND="true", PATH=path) as run:

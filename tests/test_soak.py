@@ -7,10 +7,12 @@ import pytest
 
 import soak
 from support.soaking import Finding
+from support.together import aside
 
 PATIENCE_S = 60.0
 
 
+@aside
 def test_no_request_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
     plan = soak.Plan(tmp_path, seconds=4.0, seed=7)
 

@@ -1,20 +1,22 @@
 """Boots run a few at a time, beside the other tests; each test awaits its own and fails by its own assertions.
 
 `in_background` orders the session so that one test of each kind begins the boots, those that mostly wait come next, and
-what became of the boots is looked at once all other tests are done.
+what became of the boots is looked at once all other tests are done. `aside` is for single tests.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 T = TypeVar("T")
 WORKERS = 3
 FIXTURES = ("failures", "successes", "outcome")  # that run their jobs together
-PATIENT = ("test_cold_start", "test_end_to_end", "test_drain", "test_slow_readers", "test_timeouts")
+PATIENT = ("test_cold_start", "test_end_to_end", "test_drain", "test_slots", "test_slow_readers", "test_timeouts")
 PATIENCE_S = 300.0
 
 
@@ -40,6 +42,40 @@ def in_background(items: list[pytest.Item]) -> None:
         group = [item for item in items if name in getattr(item, "fixturenames", ())]
         first += group[:1]
         last += group[1:]
+    last += [item for item in items if hasattr(getattr(item, "function", None), "errand")]
     first += [item for item in items if item.path.stem in PATIENT]
     sorted_out = {*first, *last}
     items[:] = [*first, *(item for item in items if item not in sorted_out), *last]
+
+
+ERRANDS: dict[str, "Future[None]"] = {}
+
+
+def aside(errand: Callable[..., None]) -> Callable[..., None]:
+    """Let a test whose only fixture is `tmp_path` run beside the others, from the session's beginning on."""
+
+    @functools.wraps(errand)
+    def test(request: pytest.FixtureRequest, **names: Any) -> None:
+        ERRANDS[request.node.nodeid].result(PATIENCE_S)
+
+    own = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    others = [each for each in inspect.signature(errand).parameters.values() if each.name != "tmp_path"]
+    test.__signature__ = inspect.Signature([own, *others])  # type: ignore[attr-defined]
+    test.errand = errand  # type: ignore[attr-defined]
+    return test
+
+
+@contextmanager
+def errands(items: list[pytest.Item], folders: pytest.TempPathFactory) -> Iterator[None]:
+    """Begin all tests that run aside."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for item in items:
+            errand = getattr(getattr(item, "function", None), "errand", None)
+            if errand is not None:
+                names = item.callspec.params if hasattr(item, "callspec") else {}
+                ERRANDS[item.nodeid] = pool.submit(errand, tmp_path=folders.mktemp("aside"), **names)
+        try:
+            yield
+        finally:
+            for future in ERRANDS.values():
+                future.cancel()
