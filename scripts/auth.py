@@ -150,7 +150,7 @@ class KeyStore:
         try:
             data, self._loaded = keyfile.read(self._path)
         except (OSError, ValueError) as error:
-            return self._kept(f"the keys file cannot be read: {_reason(error)}")
+            return self._kept(f"the keys file {self._path} (AUTH_KEYS_FILE) cannot be read: {_reason(error)}")
         parsed = keyfile.parse(data)
         if parsed.distrust:
             return self._kept(parsed.distrust, parsed.complaints)

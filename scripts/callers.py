@@ -54,8 +54,9 @@ def charge(parts: Parts, plan: Plan, caller: Caller) -> bytes:
 
     Returns the field lines that tell what the rate leaves.
     """
-    if caller.tokens_per_day is not None and plan.route.kind.metered:
+    if caller.tokens_per_day is not None and plan.metered:
         parts.observer.flush()
         if parts.ledger.spent_today(caller.key_id) >= caller.tokens_per_day:
-            raise GatewayError(TOKEN_QUOTA_EXCEEDED, retry_after_s=int(parts.ledger.resets_in_s()) + 1)
+            words = f"This API key is limited to {caller.tokens_per_day} tokens a day, and today's are used up."
+            raise GatewayError(TOKEN_QUOTA_EXCEEDED, words, retry_after_s=int(parts.ledger.resets_in_s()) + 1)
     return allowance_lines(caller.rate_limit, parts.rates.take(caller))

@@ -24,6 +24,7 @@ from wire import Expectant, Wire
 T = TypeVar("T")
 
 _AHEAD_BYTES = 65536  # pipelined bytes held while an answer is under way; more stay in the kernel
+_TOO_LONG = "The request took longer than MAX_REQUEST_DURATION allows."
 _LINGER_S = 2.0
 _LINGER_BYTES = 16 << 20
 _LEFT = getattr(select, "POLLRDHUP", 0)  # the peer will send no more; resets are told in any case
@@ -202,7 +203,8 @@ class ClientWire(Wire):
         if self._pending is None:
             self.abort()  # it lingered, or its last bytes were not taken in time
         else:
-            self.interrupt(PeerGone() if self._kind is None else GatewayError(self._kind))
+            words = _TOO_LONG if now_s >= self._limit_s else ""
+            self.interrupt(PeerGone() if self._kind is None else GatewayError(self._kind, words))
 
     def watch(self, now_s: float) -> None:
         """Grant time anew where anything has happened, and see whether one has left whose bytes are not being read."""

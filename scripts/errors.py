@@ -55,7 +55,11 @@ KEY_SUSPENDED = Kind(403, "key_suspended", "permission_error", "This API key is 
 ROUTE_NOT_FOUND = Kind(404, "route_not_found", "invalid_request_error", "There is no such route.")
 METHOD_NOT_ALLOWED = Kind(405, "method_not_allowed", "invalid_request_error", "The route does not support this method.")
 REQUEST_TIMEOUT = Kind(
-    408, "request_timeout", "invalid_request_error", "The request did not arrive in time.", closes=True
+    408,
+    "request_timeout",
+    "invalid_request_error",
+    "The request did not arrive in time (CLIENT_HEADER_TIMEOUT, CLIENT_BODY_TIMEOUT).",
+    closes=True,
 )
 LENGTH_REQUIRED = Kind(
     411, "length_required", "invalid_request_error", "The route needs a body with a Content-Length, or a chunked one."
@@ -79,21 +83,30 @@ RELOAD_FAILED = Kind(500, "reload_failed", "api_error", "The keys file could not
 BACKEND_UNAVAILABLE = Kind(502, "backend_unavailable", "api_error", "The backend did not take or answer the request.")
 BACKEND_MALFORMED = Kind(502, "backend_malformed", "api_error", "The backend's answer is not valid HTTP/1.1.")
 QUEUE_FULL = Kind(503, "queue_full", "overloaded_error", "The queue is full.", retry_after_s=5)
-QUEUE_TIMEOUT = Kind(503, "queue_timeout", "overloaded_error", "No slot became free in time.", retry_after_s=5)
-LOADING = Kind(503, "loading", "overloaded_error", "The model is not ready.", retry_after_s=10)
+QUEUE_TIMEOUT = Kind(
+    503, "queue_timeout", "overloaded_error", "No slot became free in time (QUEUE_TIMEOUT).", retry_after_s=5
+)
+LOADING = Kind(
+    503, "loading", "overloaded_error", "The model was not ready in time (COLD_START_WAIT).", retry_after_s=10
+)
 DRAINING = Kind(503, "draining", "overloaded_error", "The gateway is shutting down.", retry_after_s=5, closes=True)
 TOO_MANY_CONNECTIONS = Kind(
     503,
     "too_many_connections",
     "overloaded_error",
-    "The gateway has too many connections.",
+    "The gateway has too many connections (MAX_CONNECTIONS).",
     retry_after_s=2,
     closes=True,
 )
 MEMORY_FULL = Kind(
     503, "memory_full", "overloaded_error", "Too many request bodies are held at once.", retry_after_s=2, closes=True
 )
-BACKEND_TIMEOUT = Kind(504, "backend_timeout", "api_error", "The backend did not answer in time.")
+BACKEND_TIMEOUT = Kind(
+    504,
+    "backend_timeout",
+    "api_error",
+    "The backend did not answer in time (BACKEND_CONNECT_TIMEOUT, REQUEST_TIMEOUT, STREAM_IDLE_TIMEOUT).",
+)
 VERSION_NOT_SUPPORTED = Kind(
     505, "http_version_not_supported", "invalid_request_error", "The gateway speaks HTTP/1.1 and HTTP/1.0.", closes=True
 )

@@ -64,11 +64,10 @@ def request_ids() -> Iterator[bytes]:
 class Exchange:
     """One request and what became of it, filled as it moves. Times are monotonic seconds, 0 where it never came so far.
 
-    `bytes_out` and `ended_s` are known at its end.
+    `bytes_out` and `ended_s` are known at its end; `left_queue_s` is when it was admitted, or gave the waiting up.
     """
 
     __slots__ = (
-        "admitted_s",
         "backend_status",
         "bytes_in",
         "bytes_out",
@@ -76,6 +75,7 @@ class Exchange:
         "first_byte_s",
         "id",
         "key_id",
+        "left_queue_s",
         "outcome",
         "peer",
         "plan",
@@ -98,7 +98,7 @@ class Exchange:
         self.stage = stage
         self.outcome = Outcome.DONE
         self.started_s = started_s
-        self.queued_s = self.admitted_s = self.first_byte_s = 0.0
+        self.queued_s = self.left_queue_s = self.first_byte_s = 0.0
         self.status = CLIENT_CLOSED_REQUEST
         self.backend_status = self.bytes_in = 0
         self.refusal: Kind | None = None
@@ -123,7 +123,7 @@ class Columns(NamedTuple):
     bytes_out: tuple[int, ...]
     started_s: tuple[float, ...]
     queued_s: tuple[float, ...]
-    admitted_s: tuple[float, ...]
+    left_queue_s: tuple[float, ...]
     first_byte_s: tuple[float, ...]
     ended_s: tuple[float, ...]
     told: tuple[Meter | bytes | None, ...]
@@ -147,7 +147,7 @@ class Columns(NamedTuple):
                 x.bytes_out,
                 x.started_s,
                 x.queued_s,
-                x.admitted_s,
+                x.left_queue_s,
                 x.first_byte_s,
                 x.ended_s,
                 x.told,
@@ -298,7 +298,7 @@ class Observer:
             metrics.requests.inc((label, str(status)), number)
         metrics.bytes_sent.inc((), sum(columns.bytes_out))
         metrics.duration.observe_all(_spans(started, columns.ended_s))
-        metrics.queue_wait.observe_all(_spans(columns.queued_s, columns.admitted_s))
+        metrics.queue_wait.observe_all(_spans(columns.queued_s, columns.left_queue_s))
         metrics.first_byte.observe_all(_spans(started, columns.first_byte_s))
 
     def _count_ends(self, ended: Sequence[Exchange], columns: Columns) -> None:
@@ -397,7 +397,7 @@ def _log_columns(columns: Columns, tokens: Sequence[Tokens | None], epoch_s: flo
         "ts": timestamps(map(add, columns.ended_s, repeat(epoch_s))),
         "key": columns.key_id,
         "route": columns.label,
-        "queue_ms": _milliseconds(columns.queued_s, columns.admitted_s),
+        "queue_ms": _milliseconds(columns.queued_s, columns.left_queue_s),
         "first_byte_ms": _milliseconds(columns.started_s, columns.first_byte_s),
         "total_ms": _milliseconds(columns.started_s, columns.ended_s),
         "prompt_tokens": prompts,

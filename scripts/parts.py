@@ -27,6 +27,8 @@ from waiting import Deadlines
 
 log = logging.getLogger("gateway")
 
+_NO_KEYS = "nobody is let in until there is one: key_mgmt.py generate --name NAME"
+
 
 class Parts:
     """The parts, and the little state that they share."""
@@ -132,7 +134,8 @@ class Parts:
         if result.ok:
             log.info("keys: %d in force", result.keys)
         elif self.auth_enabled:
-            log.error("keys: %s; the last good keys stay (%d)", result.reason, result.keys)
+            stays = f"the last good keys stay ({result.keys})" if result.keys else _NO_KEYS
+            log.error("keys: %s; %s", result.reason, stays)
         if self.access_log is not None:
             self.access_log.reopen()
         if self.tls is not None:

@@ -228,7 +228,7 @@ class Request:
             if not parts.gate.take(caller.key_id, caller.parallel, caller.priority):
                 return None
             self._has_slot = True
-            exchange.admitted_s = exchange.started_s
+            exchange.left_queue_s = exchange.started_s
         exchange.queued_s = exchange.started_s
         return parts.pool.take()
 
@@ -350,7 +350,7 @@ class Request:
         if self._ticket is not None:
             if self._ticket.waiting is not None:
                 await self._until_admitted(self._ticket.waiting)
-            self.exchange.admitted_s = parts.clock()
+            self.exchange.left_queue_s = parts.clock()
 
     def _have_ticket(self) -> None:
         """Hold a slot that was taken on the straight way as a conversation does: by a ticket."""
@@ -420,6 +420,8 @@ class Request:
 
     def _fail(self, error: Exception) -> None:
         """End the request as an exception says."""
+        if self.exchange.stage is Stage.QUEUED:  # it has waited, though it was not admitted
+            self.exchange.left_queue_s = self._parts.clock()
         if isinstance(error, PeerGone):
             self.cancel()
         elif isinstance(error, GatewayError):

@@ -332,10 +332,10 @@ def as_loop(path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (Path.unlink, "the keys file cannot be read: No such file or directory"),
-        (as_folder, "the keys file cannot be read: not a regular file"),
-        (as_fifo, "the keys file cannot be read: not a regular file"),
-        (as_loop, "the keys file cannot be read: Too many levels of symbolic links"),
+        (Path.unlink, "cannot be read: No such file or directory"),
+        (as_folder, "cannot be read: not a regular file"),
+        (as_fifo, "cannot be read: not a regular file"),
+        (as_loop, "cannot be read: Too many levels of symbolic links"),
         (lambda path: path.write_bytes(b"b:" + L + b"\na:sk"), "the last line is torn"),
         (lambda path: path.write_bytes(b"a:x\nb:y\n"), "not one key line is valid"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "the file is not UTF-8 text"),
@@ -350,7 +350,8 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
     harm(path)
     reload = store.reload()
     assert (reload.ok, reload.keys) == (False, 1)
-    assert reload.reason.startswith(reason)
+    assert reason in reload.reason
+    assert str(path) in reload.reason or not reason.startswith("cannot")
     assert store.keyring.find(digest(K), now).key_id == "a"
     for _ in range(3):
         assert not store.changed()  # one failure is told once
@@ -364,7 +365,7 @@ def test_pitfall_36_missing_keys_file_at_boot_lets_nobody_in(tmp_path: Path) -> 
 
 def test_a_reload_never_raises(tmp_path: Path) -> None:
     store = KeyStore(Path("\0"), 60)
-    assert store.reload() == auth.Reload(False, 0, (), "the keys file cannot be read: ValueError")
+    assert store.reload() == auth.Reload(False, 0, (), "the keys file \0 (AUTH_KEYS_FILE) cannot be read: ValueError")
     assert not store.changed()
 
 

@@ -93,7 +93,7 @@ def exchange(of: Plan = CHAT, name: str = "req-1", **changes: object) -> Exchang
         "bytes_in": 11,
         "bytes_out": 222,
         "queued_s": 100.25,
-        "admitted_s": 100.75,
+        "left_queue_s": 100.75,
         "first_byte_s": 101.0,
         "ended_s": ENDED_S,
         "told": metered(ANSWER) if of is CHAT else None,
@@ -123,7 +123,7 @@ def test_spans_are_observed(name, seconds):
 
 
 def test_what_was_not_reached_is_not_observed():
-    page = Place().observe(exchange(admitted_s=0.0, first_byte_s=0.0, told=None))
+    page = Place().observe(exchange(left_queue_s=0.0, first_byte_s=0.0, told=None))
     assert page["gateway_queue_wait_seconds_count"] == 0
     assert page["gateway_time_to_first_byte_seconds_count"] == 0
     assert page["gateway_inter_event_gap_seconds_count"] == 0
@@ -255,7 +255,7 @@ def test_json_line_has_every_field_and_no_path():
 
 
 def test_a_request_without_a_head_has_a_line_too():
-    nothing = {"key_id": "-", "status": 400, "outcome": Outcome.REFUSED, "queued_s": 0.0, "admitted_s": 0.0}
+    nothing = {"key_id": "-", "status": 400, "outcome": Outcome.REFUSED, "queued_s": 0.0, "left_queue_s": 0.0}
     place, as_json = Place(), Place(as_json=True)
     for each in (place, as_json):
         each.observe(exchange(PLANNER.none, "req-2", **nothing, first_byte_s=0.0))

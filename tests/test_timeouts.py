@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from metrics import render
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, full_backlog, send, stall
 from support.gateway import CHAT, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
@@ -260,7 +261,8 @@ async def test_max_request_duration_counts_the_time_in_the_queue(stack):
     stack.advance(60)
     await second.silent()
     stack.advance(1)
-    assert (await second.response()).status == 504
+    response = await second.response()
+    assert (response.status, b"MAX_REQUEST_DURATION" in response.body) == (504, True)
 
 
 @scenario(MAX_CONCURRENT_REQUESTS="1", QUEUE_TIMEOUT="20")
@@ -277,11 +279,18 @@ async def test_queue_timeout_is_a_503_with_retry_after(stack):
     stack.advance(LITTLE_S)
     response = await second.response()
     assert (response.status, response.code, response.field(b"retry-after")) == (503, "queue_timeout", b"5")
+    assert b"QUEUE_TIMEOUT" in response.body
     second.send(get(b"/ping"))
     assert (await second.response()).status == 200
     finish.set()
     assert (await first.response()).status == 200
     assert len(stack.backend.calls) == 1
+    stack.parts.observer.flush()
+    page = render(stack.parts.registry, "text").decode()
+    assert "\ngateway_queue_wait_seconds_count 2\n" in page
+    assert "\ngateway_queue_wait_seconds_sum 20" in page
+    await stack.stop()
+    assert [line["queue_ms"] for line in stack.lines if line["outcome"] == "timed_out"] == [20_000]
 
 
 @scenario()
