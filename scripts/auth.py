@@ -43,6 +43,10 @@ class Caller:
     tokens_per_day: int | None = None
     expires_s: float | None = None  # since the epoch
 
+    @property
+    def is_operator(self) -> bool:
+        return self.role == "operator"
+
 
 # With AUTH_ENABLED=false nobody is told apart, so that a rate for one would be a rate for all: there is none.
 ANONYMOUS = Caller(NO_KEY, "infer", 10**9)

@@ -35,14 +35,13 @@ def identify(parts: Parts, client: ClientWire, plan: Plan) -> Caller | None:
 
 def check(parts: Parts, plan: Plan, caller: Caller | None) -> None:
     """Raise what forbids a known caller's request."""
-    if plan.is_special:
-        route = plan.route
-        if route.refusal is not None:
-            raise route.error()
-        if route.kind.role is Role.OPERATOR and (caller is None or caller.role != "operator"):
-            raise GatewayError(ROUTE_NOT_ALLOWED)
-        if route.kind.local:
-            return
+    route = plan.route
+    if route.refusal is not None:
+        raise route.error()
+    if route.kind.role is Role.OPERATOR and (caller is None or not caller.is_operator):
+        raise GatewayError(ROUTE_NOT_ALLOWED)
+    if route.kind.local:
+        return
     if parts.draining:
         raise GatewayError(DRAINING)
     if plan.lacks_body:

@@ -69,7 +69,7 @@ def health_of(parts: Parts) -> dict[str, object]:
 def send_metrics(parts: Parts, answer: Answer, plan: Plan, caller: Caller | None) -> None:
     parts.observer.flush()
     fmt = metrics.negotiate(plan.accept)
-    operator = caller is not None and caller.role == "operator"
+    operator = caller is not None and caller.is_operator
     page = metrics.render(parts.operator_registry if operator else parts.registry, fmt)
     answer.send(200, metrics.CONTENT_TYPES[fmt], page)
 

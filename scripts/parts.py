@@ -92,7 +92,7 @@ class Parts:
         self.tls = tls_context(config)
         self.version = version()
         self._started_s = clock()
-        self._scrape_time_series()
+        self._register_gauges()
 
     @property
     def relaying(self) -> int:
@@ -108,7 +108,7 @@ class Parts:
 
     # --- Numbers that are read when somebody looks ---
 
-    def _scrape_time_series(self) -> None:
+    def _register_gauges(self) -> None:
         def gauge(name: str, words: str, read: Callable[[], float]) -> None:
             self.registry.register(Gauge(f"gateway_{name}", words, read=read))
 

@@ -39,7 +39,6 @@ from waiting import Promise
 
 log = logging.getLogger("gateway")
 
-_AWAITING, _DONE = Stage.AWAITING_RESPONSE, Stage.DONE
 _TIMEOUTS = frozenset((REQUEST_TIMEOUT, QUEUE_TIMEOUT, BACKEND_TIMEOUT))
 
 
@@ -287,7 +286,7 @@ class Request:
         parts, exchange, plan = self._parts, self.exchange, self._plan
         exchange.first_byte_s = parts.clock()
         exchange.backend_status = exchange.status = opening.status
-        exchange.stage = _DONE
+        exchange.stage = Stage.DONE
         payload = backend.rest
         if opening.tells and plan.metered:
             exchange.told = keep_whole(plan.label, payload)
@@ -304,7 +303,7 @@ class Request:
         return self._plan.backend_request(self.exchange.id, self.exchange.bytes_in, self._pieces)
 
     def _begin_relaying(self) -> None:
-        self.exchange.stage = _AWAITING
+        self.exchange.stage = Stage.AWAITING_RESPONSE
         self._start_beating()
 
     def _start_beating(self) -> None:

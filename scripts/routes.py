@@ -141,14 +141,14 @@ class Routes:
         path = target.partition(b"?")[0]
         methods = self._exact.get(path)
         if methods is not None:
-            return methods.get(method) or self._without_method(method, path, methods)
+            return methods.get(method) or self._without_method(method, methods)
         if method == b"OPTIONS":
             return PREFLIGHT
         if _SLOT_ACTION.fullmatch(path):
             return self.find(method, b"/slots/:id")
         return self._find_unlisted(method, path)
 
-    def _without_method(self, method: bytes, path: bytes, methods: dict[bytes, Route]) -> Route:
+    def _without_method(self, method: bytes, methods: dict[bytes, Route]) -> Route:
         if method == b"OPTIONS":
             return PREFLIGHT
         allow = b", ".join(sorted(methods))

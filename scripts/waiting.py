@@ -85,11 +85,10 @@ class Promise(Generic[T]):
     Whatever comes after the first result is ignored: the one who promised may not know that nobody waits any more.
     """
 
-    __slots__ = ("_error", "_value", "done", "failed", "wake")
+    __slots__ = ("_error", "_value", "done", "wake")
 
     def __init__(self) -> None:
         self.done = False
-        self.failed = False
         self.wake: Callable[[], None] | None = None
         self._error: BaseException | None = None
 
@@ -102,7 +101,7 @@ class Promise(Generic[T]):
 
     def fail(self, error: BaseException) -> None:
         if not self.done:
-            self.done = self.failed = True
+            self.done = True
             self._error = error
             if self.wake is not None:
                 self.wake()

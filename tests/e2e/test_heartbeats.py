@@ -137,5 +137,5 @@ def endless_stream(gateway: Gateway) -> Iterator[socket.socket]:
 
 @streams
 def test_a_refusal_after_them_is_an_error_and_no_false_end(impatient: HeldGateway, begin: Begin) -> None:
-    with begin(impatient.url) as words, pytest.raises(CLIENT_ERRORS, match="The model is not ready"):
+    with begin(impatient.url) as words, pytest.raises(CLIENT_ERRORS, match="The model was not ready"):
         list(words)
