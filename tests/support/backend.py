@@ -268,6 +268,7 @@ class Backend:
         self._scripts: deque[tuple[Step, ...]] = deque()
         self._called = asyncio.Event()
         self._server: asyncio.AbstractServer | None = None
+        self._place: socket.socket | None = None  # holds the port while nobody listens on it
 
     def script(self, *steps: Step) -> None:
         """What to do with the next request that has no script yet."""
@@ -298,16 +299,27 @@ class Backend:
     async def listen(self) -> None:
         """Listen: on a free port the first time, on the same one later."""
         loop = asyncio.get_running_loop()
+        self._give_place_up()
         self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, backlog=1024)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Accept nothing more: connections are refused. Those that are open stay."""
+        """Accept nothing more: connections are refused. Those that are open stay, and nobody else gets the port."""
         assert self._server is not None
         self._server.close()
+        self._give_place_up()
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", self.port))
+
+    def _give_place_up(self) -> None:
+        if self._place is not None:
+            self._place.close()
+            self._place = None
 
     async def stop(self) -> None:
         self.refuse()
+        self._give_place_up()
         for connection in self.connections:
             connection.transport.abort()
             connection.task.cancel()
