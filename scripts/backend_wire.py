@@ -82,17 +82,17 @@ class BackendWire(Wire):
             self._hearer = None
             words = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._head_bytes} octets)."
             hearer.fail(GatewayError(BACKEND_MALFORMED, words))
-        elif not head.startswith(_BEGINNING[: len(head)]):
-            self._hearer = None
-            hearer.fail(GatewayError(BACKEND_MALFORMED, "The backend does not speak HTTP."))
         elif end:
             self._hearer = None
             self._part = b""
             self._reused = False  # it has answered: what becomes of it now is no chance meeting
             self.rest = rest
             hearer.keep(head + end)
-        else:
+        elif head.startswith(_BEGINNING[: len(head)]):
             self._part = head
+        else:
+            self._hearer = None
+            hearer.fail(GatewayError(BACKEND_MALFORMED, "The backend does not speak HTTP."))
 
     def _end(self, *, orderly: bool) -> None:
         super()._end(orderly=orderly)

@@ -10,6 +10,7 @@ from pathlib import Path
 import auth
 import logs
 from admission import Gate
+from answer import date_line
 from backend_page import BackendPage
 from client_wire import ClientWire
 from config import Config, ConfigError
@@ -32,6 +33,8 @@ _NO_KEYS = "nobody is let in until there is one: key_mgmt.py generate --name NAM
 
 class Parts:
     """The parts, and the little state that they share."""
+
+    date: bytes  # the Date line, as of the last tick
 
     def __init__(
         self, config: Config, clock: Callable[[], float] = time.monotonic, outbox: Outbox | None = None
@@ -103,6 +106,7 @@ class Parts:
         return self.clock() - self._started_s
 
     def _each_tick(self) -> None:
+        self.date = date_line(int(time.time()))
         self.observer.flush()
         self.pool.tick()
 

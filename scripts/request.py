@@ -2,14 +2,13 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from math import inf
 
 import callers
 import local
 from admission import Ticket
-from answer import CLOSE, Answer, Opening, date_line, open_response
+from answer import CLOSE, Answer, Opening, open_response
 from auth import Caller
 from backend_wire import BackendWire
 from bodies import RequestBody
@@ -293,7 +292,7 @@ class Request:
         if parts.draining:
             self._client.settle()
             self._lines += CLOSE
-        date = b"" if opening.dated else date_line(int(time.time()))
+        date = b"" if opening.dated else parts.date
         self._client.write(b"%b%b%b\r\n%b" % (opening.lines, date, self._lines, payload))
         parts.pool.take_back(backend, reusable=opening.keeps_alive)
         self.finish()

@@ -47,8 +47,8 @@ TABLE = {
     "heartbeat": "answer errors",
     "relay": "answer backend_wire bodies client_wire errors http1 turns usage waiting",
     # layer 4: the gateway put together
-    "parts": "admission auth backend_page backend_wire client_wire config cors exchange logs metrics plan readiness"
-    " relay routes slots turns usage waiting",
+    "parts": "admission answer auth backend_page backend_wire client_wire config cors exchange logs metrics plan"
+    " readiness relay routes slots turns usage waiting",
     "local": "answer auth client_wire errors metrics parts plan readiness usage",
     "callers": "auth client_wire errors parts plan routes",
     "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
