@@ -12,7 +12,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 PIECE_BYTES = 65536
@@ -310,7 +310,8 @@ class Backend:
         self._give_place_up()
         self._place = socket.socket()
         self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._place.bind(("127.0.0.1", self.port))
+        with suppress(OSError):  # somebody was quicker
+            self._place.bind(("127.0.0.1", self.port))
 
     def _give_place_up(self) -> None:
         if self._place is not None:
@@ -318,7 +319,8 @@ class Backend:
             self._place = None
 
     async def stop(self) -> None:
-        self.refuse()
+        assert self._server is not None
+        self._server.close()
         self._give_place_up()
         for connection in self.connections:
             connection.transport.abort()
