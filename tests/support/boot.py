@@ -19,6 +19,7 @@ from typing import Any
 
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.parent.parent / "scripts"
+NICE = [found] if (found := shutil.which("nice")) else []
 PATIENCE_S = 30.0
 FIRST_PORT, PORTS = 20000, 12000
 FOR_COVERAGE = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
@@ -106,7 +107,7 @@ class Boot:
         self.env = {name: value for name, value in self.env.items() if value != UNSET}
         self._scripts = scripts
         self._argv = [str(scripts / "start.sh")] if by_shell else [sys.executable, str(scripts / "supervisor.py")]
-        self._argv = [*before, *self._argv, *after]
+        self._argv = [*NICE, *before, *self._argv, *after]  # other tests run meanwhile, and come first
         self.lines: list[str] = []
         self._news = threading.Condition()
 
