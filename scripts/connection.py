@@ -71,17 +71,15 @@ class Connection:
 
     def _go_on(self, request: Request, keep: bool) -> None:
         """A request is over: the next, if this connection can carry another."""
-        client, parts = self._client, self._parts
+        client = self._client
+        client.request = None
         if not keep:
             self._forget()
             request.close()
         elif client.choked:  # it asks for more before it has taken what it got
-            client.request = None
-            client.expect_room(Backlog(self._take_up, self._leave), parts.config.timeouts.stream_idle_s)
+            client.expect_room(Backlog(self._take_up, self._give_up), self._parts.config.timeouts.stream_idle_s)
         else:
-            client.request = None
-            parts.idle[client] = None
-            client.read_head(self, parts.keepalive_s, parts.header_s)
+            self._take_up()
 
     def _take_up(self) -> None:
         self._await_head(self._parts.keepalive_s)
@@ -96,15 +94,23 @@ class Connection:
 
     def _leave(self) -> None:
         """The connection ends between requests, or its client left in the middle of a head."""
+        self._end_between()
+        if self._client.ended:
+            self._client.abort()
+        else:  # it may still be taking its last answer
+            self._client.close(unread=False, flush_s=self._parts.config.timeouts.stream_idle_s)
+
+    def _give_up(self) -> None:
+        """The client has asked for more, and has taken nothing of what it got for too long."""
+        self._end_between()
+        self._client.abort()
+
+    def _end_between(self) -> None:
         if self._client.has_unread:
             request = Request(self._parts, self._client, self._parts.planner.none, None, Stage.READING_HEAD)
             request.cancel()
             request.finish()
         self._forget()
-        if self._client.ended:
-            self._client.abort()
-        else:  # it may still be taking its last answer
-            self._client.close(unread=False, flush_s=self._parts.config.timeouts.stream_idle_s)
 
     def _forget(self) -> None:
         self._parts.public_only.discard(self._client)
