@@ -33,9 +33,14 @@ _NOT_PASSED_FAMILIES = (b"access-control-", b"x-ratelimit-")
 CLOSE = b"Connection: close\r\n"
 
 
+def date_line() -> bytes:
+    """The Date of now (RFC 9110 section 5.6.7)."""
+    return _date_line(int(time.time()))
+
+
 @lru_cache(maxsize=1)
-def date_line(epoch_s: int) -> bytes:
-    """The Date of that second (RFC 9110 section 5.6.7). No process of ours sets a locale: the names are English."""
+def _date_line(epoch_s: int) -> bytes:
+    # No process of ours sets a locale: the names are English.
     return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(epoch_s)).encode()
 
 
@@ -138,16 +143,14 @@ class Answer:
         self.is_stream = opening.is_stream
         self._frame(opening.framing)
         self.is_verbatim = opening.framing.chunked and self._chunked
-        return self._begin(
-            opening.status, opening.lines if opening.dated else opening.lines + date_line(int(time.time()))
-        )
+        return self._begin(opening.status, opening.lines if opening.dated else opening.lines + date_line())
 
     def begin_stream(self) -> None:
         """Begin an event stream before the backend has said anything."""
         self.is_stream = True
         self._frame(UNTIL_CLOSE)
         fields = b"Content-Type: text/event-stream\r\nCache-Control: no-cache\r\n"
-        self.write(self._begin(200, b"HTTP/1.1 200 OK\r\n" + date_line(int(time.time())) + fields))
+        self.write(self._begin(200, b"HTTP/1.1 200 OK\r\n" + date_line() + fields))
 
     def _frame(self, framing: Framing) -> None:
         """Decide the client's framing: HTTP/1.0 has no chunks, so a body of unknown length ends with the connection."""
@@ -194,7 +197,7 @@ class Answer:
     def send(self, status: int, content_type: bytes, payload: bytes, fields: Fields = ()) -> None:
         """Answer with a whole response."""
         self._sized, self._chunked = True, False
-        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{date_line(int(time.time())).decode()}"]
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{date_line().decode()}"]
         if content_type:
             lines.append(f"Content-Type: {content_type.decode()}\r\n")
         if status != HTTPStatus.NO_CONTENT:

@@ -188,6 +188,12 @@ class ClientWire(Wire):
         """No wait from now on ends later than in `seconds` (0 = no such limit)."""
         self._limit_s = self._deadlines.now_s + seconds if seconds else inf
 
+    def _satisfy(self, value: object) -> None:
+        """What is being waited for has come; whoever has it says at once what it waits for next."""
+        expectant, self._pending = self._pending, None
+        if expectant is not None:
+            expectant.keep(value)
+
     def interrupt(self, error: Exception) -> None:
         """End what is being waited for, if anything is."""
         expectant = self._pending
@@ -251,9 +257,7 @@ class ClientWire(Wire):
         if raw is not None:
             self._sink = None
             self._ahead = self._scanner.rest
-            reader, self._pending = self._pending, None
-            if reader is not None:
-                reader.keep(raw)
+            self._satisfy(raw)
         elif self._kind is None and self._scanner.begun:
             self._kind = REQUEST_TIMEOUT
             self.deadline_s = self._deadlines.now_s + self._whole_s
@@ -333,9 +337,7 @@ class ClientWire(Wire):
         self.heard = True
         if self._awaits_room:
             self._awaits_room = False
-            expectant, self._pending = self._pending, None
-            if expectant is not None:
-                expectant.keep(None)
+            self._satisfy(None)
 
     def truncate(self, *, reset: bool, flush_s: float) -> None:
         """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""
@@ -371,6 +373,7 @@ class ClientWire(Wire):
 
         self._sink = discard
         self._ahead = b""
+        self._paused = self.watched = False
         if not self.transport.is_closing():
             self.transport.resume_reading()
             try:

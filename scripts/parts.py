@@ -106,7 +106,7 @@ class Parts:
         return self.clock() - self._started_s
 
     def _each_tick(self) -> None:
-        self.date = date_line(int(time.time()))
+        self.date = date_line()
         self.observer.flush()
         self.pool.tick()
 
