@@ -259,6 +259,7 @@ async def test_tokens_of_a_day(stack):
         assert (await stack.ask(post())).status == 200
     response = await stack.ask(post())
     assert (response.status, response.code) == (429, "token_quota_exceeded")
+    assert b"limited to 30 tokens a day" in response.body
     assert abs(int(response.field(b"retry-after")) - (86400 - time.time() % 86400)) < 60
     assert (await stack.ask(get(b"/v1/models"))).status == 200
     assert stack.counted("rate_limited") == 1

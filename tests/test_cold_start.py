@@ -123,6 +123,20 @@ async def test_state_file_that_says_nothing_changes_nothing(stack, text):
     assert await stack.parts.readiness._source.look() == "ready"
 
 
+@scenario(STATE="loading")
+async def test_who_leaves_while_the_model_loads_is_not_kept_in_mind(stack):
+    clients = [await stack.client() for _ in range(3)]
+    for client in clients:
+        client.send(post())
+    await until(lambda: stack.parts.gate.queued == 3)
+    for client in clients[:2]:
+        client.close()
+    await until(lambda: stack.parts.gate.queued == 1)
+    await until(lambda: len(stack.parts.readiness._waiters) == 1)
+    await stack.turn("ready")
+    assert (await clients[2].response()).status == 200
+
+
 # --- A connection that is refused ---
 
 

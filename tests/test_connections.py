@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import socket
 import ssl
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -400,13 +401,22 @@ async def test_tls_to_the_plain_port_is_told_so(stack):
     assert (response.status, response.json["error"]["message"]) == (400, "TLS was spoken to a plain HTTP port.")
 
 
+async def send_before_reading(stack, client, *pieces: bytes) -> None:
+    """As a client does that looks for an answer once its request is out; it is refused after the first piece."""
+    client.transport.pause_reading()
+    for piece in pieces:
+        client.send(piece)
+        await until(lambda: client.ended or not client.transport.get_write_buffer_size())
+        await until(lambda: not stack.parts.clients, "it has been refused")
+    client.transport.resume_reading()
+
+
 @pytest.mark.parametrize("line", [b"Content-Length: 99999999999", b"Transfer-Encoding: gzip", b"Content-Length: 1, 2"])
 @scenario()
 async def test_a_client_that_sends_its_body_though_the_head_was_refused_can_read_why(stack, line):
     client = await stack.client()
-    client.send(request(b"POST", CHAT, None, line))
+    await send_before_reading(stack, client, request(b"POST", CHAT, None, line), *[b"x" * 50_000] * 3)
     assert (await client.response()).status in (400, 413)
-    client.send(b"x" * 100_000)
     assert (await client.take_all(), client.ended) == (b"", "fin")
 
 
@@ -414,9 +424,17 @@ async def test_a_client_that_sends_its_body_though_the_head_was_refused_can_read
 @tls_scenario
 async def test_a_tls_client_that_is_still_sending_can_read_its_refusal(stack):
     client = await tls_client(stack)
-    client.send(post(CHAT, b"x" * (8 << 20), key=None))
+    await send_before_reading(stack, client, post(CHAT, b"x" * (8 << 20), key=None), b"x")
     response = await client.response()
     assert (response.status, response.field(b"connection")) == (401, b"close")
-    await until(lambda: not client.transport.get_write_buffer_size(), "all of it is taken")
     client.close()
     await until(lambda: not stack.open_clients)
+
+
+@scenario()
+async def test_many_may_knock_while_nobody_has_time_to_open(stack):
+    """More than are accepted at once: the kernel keeps them, up to its own bound."""
+    with ExitStack() as crowd:
+        for _ in range(200):  # the loop does not turn meanwhile
+            crowd.enter_context(socket.create_connection(("127.0.0.1", stack.port), timeout=5))
+        await until(lambda: len(stack.open_clients) == 200)
