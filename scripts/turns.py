@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 class Outbox:
-    """What the present turn of the loop has to send."""
+    """What the present turn of the loop has to send.
+
+    Transports of TLS need an outbox of their own, which a callback empties: they do not tell `flush` what has broken.
+    """
 
     __slots__ = ("_waiting", "has_selector")
 
@@ -37,8 +40,6 @@ class Outbox:
 
     def flush(self) -> bool:
         """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do.
-
-        One of TLS does not tell: these need an outbox of their own, which a callback empties.
 
         Never raises: whatever is wrong with one connection, the loop and the others go on.
         """
