@@ -1,7 +1,7 @@
 """A first try on one's own machine (`make run`): a local data folder, a first key, the address, a curl that works.
 
-Chooses what the environment leaves open (DATA_DIR=./data, HOST=127.0.0.1, the mock where no model is named), then
-becomes start.sh. A model without a llama-server is an error. A container does not come here: no model is one there.
+Chooses what the environment leaves open (DATA_DIR=./data, HOST=127.0.0.1, the mock where there is no model or no
+llama-server), then becomes start.sh. A container does not come here: there, either is an error.
 """
 
 import asyncio
@@ -41,16 +41,32 @@ def local(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def choose_backend(environ: Mapping[str, str], config: Config) -> dict[str, str]:
-    """Add MOCK_BACKEND where nothing is said of a model; whoever names one wants no mock for it. Raises Ending."""
+    """Add MOCK_BACKEND, and say why, where there is no model or no llama-server.
+
+    Raises Ending where the mock was forbidden, or LLAMA_BIN is wrong, which is a mistake and no wish for it.
+    """
+    if not environ.get("MOCK_BACKEND") and (lacking := what_lacks(config.model)):
+        say(f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true).")
+        return {**environ, "MOCK_BACKEND": "true"}
     if llama.is_set(config.model):
         try:
             check_backend(config)
         except Ending as ending:
             raise Ending(ending.status, f"{named_model(config.model)} is set, but {ending}") from None
-    elif not environ.get("MOCK_BACKEND"):
-        say(f"{NO_MODEL}: the built-in mock answers in its place (MOCK_BACKEND=true).")
-        return {**environ, "MOCK_BACKEND": "true"}
     return dict(environ)
+
+
+def what_lacks(model: Model) -> str:
+    """Say what the real thing lacks; nothing where it lacks nothing, or where LLAMA_BIN says what it should be."""
+    if not llama.is_set(model):
+        return NO_MODEL
+    if model.llama_bin:
+        return ""
+    try:
+        llama.find_binary(model)
+    except llama.NoBinary:
+        return f"{named_model(model)} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
+    return ""
 
 
 def named_model(model: Model) -> str:

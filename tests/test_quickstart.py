@@ -131,14 +131,26 @@ def path_without_llama_server(tmp_path: Path) -> str:
     ],
 )
 @aside
-def test_a_model_without_a_llama_server_is_an_error_that_names_both(
+def test_a_model_without_a_llama_server_gets_the_mock_and_both_are_said(
     tmp_path: Path, settings: dict[str, str], shown: str
 ) -> None:
     with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
+        run.await_line("^  curl ")
+        lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
+        assert run.lines[0] == f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true)."
+        assert "Ready (mock): " in run.output
+        assert "secret" not in run.output
+        assert run.stop() == 0
+
+
+@aside
+def test_a_model_without_a_llama_server_is_an_error_where_the_mock_is_forbidden(tmp_path: Path) -> None:
+    settings = {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}
+    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
         assert run.end() == 4
     assert run.output == (
-        f"run: {shown} is set, but llama-server is neither /app/llama-server nor on the PATH: set LLAMA_BIN"
-        " (or MOCK_BACKEND=true)"
+        "run: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the PATH: set"
+        " LLAMA_BIN (or MOCK_BACKEND=true)"
     )
     assert not (tmp_path / "data").exists()
 
