@@ -55,7 +55,7 @@ class BackendWire(Wire):
         """Send a request; `hearer` is told its response's head."""
         self._asked = True
         self.deadline_s = inf
-        self._outbox.put(self.transport, request)
+        self._outbox.put((self.transport, request))
         self._hearer = hearer
         if self.ended:
             self._cut_before_head()

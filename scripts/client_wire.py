@@ -97,7 +97,7 @@ class ClientWire(Wire):
 
     def write(self, data: bytes) -> None:
         self.sent_bytes += len(data)
-        self._outbox.put(self.transport, data)
+        self._outbox.put((self.transport, data))
 
     # --- The conversation ---
 

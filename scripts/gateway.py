@@ -46,7 +46,6 @@ class Gateway:
 
     def __init__(self, parts: Parts, parent: int | None = None) -> None:
         self._parts = parts
-        self._outbox = parts.outbox if parts.tls is None else Outbox()  # TLS does not tell at once what has broken
         self._parent = parent
         self._open: set[ClientWire] = set()  # every connection, until its last byte has gone
         self._empty = asyncio.Event()  # set while draining, once no connection is left
@@ -85,7 +84,7 @@ class Gateway:
         if self._turned_away:  # its TLS handshake has taken that long
             writer.transport.abort()
             return
-        client = ClientWire(writer, self._parts.deadlines, self._outbox, self._parts.config.limits)
+        client = ClientWire(writer, self._parts.deadlines, self._parts.outbox, self._parts.config.limits)
         client.on_lost = self._lost
         if len(self._open) >= self._parts.config.queue.max_connections:
             self._make_room(client)

@@ -9,8 +9,9 @@ import asyncio
 import logging
 import select
 import selectors
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
+from contextvars import Context
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any, TypeVar
 
@@ -22,38 +23,34 @@ T = TypeVar("T")
 
 
 class Outbox:
-    """What the present turn of the loop has to send.
+    """What the present turn of the loop has to send; `put` takes a transport and the bytes for it."""
 
-    Transports of TLS need an outbox of their own, which a callback empties: they do not tell `flush` what has broken.
-    """
-
-    __slots__ = ("_waiting", "has_selector")
+    __slots__ = ("_waiting", "put")
+    put: Callable[[tuple[asyncio.Transport, bytes]], None]
 
     def __init__(self) -> None:
         self._waiting: list[tuple[asyncio.Transport, bytes]] = []
-        self.has_selector = False  # which empties it; on any other loop a callback does
+        self.put = self._put
 
-    def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        if not self.has_selector and not self._waiting:
+    def _put(self, letter: tuple[asyncio.Transport, bytes]) -> None:
+        if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
-        self._waiting.append((transport, data))
+        self._waiting.append(letter)
 
-    def flush(self) -> bool:
-        """Send it; return whether a transport has closed or broken meanwhile, so that the loop has something to do.
+    def is_emptied(self) -> None:
+        """There is a loop that calls `flush` at the end of each turn by itself."""
+        self.put = self._waiting.append
 
-        Never raises: whatever is wrong with one connection, the loop and the others go on.
-        """
-        broken = False
-        if self._waiting:
-            waiting, self._waiting = self._waiting, []
-            for transport, data in waiting:
+    def flush(self) -> None:
+        """Send it. Never raises: whatever is wrong with one connection, the loop and the others go on."""
+        while self._waiting:
+            letters = self._waiting[:]
+            self._waiting.clear()
+            for transport, data in letters:
                 try:
                     transport.write(data)
-                    broken = transport.is_closing() or broken
                 except Exception:  # noqa: PERF203
                     log.exception("a write failed")
-                    broken = True
-        return broken
 
 
 class TurnSelector(selectors.BaseSelector):
@@ -64,7 +61,8 @@ class TurnSelector(selectors.BaseSelector):
     """
 
     def __init__(self, outbox: Outbox) -> None:
-        outbox.has_selector = True
+        outbox.is_emptied()
+        self.has_work = False  # the loop, since it began to send
         self._flush = outbox.flush
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}
@@ -91,7 +89,9 @@ class TurnSelector(selectors.BaseSelector):
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        if self._flush() or (timeout is not None and timeout < 0):
+        self.has_work = False
+        self._flush()
+        if self.has_work or (timeout is not None and timeout < 0):
             timeout = 0
         ready: list[tuple[SelectorKey, int]] = []
         keys = self._keys
@@ -128,11 +128,31 @@ def _mask(events: int) -> int:
     return (events & EVENT_READ and select.EPOLLIN) | (events & EVENT_WRITE and select.EPOLLOUT)
 
 
+class TurnLoop(asyncio.SelectorEventLoop):
+    """asyncio's loop on that selector.
+
+    When it sends, it has made up its mind how long to sleep: what is scheduled meanwhile, as by a connection that
+    breaks, must not be slept over.
+    """
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._turns = TurnSelector(outbox)
+        super().__init__(self._turns)
+
+    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
+        self._turns.has_work = True
+        return super().call_soon(callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
+        self._turns.has_work = True
+        return super().call_at(when, callback, *args, context=context)
+
+
 def run(main: Coroutine[Any, Any, T], outbox: Outbox, *, has_epoll: bool = hasattr(select, "epoll")) -> T:
     """As asyncio.run, on a loop that empties `outbox` at the end of each of its turns, where the platform has epoll."""
     if not has_epoll:
         return asyncio.run(main)
-    loop = asyncio.SelectorEventLoop(TurnSelector(outbox))
+    loop = TurnLoop(outbox)
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(main)

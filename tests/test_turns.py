@@ -10,25 +10,21 @@ from selectors import EVENT_READ, EVENT_WRITE
 import pytest
 
 import turns
-from turns import Outbox, TurnSelector
+from turns import Outbox, TurnLoop, TurnSelector
 
 BOTH = EVENT_READ | EVENT_WRITE
 Runner = Callable[..., object]
 
 
 class Recording(asyncio.Transport):
-    """A transport that keeps what it is given, until it breaks."""
+    """A transport that keeps what it is given."""
 
-    def __init__(self, written: list[bytes], *, breaks: bool = False) -> None:
+    def __init__(self, written: list[bytes]) -> None:
         super().__init__()
         self._written = written
-        self._breaks = breaks
 
     def write(self, data: bytes) -> None:
         self._written.append(data)
-
-    def is_closing(self) -> bool:
-        return self._breaks
 
 
 # --- The outbox ---
@@ -57,9 +53,9 @@ def test_what_a_turn_writes_goes_out_at_its_end_and_in_order(run: Runner) -> Non
         written: list[bytes] = []
         one, other = Recording(written), Recording(written)
         for _ in range(3):
-            outbox.put(one, b"1")
-            outbox.put(other, b"2")
-            outbox.put(one, b"3")
+            outbox.put((one, b"1"))
+            outbox.put((other, b"2"))
+            outbox.put((one, b"3"))
             assert written == []
             await asyncio.sleep(0)
             assert written == [b"1", b"2", b"3"]
@@ -73,24 +69,13 @@ def test_who_closes_sends_what_is_waiting_first(run: Runner) -> None:
     async def play(outbox: Outbox) -> None:
         written: list[bytes] = []
         for data in (b"1", b"2", b"3"):
-            outbox.put(Recording(written), data)
+            outbox.put((Recording(written), data))
         outbox.flush()
         assert written == [b"1", b"2", b"3"]
         await asyncio.sleep(0)
         assert written == [b"1", b"2", b"3"]
 
     run(play)
-
-
-def test_a_flush_tells_whether_a_transport_has_broken_meanwhile() -> None:
-    outbox = Outbox()
-    outbox.has_selector = True
-    assert outbox.flush() is False
-    outbox.put(Recording([]), b"x")
-    assert outbox.flush() is False
-    outbox.put(Recording([], breaks=True), b"x")
-    outbox.put(Recording([]), b"x")
-    assert outbox.flush() is True
 
 
 class Raising(Recording):
@@ -107,12 +92,47 @@ def test_a_write_that_raises_is_told_and_holds_nobody_up(run: Runner, caplog: py
     async def play(outbox: Outbox) -> None:
         written: list[bytes] = []
         for transport in (Raising(RuntimeError("odd")), Recording(written)):
-            outbox.put(transport, b"x")
+            outbox.put((transport, b"x"))
         await asyncio.sleep(0)
         assert written == [b"x"]
 
     run(play)
     assert [record.exc_text and record.exc_text.splitlines()[-1] for record in caplog.records] == ["RuntimeError: odd"]
+
+
+@pytest.mark.parametrize("schedule", ["call_soon", "call_later"])
+def test_what_a_write_schedules_is_not_slept_over(schedule: str) -> None:
+    outbox = Outbox()
+    loop = TurnLoop(outbox)
+
+    class Scheduling(Recording):
+        def write(self, data: bytes) -> None:
+            loop.call_later(0.1, super().write, data) if schedule == "call_later" else loop.call_soon(
+                super().write, data
+            )
+
+    outbox.put((Scheduling([]), b"x"))
+    assert loop._turns.select(3600) == []
+    loop.close()
+
+
+@each_loop
+def test_what_is_put_while_others_are_sent_goes_out_as_well(run: Runner) -> None:
+    class Answering(Recording):
+        def write(self, data: bytes) -> None:
+            super().write(data)
+            if data == b"1":
+                self.outbox.put((self, b"2"))
+
+    async def play(outbox: Outbox) -> None:
+        written: list[bytes] = []
+        transport = Answering(written)
+        transport.outbox = outbox
+        outbox.put((transport, b"1"))
+        await asyncio.sleep(0)
+        assert written == [b"1", b"2"]
+
+    run(play)
 
 
 @each_loop
@@ -131,7 +151,7 @@ def test_a_connection_that_breaks_as_it_is_written_to_is_told_at_once(run: Runne
         transport, lost = await asyncio.get_running_loop().create_connection(Lost, sock=ours)
         transport.pause_reading()  # so that only the write can find out
         theirs.close()
-        outbox.put(transport, b"to nobody")
+        outbox.put((transport, b"to nobody"))
         await lost.lost
 
     run(play)
