@@ -32,7 +32,7 @@ TOKENS_PER_SECOND = (1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0,
 CACHED_TOKENS = (0.0, 16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
 TOKEN_TYPES = ("prompt", "cached", "completion")
-_BATCH = 128
+_BATCH = 256
 _NO_TOKENS = Tokens(0, 0, 0)
 
 
