@@ -40,7 +40,7 @@ class Occupant(Protocol):
     def holds_backend(self) -> bool: ...
 
     def beat(self, now_s: float) -> None:
-        """The moment that was set as the wire's `beat_s` has come."""
+        """Give a sign of life, if one is due."""
 
 
 class ClientWire(Wire):
@@ -219,10 +219,6 @@ class ClientWire(Wire):
             self.deadline_s = min(now_s + self._renewal_s, self._limit_s)
         if self._paused and has_left(self.transport):
             self.hang_up()
-
-    def beat(self, now_s: float) -> None:
-        if self.request is not None:
-            self.request.beat(now_s)
 
     # --- Requests ---
 

@@ -5,6 +5,7 @@ import logging
 import ssl
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import auth
@@ -60,7 +61,7 @@ class Parts:
         self.duration_s = timeouts.duration_s
         self.header_s = timeouts.client_header_s
         self.keepalive_s = timeouts.keepalive_s
-        self.beat_s = config.queue.sse_heartbeat_s
+        self.beat_s = config.queue.sse_heartbeat_s or inf
         self.patience = Patience(timeouts.connect_s, timeouts.request_s, timeouts.stream_idle_s)
         self.ledger = Ledger(config.usage.file, time.time)
         self.registry = Registry()
@@ -109,6 +110,9 @@ class Parts:
         self.date = date_line()
         self.observer.flush()
         self.pool.tick()
+        for client in tuple(self.clients):
+            if client.request is not None:
+                client.request.beat(self.deadlines.now_s)
 
     # --- Numbers that are read when somebody looks ---
 

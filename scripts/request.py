@@ -52,10 +52,10 @@ class Request:
     __slots__ = (
         "_answer",
         "_backend",
+        "_beaten_s",
         "_caller",
         "_charged",
         "_client",
-        "_has_slot",
         "_held_bytes",
         "_length",
         "_lines",
@@ -63,6 +63,7 @@ class Request:
         "_pieces",
         "_plan",
         "_relay",
+        "_slot",
         "_then",
         "_ticket",
         "_unread",
@@ -78,12 +79,13 @@ class Request:
         self._client = client
         self._plan = plan
         self._length = length
+        self._beaten_s = 0.0  # when the client last got a sign of life
         self._unread = length != 0 or plan.fault is not None  # bytes may come that nobody will read
         self._pieces: Sequence[bytes] = ()
         self._held_bytes = 0
         self._caller: Caller | None = None
         self._charged = False  # it counts towards the key's rate
-        self._has_slot = False  # without a ticket
+        self._slot: str | None = None  # the key's that holds one without a ticket
         self._ticket: Ticket | None = None
         self._backend: BackendWire | None = None  # that was asked without a conversation
         self._relay: Relay | None = None
@@ -193,12 +195,11 @@ class Request:
 
     def _hold(self, octets: int) -> None:
         parts = self._parts
-        held = parts.buffered_bytes + octets
-        if held > parts.most_buffered_bytes:
+        parts.buffered_bytes += octets
+        self._held_bytes += octets
+        if parts.buffered_bytes > parts.most_buffered_bytes:
             limit = parts.most_buffered_bytes
             raise GatewayError(MEMORY_FULL, f"Request bodies held exceed MAX_BUFFERED_BYTES ({limit} octets).")
-        parts.buffered_bytes = held
-        self._held_bytes += octets
 
     def _let_body_go(self) -> None:
         self._parts.buffered_bytes -= self._held_bytes
@@ -225,7 +226,7 @@ class Request:
         if self._plan.slot:
             if not parts.gate.take(caller.key_id, caller.parallel, caller.priority):
                 return None
-            self._has_slot = True
+            self._slot = caller.key_id
             exchange.left_queue_s = exchange.started_s
         exchange.queued_s = exchange.started_s
         return parts.pool.take()
@@ -245,7 +246,7 @@ class Request:
     def _ask(self, backend: BackendWire) -> None:
         """Send the request on; `keep` or `fail` will be told of the answer's head."""
         self._backend = backend
-        self._begin_relaying()
+        self.exchange.stage = Stage.AWAITING_RESPONSE
         backend.ask(self._request_bytes(), self)
         self._client.expect(self, self._parts.patience.request_s, BACKEND_TIMEOUT)
 
@@ -301,15 +302,6 @@ class Request:
     def _request_bytes(self) -> bytes:
         return self._plan.backend_request(self.exchange.id, self.exchange.bytes_in, self._pieces)
 
-    def _begin_relaying(self) -> None:
-        self.exchange.stage = Stage.AWAITING_RESPONSE
-        self._start_beating()
-
-    def _start_beating(self) -> None:
-        parts, client = self._parts, self._client
-        if self._plan.heartbeats and parts.beat_s and client.beat_s == inf:
-            client.beat_s = parts.deadlines.now_s + parts.beat_s
-
     # --- The conversation: a slot and the backend, as long as they take ---
 
     async def _admit_and_relay(self) -> None:
@@ -322,7 +314,7 @@ class Request:
             relay = self._relay
             if relay is None:
                 await self._admit()
-                self._begin_relaying()
+                exchange.stage = Stage.AWAITING_RESPONSE
                 relay = self._open_relay()
             try:
                 await relay.run(parts.pool, repeatable=repeatable)
@@ -352,9 +344,9 @@ class Request:
 
     def _have_ticket(self) -> None:
         """Hold a slot that was taken on the straight way as a conversation does: by a ticket."""
-        if self._has_slot and self._caller is not None:
-            self._has_slot = False
-            self._ticket = self._parts.gate.ticket(self._caller.key_id, self._caller.parallel)
+        if self._slot is not None and self._caller is not None:
+            self._ticket = self._parts.gate.ticket(self._slot, self._caller.parallel)
+            self._slot = None
 
     def _apply(self) -> None:
         """Get into the queue, and into a slot if one is free."""
@@ -365,7 +357,6 @@ class Request:
         self.exchange.queued_s = parts.clock()
         if self._plan.slot:
             self._ticket = parts.gate.apply(caller.key_id, parallel=caller.parallel, priority=caller.priority)
-            self._start_beating()
 
     def _begin_waiting(self) -> None:
         self.exchange.stage = Stage.QUEUED
@@ -401,18 +392,21 @@ class Request:
         Returns as which route's answer the payload is metered, if it is.
         """
         self.exchange.stage = Stage.STREAMING
-        self._client.beat_s = inf
         self._let_body_go()
         if self._parts.draining:
             self.answer.keep_alive = False
         return self._plan.label if opening.tells and self._plan.metered else None
 
     def beat(self, now_s: float) -> None:
-        """Give a sign of life while the backend is silent."""
+        """Give a sign of life where the backend has been silent for so long that one is due."""
+        if not self._plan.heartbeats or self.stage not in (Stage.QUEUED, Stage.AWAITING_RESPONSE):
+            return
+        if now_s < (self._beaten_s or self.exchange.queued_s) + self._parts.beat_s:
+            return
         ticket = self._ticket
         waits = ticket is not None and ticket.waiting is not None and not ticket.waiting.done()
         goes_on = sign_of_life(self.answer, self._pieces, ticket.position() if ticket is not None and waits else 0)
-        self._client.beat_s = now_s + self._parts.beat_s if goes_on else inf
+        self._beaten_s = now_s if goes_on else inf
 
     # --- The end ---
 
@@ -449,15 +443,13 @@ class Request:
     def finish(self) -> None:
         """Give back what the request holds, and hand over what became of it."""
         parts, client, exchange = self._parts, self._client, self.exchange
-        client.beat_s = inf
         exchange.ended_s = now_s = parts.clock()
         exchange.bytes_out = client.sent_bytes
-        if self._held_bytes:
-            self._let_body_go()
+        parts.buffered_bytes -= self._held_bytes
         if parts.duration_s:
             client.limit(0)
-        if self._has_slot and self._caller is not None:
-            parts.gate.give(self._caller.key_id)
+        if self._slot is not None:
+            parts.gate.give(self._slot)
             parts.last_work_s = now_s
         elif self._ticket is not None:
             self._release(self._ticket)

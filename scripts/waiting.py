@@ -15,18 +15,17 @@ T = TypeVar("T")
 
 
 class Timed(Protocol):
-    """Something with moments at which it wants to act, in monotonic seconds; inf = none. One that is `watched` wants to
-    look after something at each tick."""
+    """Something with a moment at which it wants to act, in monotonic seconds; inf = none.
+
+    One that is `watched` wants to look after something at each tick.
+    """
 
     deadline_s: float
-    beat_s: float
     watched: bool
 
     def watch(self, now_s: float) -> None: ...
 
     def expire(self, now_s: float) -> None: ...
-
-    def beat(self, now_s: float) -> None: ...
 
 
 class Deadlines:
@@ -63,8 +62,6 @@ class Deadlines:
                 wire.watch(now_s)
             if wire.deadline_s <= now_s:
                 wire.expire(now_s)
-            if wire.beat_s <= now_s:
-                wire.beat(now_s)
         if self._each_tick is not None:
             self._each_tick()
 

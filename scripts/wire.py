@@ -33,7 +33,6 @@ class Wire(asyncio.Protocol):
         "_outbox",
         "_sink",
         "_writer",
-        "beat_s",
         "choked",
         "deadline_s",
         "ended",
@@ -56,7 +55,6 @@ class Wire(asyncio.Protocol):
         self.orderly = False  # it ended by the peer's FIN, not by a reset or by us
         self.choked = False  # the peer does not take what is written
         self.deadline_s = inf
-        self.beat_s = inf
         self.watched = False
         deadlines.add(self)
         self._former = self.transport.get_protocol()
@@ -99,9 +97,6 @@ class Wire(asyncio.Protocol):
     def expire(self, now_s: float) -> None:
         """The deadline has passed: nobody waits for this wire unless a subclass knows better."""
         self.abort()
-
-    def beat(self, now_s: float) -> None:
-        """A moment asked for by `beat_s` has come."""
 
     def watch(self, now_s: float) -> None:
         """What is asked for by `watched`, at each tick."""
