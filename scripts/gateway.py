@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.warning("%s", warning)
     with contextlib.suppress(KeyboardInterrupt):
         outbox = Outbox()
-        return turns.run(serve(settings, outbox, arguments.parent), outbox)
+        return turns.run(serve(settings, outbox, arguments.parent), turns.new_loop(outbox))
     return 0
 
 

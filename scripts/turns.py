@@ -135,9 +135,9 @@ class TurnLoop(asyncio.SelectorEventLoop):
     breaks, must not be slept over.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
-        self._turns = TurnSelector(outbox)
-        super().__init__(self._turns)
+    def __init__(self, selector: TurnSelector) -> None:
+        self._turns = selector
+        super().__init__(selector)
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
         self._turns.has_work = True
@@ -148,11 +148,13 @@ class TurnLoop(asyncio.SelectorEventLoop):
         return super().call_at(when, callback, *args, context=context)
 
 
-def run(main: Coroutine[Any, Any, T], outbox: Outbox, *, has_epoll: bool = hasattr(select, "epoll")) -> T:
-    """As asyncio.run, on a loop that empties `outbox` at the end of each of its turns, where the platform has epoll."""
-    if not has_epoll:
-        return asyncio.run(main)
-    loop = TurnLoop(outbox)
+def new_loop(outbox: Outbox) -> asyncio.AbstractEventLoop:
+    """A loop that empties `outbox` at the end of each of its turns, where the platform has epoll; else a usual one."""
+    return TurnLoop(TurnSelector(outbox)) if hasattr(select, "epoll") else asyncio.new_event_loop()
+
+
+def run(main: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
+    """As asyncio.run, on this loop, which is closed in the end."""
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(main)

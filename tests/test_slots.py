@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
+import turns
 from admission import Gate, Ticket
 from errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from slots import LettingGo
-from support.clock import Clock
+from support.clock import Clock, HurriedLoop, HurriedSelector
 from support.gateway import until
+from turns import Outbox
 
 
 class Backend:
@@ -45,7 +47,7 @@ class Place:
 
 
 def run(play: Callable[[], object]) -> None:
-    asyncio.run(play())
+    turns.run(play(), HurriedLoop(HurriedSelector(Outbox())))
 
 
 @pytest.mark.parametrize("kind", [BACKEND_TIMEOUT, BACKEND_UNAVAILABLE])

@@ -32,19 +32,14 @@ class Recording(asyncio.Transport):
 
 def on_ours(play: Callable[[Outbox], object]) -> None:
     outbox = Outbox()
-    turns.run(play(outbox), outbox)
+    turns.run(play(outbox), turns.new_loop(outbox))
 
 
 def on_any(play: Callable[[Outbox], object]) -> None:
-    asyncio.run(play(Outbox()))
+    turns.run(play(Outbox()), asyncio.new_event_loop())
 
 
-def without_epoll(play: Callable[[Outbox], object]) -> None:
-    outbox = Outbox()
-    turns.run(play(outbox), outbox, has_epoll=False)
-
-
-each_loop = pytest.mark.parametrize("run", [on_ours, on_any, without_epoll])
+each_loop = pytest.mark.parametrize("run", [on_ours, on_any])
 
 
 @each_loop
@@ -103,7 +98,7 @@ def test_a_write_that_raises_is_told_and_holds_nobody_up(run: Runner, caplog: py
 @pytest.mark.parametrize("schedule", ["call_soon", "call_later"])
 def test_what_a_write_schedules_is_not_slept_over(schedule: str) -> None:
     outbox = Outbox()
-    loop = TurnLoop(outbox)
+    loop = TurnLoop(TurnSelector(outbox))
 
     class Scheduling(Recording):
         def write(self, data: bytes) -> None:
@@ -173,7 +168,7 @@ def test_a_loop_that_ends_leaves_no_task_behind() -> None:
         return "result" if not task.done() else ""
 
     outbox = Outbox()
-    assert turns.run(play(outbox), outbox) == "result"
+    assert turns.run(play(outbox), turns.new_loop(outbox)) == "result"
     assert ended == ["thread", "task"]
 
 

@@ -27,7 +27,7 @@ from config import load_config
 from gateway import Gateway
 from parts import Parts
 from support.backend import Backend
-from support.clock import Clock
+from support.clock import HURRY, Clock, HurriedLoop, HurriedSelector
 from support.rawclient import PATIENCE_S, RawClient, Response
 from turns import Outbox
 
@@ -40,7 +40,7 @@ bob:{OTHER_KEY.decode()}:1000000
 olga:{OPERATOR_KEY.decode()}:1000000 role=operator
 """
 CHAT = b"/v1/chat/completions"
-SCENARIO_S = 60.0
+SCENARIO_S = 60.0 * HURRY
 
 Setting = str | Callable[[Path], str]
 
@@ -259,7 +259,7 @@ def scenario(
         @functools.wraps(play)
         def test(tmp_path: Path, **names: Any) -> None:
             stack = Stack(tmp_path, dict(settings), clock())
-            turns.run(_play(play, stack, names), stack.outbox)
+            turns.run(_play(play, stack, names), HurriedLoop(HurriedSelector(stack.outbox)))
 
         parameters = list(inspect.signature(play).parameters.values())[1:]
         own = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)

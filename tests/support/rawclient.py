@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from support.backend import reset_on_close
+from support.clock import HURRY
 
 PATIENCE_S = 20.0
 
@@ -118,7 +119,7 @@ class RawClient(asyncio.Protocol):
         while not condition():
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), PATIENCE_S)
+                await asyncio.wait_for(self._changed.wait(), PATIENCE_S * HURRY)
             except asyncio.TimeoutError:
                 raise AssertionError(
                     f"waited in vain; received {bytes(self.received[-2000:])!r} {self.ended}"

@@ -67,7 +67,7 @@ def main() -> int:
     logging.getLogger("gateway").addHandler(Announcer())
     gateway.Parts = WatchedParts  # type: ignore[assignment, misc]
     outbox = Outbox()
-    return turns.run(gateway.serve(settings, outbox), outbox)
+    return turns.run(gateway.serve(settings, outbox), turns.new_loop(outbox))
 
 
 if __name__ == "__main__":
