@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.together import aside
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 LONGEST_FUNCTION_LINES = 60
 
@@ -169,6 +171,7 @@ def test_no_sibling_bears_a_stdlib_name() -> None:
 
 
 @each_module
+@aside
 def test_importing_has_no_side_effect(module: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-B", "-c", IMPORT_PROBE, str(SCRIPTS), module],

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from support.together import aside
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "AUTHENTICATION.md"
 START_S = 20.0
@@ -54,7 +56,7 @@ def wait_until_ready(url: str) -> None:
     raise TimeoutError
 
 
-@pytest.fixture
+@contextmanager
 def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of an operator's shell, with a gateway that reads the same keys file."""
     port, backend = free_port(), free_port()
@@ -78,14 +80,23 @@ def shell(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="the walk is made with curl")
-def test_the_walk_goes_as_the_page_says(shell: dict[str, str]) -> None:
+@aside
+def test_the_walk_goes_as_the_page_says(tmp_path: Path) -> None:
     walk = commands()
     assert len(walk) > 40
     mark = "\x1e"
     script = "".join(f"{command}\nprintf '{mark}'\n" for command, _ in walk)
-    done = subprocess.run(
-        ["bash", "-s"], input=script, cwd=ROOT, env=shell, capture_output=True, text=True, check=False, timeout=60
-    )
+    with shell(tmp_path) as environment:
+        done = subprocess.run(
+            ["bash", "-s"],
+            input=script,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     assert done.stderr == ""
     printed = [text.rstrip("\n") for text in done.stdout.split(mark)[:-1]]
     assert list(zip([command for command, _ in walk], printed, strict=True)) == walk

@@ -24,6 +24,7 @@ from bench_client import Connection, Failed, Sample, Target
 from bench_stats import Result, Spread, Turn, overheads, percentile, summarize
 from benchmark import Plan, Progress, Runner
 from mock_backend import MockBackend, Settings
+from support.together import aside
 
 QUICK = {"tokens_per_second": 0.0, "prompt_ms": 0.0, "poll_ms": 20.0}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stream": True}
@@ -328,6 +329,7 @@ def test_what_the_deadline_cuts_is_left_out_and_no_error():
     assert (turns, runner.stopped_early) == ([], True)
 
 
+@aside
 def test_what_was_done_before_the_deadline_stays():
     answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"] * 3
 
@@ -585,6 +587,7 @@ def test_a_key_that_no_header_can_carry_is_refused(capsys):
     assert "key for --gateway" in capsys.readouterr().err
 
 
+@aside
 def test_the_help_of_make_bench_is_the_help_alone():
     command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "run.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

@@ -30,6 +30,7 @@ from support.gateway import (
     until,
 )
 from support.rawclient import RawClient
+from support.together import aside
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 MEASURED = {name: value for name, value in os.environ.items() if name.startswith("COV")}
@@ -294,6 +295,7 @@ def exchange(port: int, raw: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@aside
 def test_pitfall_34_a_signal_ends_it_with_0_and_no_traceback(tmp_path, number):
     with process(tmp_path) as gateway:
         port = port_of(gateway)
@@ -307,6 +309,7 @@ def test_pitfall_34_a_signal_ends_it_with_0_and_no_traceback(tmp_path, number):
         assert "Traceback" not in said
 
 
+@aside
 def test_pitfall_34_a_second_signal_ends_it_at_once(tmp_path):
     state = tmp_path / "state.json"
     state.write_text('{"state": "ready"}')
@@ -350,6 +353,7 @@ def test_a_drain_is_told_to_the_parent_that_asked_for_it_and_to_nobody_else(tmp_
     assert told == ["told"] * is_parent
 
 
+@aside
 def test_hangup_reloads_the_keys(tmp_path):
     with process(tmp_path, KEYS_WATCH_SECONDS="0") as gateway:
         port = port_of(gateway)
@@ -363,6 +367,7 @@ def test_hangup_reloads_the_keys(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="this platform lets nobody else lower a limit")
+@aside
 def test_connections_wait_while_descriptors_have_run_out_and_the_log_stays_short(tmp_path):
     with process(tmp_path) as gateway, ExitStack() as crowd:
         port = port_of(gateway)
@@ -383,6 +388,7 @@ def test_connections_wait_while_descriptors_have_run_out_and_the_log_stays_short
         assert "Traceback" not in said
 
 
+@aside
 def test_taken_port_is_status_5_and_one_line(tmp_path):
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
@@ -394,6 +400,7 @@ def test_taken_port_is_status_5_and_one_line(tmp_path):
         assert "Traceback" not in said
 
 
+@aside
 def test_bad_settings_are_status_2_and_all_told(tmp_path):
     with process(tmp_path, AUTH_ENABLED="ture", MAX_QUEUE_SIZE="-1") as gateway:
         said = gateway.communicate(timeout=20)[0]
@@ -402,6 +409,7 @@ def test_bad_settings_are_status_2_and_all_told(tmp_path):
         assert "MAX_QUEUE_SIZE" in said
 
 
+@aside
 def test_certificate_that_cannot_be_read_is_status_2(tmp_path):
     for name in ("a.crt", "a.key"):
         (tmp_path / name).write_text("not a certificate\n")
@@ -413,6 +421,7 @@ def test_certificate_that_cannot_be_read_is_status_2(tmp_path):
         assert "Traceback" not in said
 
 
+@aside
 def test_old_name_of_a_setting_is_warned_of_once(tmp_path):
     with process(tmp_path, PORT="", GATEWAY_PORT="0") as gateway:
         said = []
@@ -423,6 +432,7 @@ def test_old_name_of_a_setting_is_warned_of_once(tmp_path):
         assert "GATEWAY_PORT" not in gateway.communicate(timeout=20)[0]
 
 
+@aside
 def test_check_config_prints_and_does_not_listen(tmp_path):
     words = [sys.executable, str(SCRIPTS / "gateway.py"), "--check-config"]
     done = subprocess.run(
@@ -433,6 +443,7 @@ def test_check_config_prints_and_does_not_listen(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["auth", "keyfile", "routes", "http1"])
+@aside
 def test_pitfall_44_without_a_sibling_nothing_is_served(tmp_path, name):
     scripts = tmp_path / "scripts"
     shutil.copytree(SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__", f"{name}.py"))

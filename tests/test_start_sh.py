@@ -35,7 +35,7 @@ from support.boot import (
     scripts_without,
 )
 from support.fileserver import Shelf, serve
-from support.together import together
+from support.together import aside, together
 
 START = SCRIPTS / "start.sh"
 GGUF = b"GGUF" + bytes(5000)
@@ -233,6 +233,7 @@ def test_a_boot_that_must_fail_says_why_and_how(name: str, failures: Run) -> Non
     assert outcome.left == []
 
 
+@aside
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     wrong = {"AUTH_ENABLED": "ture", "PORT": "x", "NGL": "-1", "LOG_LEVEL": "loud", "EXTRA_ARGS": "--port 1"}
     with Boot(tmp_path, wrong, by_shell=True) as boot:
@@ -240,6 +241,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     assert all(any(f"{name}:" in line for line in boot.lines) for name in wrong)
 
 
+@aside
 def test_pitfall_44_a_missing_sibling_is_fatal(tmp_path: Path) -> None:
     scripts = scripts_without("auth.py", tmp_path)
     with Boot(tmp_path, {"MOCK_BACKEND": "true"}, scripts=scripts, by_shell=True) as boot:
@@ -393,6 +395,7 @@ def streaming(boot: Boot) -> Iterator[HTTPResponse]:
             yield response
 
 
+@aside
 def test_pitfall_13_a_stream_that_can_end_within_drain_timeout_does(tmp_path: Path) -> None:
     settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "2000"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
@@ -403,6 +406,7 @@ def test_pitfall_13_a_stream_that_can_end_within_drain_timeout_does(tmp_path: Pa
         assert boot.end() == 0
 
 
+@aside
 def test_pitfall_34_an_endless_stream_is_cut_at_drain_timeout_with_0(tmp_path: Path) -> None:
     settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "0.5"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
@@ -425,6 +429,7 @@ def drain(boot: Boot, key: str = "") -> None:
         assert connection.getresponse().status == 202
 
 
+@aside
 def test_drain_asked_for_by_an_operator_ends_everything_with_0(tmp_path: Path) -> None:
     key = "sk-operator-0123456789"
     (tmp_path / "keys").write_text(f"ops:{key} role=operator\n")
@@ -435,6 +440,7 @@ def test_drain_asked_for_by_an_operator_ends_everything_with_0(tmp_path: Path) -
         assert boot.end() == 0
 
 
+@aside
 def test_probes_are_told_of_a_drain_that_an_operator_asked_for_while_streams_finish(tmp_path: Path) -> None:
     settings = {**MOCK, "ADMIN_ROUTES": "true", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "1000"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
@@ -508,12 +514,14 @@ def test_pitfall_04_no_arithmetic_command_can_end_it() -> None:
     assert "((" not in START.read_text()
 
 
+@aside
 def test_no_python_is_one_clear_message(tmp_path: Path) -> None:
     done = shell(tmp_path, PATH=tools(tmp_path / "bin", python3="exit 1", python3_10="exit 127"))
     assert done.returncode == 5
     assert done.stderr == "start: no Python 3.10 or later found (python3, python3.13 … python3.10)\n"
 
 
+@aside
 def test_an_old_python3_is_passed_over(tmp_path: Path) -> None:
     path = tools(tmp_path / "bin", python3="exit 1", python3_12=f'exec {sys.executable} "$@"')
     done = shell(tmp_path, PATH=path, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
@@ -529,6 +537,7 @@ def test_an_old_python3_is_passed_over(tmp_path: Path) -> None:
         ("rocm-smi", "exit 1", "GPU: rocm-smi is there but reports none"),
     ],
 )  # fmt: skip
+@aside
 def test_the_gpu_is_reported(tmp_path: Path, tool: str, body: str, words: str) -> None:
     path = tools(tmp_path / "bin", **{tool: body, "python3": f'exec {sys.executable} "$@"'})
     done = subprocess.run(
@@ -541,6 +550,7 @@ def test_the_gpu_is_reported(tmp_path: Path, tool: str, body: str, words: str) -
     assert (done.returncode, words in done.stdout) == (0, True)
 
 
+@aside
 def test_a_slow_gpu_tool_delays_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     smi = tmp_path / "bin" / "nvidia-smi"
@@ -555,6 +565,7 @@ def test_a_slow_gpu_tool_delays_nothing_and_leaves_nothing(tmp_path: Path) -> No
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
 
+@aside
 def test_it_becomes_the_supervisor(tmp_path: Path) -> None:
     with Boot(tmp_path, MOCK, by_shell=True) as boot:
         boot.await_ready()
@@ -569,6 +580,7 @@ PROGRAMS = pytest.mark.parametrize(
 
 @PROGRAMS
 @pytest.mark.parametrize("word", ["--help", "-h"])
+@aside
 def test_help_is_shown_and_nothing_started(tmp_path: Path, argv: list[str], word: str) -> None:
     done = run([*argv, word], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
     assert (done.returncode, done.stderr) == (0, "")
@@ -577,12 +589,14 @@ def test_help_is_shown_and_nothing_started(tmp_path: Path, argv: list[str], word
 
 @PROGRAMS
 @pytest.mark.parametrize("words", [["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"]])
+@aside
 def test_an_unknown_argument_is_status_2_and_starts_nothing(tmp_path: Path, argv: list[str], words: list[str]) -> None:
     done = run([*argv, *words], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"(start|supervisor.py: error): .*", done.stderr.splitlines()[-1])
 
 
+@aside
 def test_an_argument_that_is_empty_is_none(tmp_path: Path) -> None:
     """As a template makes it of a variable that is not set."""
     done = shell(tmp_path, "", PATH=PATH, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")

@@ -1,7 +1,7 @@
 """Boots run a few at a time, beside the other tests; each test awaits its own and fails by its own assertions.
 
-`in_background` orders the session so that one test of each kind begins the boots, those that mostly wait come next, and
-what became of the boots is looked at once all other tests are done. `aside` is for single tests.
+`in_background` orders the session so that one test of each kind begins the boots, and what became of them is looked at
+once all other tests are done. `aside` is for single tests.
 """
 
 import functools
@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 import pytest
 
 T = TypeVar("T")
-WORKERS = 3
+WORKERS = 2
 FIXTURES = ("failures", "successes", "outcome")  # that run their jobs together
-PATIENT = ("test_cold_start", "test_end_to_end", "test_drain", "test_slots", "test_slow_readers", "test_timeouts")
 PATIENCE_S = 300.0
 
 
@@ -43,7 +42,6 @@ def in_background(items: list[pytest.Item]) -> None:
         first += group[:1]
         last += group[1:]
     last += [item for item in items if hasattr(getattr(item, "function", None), "errand")]
-    first += [item for item in items if item.path.stem in PATIENT]
     sorted_out = {*first, *last}
     items[:] = [*first, *(item for item in items if item not in sorted_out), *last]
 
@@ -52,7 +50,7 @@ ERRANDS: dict[str, "Future[None]"] = {}
 
 
 def aside(errand: Callable[..., None]) -> Callable[..., None]:
-    """Let a test whose only fixture is `tmp_path` run beside the others, from the session's beginning on."""
+    """Let a test that needs no fixture but `tmp_path` run beside the others, from the session's beginning on."""
 
     @functools.wraps(errand)
     def test(request: pytest.FixtureRequest, **names: Any) -> None:
@@ -72,8 +70,10 @@ def errands(items: list[pytest.Item], folders: pytest.TempPathFactory) -> Iterat
         for item in items:
             errand = getattr(getattr(item, "function", None), "errand", None)
             if errand is not None:
-                names = item.callspec.params if hasattr(item, "callspec") else {}
-                ERRANDS[item.nodeid] = pool.submit(errand, tmp_path=folders.mktemp("aside"), **names)
+                names = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+                if "tmp_path" in inspect.signature(errand).parameters:
+                    names["tmp_path"] = folders.mktemp("aside")
+                ERRANDS[item.nodeid] = pool.submit(errand, **names)
         try:
             yield
         finally:
