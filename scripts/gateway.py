@@ -5,10 +5,14 @@
 exits. The supervisor runs it; so may anybody who has a llama-server already.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until it listens: it would look for garbage a dozen times, where all that is made is there to stay
+
 import argparse
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -196,10 +200,11 @@ async def serve(settings: Config, outbox: Outbox, parent: int | None = None) -> 
         log.error("cannot listen on %s port %d: %s", settings.listen.host, settings.listen.port, error.strerror)
         await gateway.close()
         return EXIT_CANNOT_START
-    # What is there by now is there to stay, and requests leave no cycles behind: the collector need not look often. But
-    # each closed transport of asyncio's is one, of five objects and 2 KiB: 400 of them at most.
+    # Requests leave no cycles behind, so the collector need not look often. But each closed transport of asyncio's is
+    # one, of five objects and 2 KiB: 400 of them at most.
     gc.freeze()
     gc.set_threshold(2_000, 20, 20)
+    gc.enable()
     log.info("version %s listens on %s port %d", parts.version, settings.listen.host, port)
     try:
         await gateway.run_until_ended()
