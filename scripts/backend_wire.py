@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from math import inf
+from typing import cast
 
 from errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from http1 import HEAD_END
@@ -30,7 +31,7 @@ class BackendWire(Wire):
     def __init__(
         self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox, head_bytes: int, pulse: Pulse
     ) -> None:
-        super().__init__(writer, deadlines, outbox)
+        super().__init__(writer, cast(asyncio.Transport, writer.transport), deadlines, outbox)
         self._pulse = pulse
         self._head_bytes = head_bytes
         self._hearer: Expectant | None = None  # who waits for a head

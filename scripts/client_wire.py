@@ -66,9 +66,16 @@ class ClientWire(Wire):
     )
     _whole_s: float  # how long a head may take once it has begun
 
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox, limits: Limits) -> None:
-        super().__init__(writer, deadlines, outbox)
-        address = writer.get_extra_info("peername")
+    def __init__(
+        self,
+        writer: asyncio.StreamWriter,
+        transport: asyncio.Transport,
+        deadlines: Deadlines,
+        outbox: Outbox,
+        limits: Limits,
+    ) -> None:
+        super().__init__(writer, transport, deadlines, outbox)
+        address = transport.get_extra_info("peername")
         self.peer = str(address[0]) if isinstance(address, tuple) else "local"
         self.heard = False  # since `wait` last granted time anew
         self._scanner = HeadScanner(limits)

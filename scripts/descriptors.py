@@ -14,9 +14,12 @@ _SHORTAGE = "socket.accept() out of system resource"  # asyncio's words
 _QUIET_S = 60.0
 
 
-def make_room(connections: int) -> None:
-    """Raise the process's own limit so that each connection may have one to the backend; warn where it cannot be."""
-    wanted = 2 * connections + _SPARE
+def make_room(connections: int, handshakes: int = 0) -> None:
+    """Raise the process's own limit so that each connection may have one to the backend; warn where it cannot be.
+
+    `handshakes`: connections that are none yet.
+    """
+    wanted = 2 * connections + handshakes + _SPARE
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return

@@ -20,6 +20,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import config
 import descriptors
@@ -33,6 +34,7 @@ from descriptors import Shortage
 from errors import DRAINING, GatewayError, PeerGone
 from exchange import Stage
 from parts import Parts
+from tls import Handshakes
 from turns import Outbox
 from waiting import end_tasks
 
@@ -56,20 +58,19 @@ class Gateway:
         self._ended = asyncio.Event()
         self._turned_away = False
         self._server: asyncio.Server | None = None
+        most, seconds = parts.config.queue.max_connections, parts.config.timeouts.client_header_s
+        self._handshakes = None if parts.tls is None else Handshakes(parts.tls, seconds, most)
         self._background: list[asyncio.Task[None]] = []
         parts.drain = self.drain
 
     async def start(self) -> int:
         """Listen, and return the port. Raises OSError where the address cannot be had."""
         listen = self._parts.config.listen
-        tls = self._parts.tls
         self._server = await asyncio.start_server(
             self._accept,
             listen.host,
             listen.port,
             backlog=_ACCEPTS,
-            ssl=tls,
-            ssl_handshake_timeout=self._parts.config.timeouts.client_header_s if tls else None,
             reuse_address=True,
         )
         for listener in self._server.sockets:
@@ -85,15 +86,23 @@ class Gateway:
     # --- Connections ---
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._handshakes is None:
+            self._serve(writer, cast(asyncio.Transport, writer.transport))
+        else:
+            self._handshakes.begin(writer, self._serve)
+
+    def _serve(self, writer: asyncio.StreamWriter, transport: asyncio.Transport, received: bytes = b"") -> None:
         if self._turned_away:  # its TLS handshake has taken that long
-            writer.transport.abort()
+            transport.abort()
             return
-        client = ClientWire(writer, self._parts.deadlines, self._parts.outbox, self._parts.config.limits)
+        client = ClientWire(writer, transport, self._parts.deadlines, self._parts.outbox, self._parts.config.limits)
         client.on_lost = self._lost
         if len(self._open) >= self._parts.config.queue.max_connections:
             self._make_room(client)
         self._open.add(client)
         Connection(self._parts, client).begin()
+        if received:
+            client.data_received(received)
 
     def _make_room(self, newcomer: ClientWire) -> None:
         """At the bound the connection that has idled longest goes; where none idles, the newcomer has public routes."""
@@ -166,6 +175,8 @@ class Gateway:
         if self._server is not None:
             self._server.close()
         await end_tasks(self._background)
+        if self._handshakes is not None:
+            await self._handshakes.end()
         for client in tuple(self._open):
             client.hang_up()
         await self._parts.close()
@@ -186,7 +197,8 @@ async def serve(settings: Config, outbox: Outbox, parent: int | None = None) -> 
     parts.reload()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Shortage(time.monotonic))
-    descriptors.make_room(settings.queue.max_connections)
+    most = settings.queue.max_connections
+    descriptors.make_room(most, handshakes=0 if parts.tls is None else most)
 
     def terminate() -> None:
         gateway.stop() if parts.draining else gateway.drain()

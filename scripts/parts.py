@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import ssl
 import time
 from collections.abc import Callable
 from math import inf
@@ -10,11 +9,12 @@ from pathlib import Path
 
 import auth
 import logs
+import tls
 from admission import Gate
 from answer import date_line
 from backend_page import BackendPage
 from client_wire import ClientWire
-from config import Config, ConfigError
+from config import Config
 from cors import Cors
 from exchange import KeyCounts, Metrics, Observer, request_ids
 from metrics import Counter, Gauge, Registry
@@ -93,7 +93,7 @@ class Parts:
         self.draining = False
         self.drain: Callable[[], None] = lambda: None  # the gateway's, once there is one
         self.backend_page = BackendPage(self.fetch, config.usage.metrics_backend_s, clock)
-        self.tls = tls_context(config)
+        self.tls = tls.tls_context(config)
         self.version = version()
         self._started_s = clock()
         self._register_gauges()
@@ -147,7 +147,7 @@ class Parts:
         if self.access_log is not None:
             self.access_log.reopen()
         if self.tls is not None:
-            load_certificate(self.tls, self.config)
+            tls.load_certificate(self.tls, self.config)
         return result
 
     async def watch_keys(self) -> None:
@@ -218,31 +218,6 @@ def backend_fields(config: Config) -> bytes:
     if backend.api_key:
         lines += f"Authorization: Bearer {backend.api_key}\r\n"
     return lines.encode()
-
-
-def tls_context(config: Config) -> ssl.SSLContext | None:
-    """TLS 1.2 or later with the certificate of the settings; None where there is none. Raises ConfigError."""
-    if config.listen.tls_cert_file is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
-    except (OSError, ssl.SSLError) as error:
-        complaint = f"TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: {error}"
-        raise ConfigError((complaint,)) from error
-    return context
-
-
-def load_certificate(context: ssl.SSLContext, config: Config) -> None:
-    """Read a renewed certificate; connections from now on use it. One that cannot be read changes nothing."""
-    assert config.listen.tls_cert_file is not None
-    try:
-        tls_context(config)  # first: a context takes a new certificate before it finds that the key does not fit
-        context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
-    except (ConfigError, OSError, ssl.SSLError) as error:
-        log.error("TLS: the certificate cannot be read again, the old one stays: %s", error)
 
 
 def version() -> str:

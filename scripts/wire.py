@@ -10,7 +10,7 @@ What a wire does not do: read HTTP (http1 does, over the bytes it is handed), or
 import asyncio
 from collections.abc import Callable
 from math import inf
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from turns import Outbox
 from waiting import Deadlines
@@ -43,9 +43,12 @@ class Wire(asyncio.Protocol):
         "watched",
     )
 
-    def __init__(self, writer: asyncio.StreamWriter, deadlines: Deadlines, outbox: Outbox) -> None:
+    def __init__(
+        self, writer: asyncio.StreamWriter, transport: asyncio.Transport, deadlines: Deadlines, outbox: Outbox
+    ) -> None:
+        """`transport` is the writer's own, or the one of TLS above it."""
         self._writer = writer  # kept, since a StreamWriter that is collected closes its transport
-        self.transport = cast(asyncio.Transport, writer.transport)
+        self.transport = transport
         self._deadlines = deadlines
         self._outbox = outbox
         self._sink: Callable[[bytes], None] | None = None

@@ -40,6 +40,7 @@ TABLE = {
     "backend_page": "errors metrics",
     "config": "accept http1",
     "wire": "turns waiting",
+    "tls": "config waiting",
     "client_wire": "bodies errors http1 turns waiting wire",
     "backend_wire": "errors http1 turns waiting wire",
     "plan": "auth cors errors http1 routes",
@@ -50,13 +51,13 @@ TABLE = {
     "relay": "answer backend_wire bodies client_wire errors http1 turns usage waiting",
     # layer 4: the gateway put together
     "parts": "admission answer auth backend_page backend_wire client_wire config cors exchange logs metrics plan"
-    " readiness relay routes slots turns usage waiting",
+    " readiness relay routes slots tls turns usage waiting",
     "local": "answer auth client_wire errors metrics parts plan readiness usage",
     "callers": "auth client_wire errors parts plan routes",
     "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
     " parts plan readiness relay routes usage waiting",
     "connection": "client_wire errors exchange parts request",
-    "gateway": "client_wire config connection descriptors errors exchange logs parts signals turns waiting",
+    "gateway": "client_wire config connection descriptors errors exchange logs parts signals tls turns waiting",
     # the boot
     "probes": "",
     "processes": "",

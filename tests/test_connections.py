@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import socket
 import ssl
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -363,9 +363,68 @@ async def test_plain_words_to_the_tls_port_end_the_connection_and_nothing_else(s
     CLIENT_HEADER_TIMEOUT="0.05",
 )
 async def test_handshake_has_to_end_in_time(stack):
-    """One that never does is no connection yet, and MAX_CONNECTIONS does not know it."""
     client = await stack.client()
     await client.until(lambda: bool(client.ended))
+
+
+@needs_openssl
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
+    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
+    MAX_CONNECTIONS="3",
+)
+async def test_handshakes_that_nobody_goes_on_with_are_bounded_and_keep_nobody_out(stack):
+    crowd = [await stack.client() for _ in range(10)]
+    await until(lambda: sum(bool(client.ended) for client in crowd) == 7)
+    assert [bool(client.ended) for client in crowd] == [True] * 7 + [False] * 3  # the oldest
+    client = await tls_client(stack)
+    await until(lambda: crowd[7].ended)
+    assert not crowd[8].ended
+    client.send(get(b"/ping"))
+    assert (await client.response()).status == 200
+
+
+def tls_by_hand(trust: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
+    """A client's side of TLS that has said hello, what it hears, and what it says."""
+    heard, said = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = trust.wrap_bio(heard, said, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return tls, heard, said
+
+
+@needs_openssl
+@tls_scenario
+async def test_a_request_may_come_with_the_last_word_of_the_handshake(stack):
+    tls, heard, said = tls_by_hand(trusting(stack.folder / "server.crt"))
+    client = await stack.client()
+    client.send(said.read())
+    while said.pending == 0:
+        await client.until(lambda: bool(client.received))
+        heard.write(await client.take(len(client.received)))
+        with suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+    tls.write(get(b"/ping"))
+    client.send(said.read())
+    answer = b""
+    while not answer.endswith(b"pong\n"):
+        await client.until(lambda: bool(client.received))
+        heard.write(await client.take(len(client.received)))
+        with suppress(ssl.SSLWantReadError):
+            answer += tls.read()
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@needs_openssl
+@tls_scenario
+async def test_who_leaves_in_a_handshake_leaves_nothing(stack):
+    words = tls_by_hand(ssl.create_default_context())[2].read()
+    for said in (b"", words[:100], words):
+        for leave in (RawClient.close, RawClient.reset):
+            client = await stack.client()
+            client.send(said)
+            leave(client)
+    await until(lambda: not stack.gateway._handshakes._tasks)
 
 
 @needs_openssl
