@@ -6,6 +6,7 @@ from client_wire import ClientWire
 from errors import TOO_MANY_CONNECTIONS, GatewayError
 from exchange import Stage
 from parts import Parts
+from plan import Plan
 from request import Request
 
 _PUBLIC_ONLY_CONNECTIONS = 16
@@ -40,7 +41,7 @@ class Connection:
         parts = self._parts
         parts.clients[self._client] = None
         if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and self._client in parts.public_only:
-            self._refuse(GatewayError(TOO_MANY_CONNECTIONS))
+            self._refuse(GatewayError(TOO_MANY_CONNECTIONS), parts.planner.none)
         else:
             self._await_head(parts.header_s)
 
@@ -56,7 +57,7 @@ class Connection:
         try:
             plan, length = parts.planner.find(head)
         except GatewayError as error:
-            self._refuse(error)
+            self._refuse(error, parts.planner.stand_in(head))
             return
         request = client.request = Request(parts, client, plan, length)
         request.begin(self._go_on)
@@ -65,7 +66,7 @@ class Connection:
         """There will be no next head: it is wrong, its time is up, or the client has left."""
         self._parts.idle.pop(self._client, None)
         if isinstance(error, GatewayError):
-            self._refuse(error)
+            self._refuse(error, self._parts.planner.none)
         else:
             self._leave()
 
@@ -84,9 +85,9 @@ class Connection:
     def _take_up(self) -> None:
         self._await_head(self._parts.keepalive_s)
 
-    def _refuse(self, error: GatewayError) -> None:
+    def _refuse(self, error: GatewayError, stand_in: Plan) -> None:
         """Answer what never became a request."""
-        request = Request(self._parts, self._client, self._parts.planner.none, None, Stage.READING_HEAD)
+        request = Request(self._parts, self._client, stand_in, None, Stage.READING_HEAD)
         request.refuse(error)
         request.finish()
         self._forget()

@@ -10,7 +10,7 @@ without it.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from auth import credential
@@ -137,6 +137,7 @@ class Planner:
         self._backend_fields = backend_fields
         self._kept: dict[bytes, Plan] = {}
         self.none = no_plan(cors)
+        self._none_for_head = replace(self.none, method=b"HEAD")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -159,6 +160,10 @@ class Planner:
             return plan, plan.length
         others = before + name + rest
         return self._kept.get(sha256(others).digest()) or self._make(raw, others), length
+
+    def stand_in(self, raw: bytes) -> Plan:
+        """What stands for a head that is wrong; an answer to HEAD has no content whatever else the head says."""
+        return self._none_for_head if raw.startswith(b"HEAD ") else self.none
 
     def _make(self, raw: bytes, others: bytes) -> Plan:
         """A new plan; kept where it is likely to be wanted again. `others` are the octets that it holds for."""

@@ -460,6 +460,16 @@ async def test_tls_to_the_plain_port_is_told_so(stack):
     assert (response.status, response.json["error"]["message"]) == (400, "TLS was spoken to a plain HTTP port.")
 
 
+@scenario()
+async def test_head_that_is_wrong_is_answered_without_content(stack):
+    client = await stack.client()
+    client.send(b"HEAD /v1/models HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n")
+    head, _, content = (await client.take_all()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"Content-Length: " in head
+    assert content == b""
+
+
 async def send_before_reading(stack, client, *pieces: bytes) -> None:
     """As a client does that looks for an answer once its request is out; it is refused after the first piece."""
     client.transport.pause_reading()
