@@ -35,7 +35,7 @@ class Ticket:
     """One request's place: in the queue while `waiting` is not done, then in a slot, until `release`.
 
     `waiting` is None for a request that was admitted at once. Otherwise its result is None once a slot is held, or it
-    raises the GatewayError that refused the waiter (QUEUE_FULL, or what `refuse_all` was given).
+    raises the GatewayError (QUEUE_FULL) that refused the waiter.
     """
 
     __slots__ = ("_gate", "_lane", "_runs", "key_id", "parallel", "waiting")
@@ -161,12 +161,6 @@ class Gate:
         self._marked_s = self._clock()
         self._class_since_s = dict.fromkeys(self._class_since_s, self._marked_s)
         self._admit()
-
-    def refuse_all(self, error: GatewayError) -> None:
-        """Send every waiter away with the error. Those that run go on."""
-        for lane in list(self._lanes.values()):
-            for ticket in list(lane.tickets):
-                self._refuse(ticket, lane, error)
 
     def retry_after_s(self) -> int | None:
         """Return whole seconds in which the queue as it stands should have been served; None where no rate is known."""
@@ -301,20 +295,14 @@ class Gate:
             f"The queue is full: {self.queued} requests wait (MAX_QUEUE_SIZE).",
             retry_after_s=self.retry_after_s(),
         )
-        waiting: dict[str, int] = {}
+        backlogs: dict[str, int] = {}
         for lane in self._lanes.values():
-            waiting[lane.key_id] = waiting.get(lane.key_id, 0) + len(lane.tickets)
-        longest = max(waiting, key=waiting.__getitem__)
-        if waiting[longest] < waiting.get(key_id, 0) + 2:
+            backlogs[lane.key_id] = backlogs.get(lane.key_id, 0) + len(lane.tickets)
+        longest = max(backlogs, key=backlogs.__getitem__)
+        if backlogs[longest] < backlogs.get(key_id, 0) + 2:
             raise full
         victim = min((lane for lane in self._lanes.values() if lane.key_id == longest), key=lambda lane: lane.priority)
-        self._refuse(next(reversed(victim.tickets)), victim, full)
-
-    def _refuse(self, ticket: Ticket, lane: _Lane, error: GatewayError) -> None:
-        waiting = lane.tickets[ticket]
-        self._forget(ticket, lane)
+        ticket, waiting = next(reversed(victim.tickets.items()))
+        self._forget(ticket, victim)
         if not waiting.done():
-            # Each waiter has an exception of its own: raising one instance from many tasks piles up its traceback.
-            waiting.set_exception(
-                GatewayError(error.kind, error.message, fields=error.fields, retry_after_s=error.retry_after_s)
-            )
+            waiting.set_exception(full)

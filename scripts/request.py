@@ -107,9 +107,9 @@ class Request:
             self._check()
             backend = self._take_all() if self._plan.is_straight else None
         except Exception as error:
-            self._fail(error)
+            self._end_by(error)
             self.finish()
-            self._end(self._keeps())
+            self._end(self._keeps_alive())
             return
         if backend is None:
             self._client.converse(self._converse(), self._end)
@@ -126,12 +126,12 @@ class Request:
                     await self._read_body()
                 await self._admit_and_relay()
         except Exception as error:
-            self._fail(error)
+            self._end_by(error)
         finally:
             self.finish()
-        return self._keeps()
+        return self._keeps_alive()
 
-    def _keeps(self) -> bool:
+    def _keeps_alive(self) -> bool:
         keep_alive = self._plan.keep_alive if self._answer is None else self._answer.keep_alive
         return keep_alive and not self._client.ended and not self._parts.draining
 
@@ -410,7 +410,7 @@ class Request:
 
     # --- The end ---
 
-    def _fail(self, error: Exception) -> None:
+    def _end_by(self, error: Exception) -> None:
         """End the request as an exception says."""
         if self.exchange.stage is Stage.QUEUED:  # it has waited, though it was not admitted
             self.exchange.left_queue_s = self._parts.clock()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from admission import AGEING_S, MAX_RETRY_AFTER_S, Gate, Ticket
-from errors import DRAINING, QUEUE_FULL, GatewayError
+from errors import QUEUE_FULL, GatewayError
 
 
 class Clock:
@@ -540,34 +540,14 @@ async def test_to_resume_an_open_gate_changes_nothing() -> None:
     assert admitted(low)
 
 
-@in_loop
-async def test_refuse_all_tells_each_waiter_and_leaves_the_running_alone() -> None:
-    gate = Gate(1, 0, Clock())
-    running = gate.apply("a")
-    waiters = [gate.apply(key) for key in ("a", "a", "b")]
-    cancelled = gate.apply("c")
-    assert cancelled.waiting is not None
-    cancelled.waiting.cancel()
-    error = GatewayError(DRAINING, "bye", fields=((b"X-A", b"1"),), retry_after_s=9)
-    gate.refuse_all(error)
-    assert (gate.active, gate.queued) == (1, 0)
-    told = [refusal(ticket) for ticket in waiters]
-    assert all((e.kind, e.message, e.fields, e.retry_after_s) == (DRAINING, "bye", error.fields, 9) for e in told)
-    assert len({id(e) for e in told}) == 3
-    assert cancelled.waiting.cancelled()
-    for ticket in [*waiters, running]:
-        ticket.release()
-    assert gate.active == 0
-
-
 def test_a_refusal_that_nobody_reads_is_not_logged_as_lost(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         gc.collect()
         caplog.clear()
-        gate = Gate(1, 0, Clock())
-        gate.apply("a")
-        waiter = gate.apply("a")
-        gate.refuse_all(GatewayError(DRAINING))
+        gate = Gate(1, 2, Clock())
+        _, _, waiter, _ = [gate.apply(key) for key in "aaab"]
+        assert waiter.waiting is not None
+        assert waiter.waiting.done()
         waiter.release()
 
     with caplog.at_level(logging.ERROR):
@@ -655,7 +635,7 @@ class Model:
 
 
 def random_operation(dice: random.Random, gate: Gate, model: Model, number: int) -> None:
-    match dice.choices(["apply", "finish", "leave", "again", "resize", "hold", "refuse"], [40, 30, 9, 3, 3, 3, 1])[0]:
+    match dice.choices(["apply", "finish", "leave", "again", "resize", "hold"], [40, 30, 9, 3, 3, 3])[0]:
         case "apply":
             key, priority = dice.choice("aaabbcdef"), dice.choice([0, 0, 0, 1, -1])
             parallel = 2 if key == "c" else dice.choice([None, None, None, 1, 3])
@@ -673,10 +653,6 @@ def random_operation(dice: random.Random, gate: Gate, model: Model, number: int)
             gate.resize(model.slots)
         case "hold":
             toggle(gate, model)
-        case "refuse":
-            gate.refuse_all(GatewayError(DRAINING))
-            assert all(refusal(waiter.real).kind is DRAINING for waiter in model.waiting)
-            model.waiting.clear()
 
 
 def toggle(gate: Gate, model: Model) -> None:
