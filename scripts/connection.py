@@ -80,7 +80,7 @@ class Connection:
         elif client.choked:  # it asks for more before it has taken what it got
             client.expect_room(Backlog(self._take_up, self._give_up), self._parts.config.timeouts.stream_idle_s)
         else:
-            self._await_head(self._parts.keepalive_s)
+            self._take_up()
 
     def _take_up(self) -> None:
         self._await_head(self._parts.keepalive_s)

@@ -29,9 +29,9 @@ def make_room(connections: int, handshakes: int = 0) -> None:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         words = (
-            "MAX_CONNECTIONS=%d may need %d file descriptors and the limit is %d: raise it (ulimit -n), or lower that"
+            "MAX_CONNECTIONS=%d may need %d file descriptors%s and the limit is %d: raise it (ulimit -n), or lower that"
         )
-        log.warning(words, connections, wanted, soft)
+        log.warning(words, connections, wanted, " with TLS" if handshakes else "", soft)
 
 
 class Shortage:

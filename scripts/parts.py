@@ -108,11 +108,11 @@ class Parts:
 
     def _each_tick(self) -> None:
         self.date = date_line()
-        self.observer.flush()
-        self.pool.tick()
         for client in tuple(self.clients):
             if client.request is not None:
                 client.request.beat(self.deadlines.now_s)
+        self.observer.flush()
+        self.pool.tick()
 
     # --- Numbers that are read when somebody looks ---
 

@@ -79,7 +79,7 @@ class Request:
         self._client = client
         self._plan = plan
         self._length = length
-        self._beaten_s = 0.0  # when the client last got a sign of life
+        self._beaten_s = 0.0  # when the client last got a sign of life; 0 = not yet, inf = it wants none
         self._unread = length != 0 or plan.fault is not None  # bytes may come that nobody will read
         self._pieces: Sequence[bytes] = ()
         self._held_bytes = 0
@@ -441,7 +441,7 @@ class Request:
         self.exchange.outcome = Outcome.CANCELLED
 
     def finish(self) -> None:
-        """Give back what the request holds, and hand over what became of it."""
+        """Give back what the request holds, and hand over what became of it: once, in the end."""
         parts, client, exchange = self._parts, self._client, self.exchange
         exchange.ended_s = now_s = parts.clock()
         exchange.bytes_out = client.sent_bytes

@@ -15,7 +15,10 @@ Done = Callable[[asyncio.StreamWriter, asyncio.Transport, bytes], None]
 
 
 class Usher(asyncio.Protocol):
-    """Takes what comes right behind a handshake, before anybody knows that it has ended."""
+    """Takes what comes right behind a handshake, before anybody knows that it has ended.
+
+    `former` is the writer's own protocol, which lets the writer go when it is told that the connection is lost.
+    """
 
     def __init__(self, former: asyncio.BaseProtocol) -> None:
         self._former = former
@@ -39,17 +42,17 @@ class Handshakes:
         self._context = context
         self._seconds = seconds
         self._most = most
-        self._tasks: dict[asyncio.Task[None], None] = {}  # the oldest first
+        self._writers: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # the oldest first
 
     def begin(self, writer: asyncio.StreamWriter, done: Done) -> None:
         """Secure a connection that has just been accepted; `done` gets it."""
-        if len(self._tasks) >= self._most:
-            oldest = next(iter(self._tasks))
-            del self._tasks[oldest]
+        if len(self._writers) >= self._most:
+            oldest = next(iter(self._writers))
             oldest.cancel()
+            self._writers.pop(oldest).transport.abort()  # a task that is cancelled before it begins does not
         task = asyncio.ensure_future(self._shake(writer, done))
-        self._tasks[task] = None
-        task.add_done_callback(lambda task: self._tasks.pop(task, None))
+        self._writers[task] = writer
+        task.add_done_callback(lambda task: self._writers.pop(task, None))
 
     async def _shake(self, writer: asyncio.StreamWriter, done: Done) -> None:
         plain = writer.transport
@@ -60,18 +63,19 @@ class Handshakes:
             secured = await asyncio.get_running_loop().start_tls(
                 plain, usher, self._context, server_side=True, ssl_handshake_timeout=self._seconds
             )
-        except OSError:  # the client's mistake, or it has left, or its time is up
+        except OSError as error:  # the client's mistake, or it has left, or its time is up
+            error.with_traceback(None)  # whose frames hold what holds the error: a cycle, and 300 KiB
             secured = None
-        finally:
-            if plain.is_closing():
-                plain.abort()
         if secured is None or secured.is_closing():
             plain.abort()
+            usher.connection_lost(None)  # which asyncio tells those only whose handshake has ended
         else:
             done(writer, secured, usher.received)
 
     async def end(self) -> None:
-        await end_tasks(self._tasks)
+        for writer in self._writers.values():
+            writer.transport.abort()
+        await end_tasks(self._writers)
 
 
 def tls_context(config: Config) -> ssl.SSLContext | None:

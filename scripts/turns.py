@@ -37,15 +37,15 @@ class Outbox:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append(letter)
 
-    def is_emptied(self) -> None:
-        """There is a loop that calls `flush` at the end of each turn by itself."""
+    def leave_to_loop(self) -> None:
+        """From now on the loop calls `flush` at the end of each turn by itself."""
         self.put = self._waiting.append
 
     def flush(self) -> None:
         """Send it. Never raises: whatever is wrong with one connection, the loop and the others go on."""
         while self._waiting:
             letters = self._waiting[:]
-            self._waiting.clear()
+            self._waiting.clear()  # it stays the same list, since `put` may be its own
             for transport, data in letters:
                 try:
                     transport.write(data)
@@ -61,8 +61,8 @@ class TurnSelector(selectors.BaseSelector):
     """
 
     def __init__(self, outbox: Outbox) -> None:
-        outbox.is_emptied()
-        self.has_work = False  # the loop, since it began to send
+        outbox.leave_to_loop()
+        self.has_scheduled = False  # the loop something, while it sent
         self._flush = outbox.flush
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}
@@ -89,9 +89,9 @@ class TurnSelector(selectors.BaseSelector):
         return key
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        self.has_work = False
+        self.has_scheduled = False
         self._flush()
-        if self.has_work or (timeout is not None and timeout < 0):
+        if self.has_scheduled or (timeout is not None and timeout < 0):
             timeout = 0
         ready: list[tuple[SelectorKey, int]] = []
         keys = self._keys
@@ -140,11 +140,11 @@ class TurnLoop(asyncio.SelectorEventLoop):
         super().__init__(selector)
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
-        self._turns.has_work = True
+        self._turns.has_scheduled = True
         return super().call_soon(callback, *args, context=context)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
-        self._turns.has_work = True
+        self._turns.has_scheduled = True
         return super().call_at(when, callback, *args, context=context)
 
 

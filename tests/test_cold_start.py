@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from support.backend import HELLO, STREAM_HEAD, answer, send, stall
+from support.clock import HURRY
 from support.gateway import CHAT, OPERATOR_KEY, Stack, get, post, scenario, until
 
 
@@ -117,7 +118,7 @@ async def test_who_is_held_when_the_backend_dies_waits_for_its_restart(stack):
 @scenario()
 async def test_state_file_that_says_nothing_changes_nothing(stack, text):
     stack.state_file.write_text(text)
-    await asyncio.wait_for(stack.parts.readiness._source.look(), 10)
+    await asyncio.wait_for(stack.parts.readiness._source.look(), 10 * HURRY)
     assert (await stack.ask(post())).status == 200
     stack.state_file.unlink()
     assert await stack.parts.readiness._source.look() == "ready"
@@ -171,7 +172,7 @@ async def test_refused_connection_has_the_same_end(stack):
 async def test_connections_of_the_old_backend_are_not_used_for_the_new_one(stack):
     assert (await stack.ask(post())).status == 200
     await stack.turn("loading")
-    await asyncio.wait_for(stack.backend.used[0].gone.wait(), 10)
+    await asyncio.wait_for(stack.backend.used[0].gone.wait(), 10 * HURRY)
     await stack.turn("ready")
     assert (await stack.ask(post())).status == 200
     assert len(stack.backend.used) == 2
@@ -280,7 +281,7 @@ async def test_pitfall_16_slot_is_held_until_the_backend_lets_go(stack, begun):
     other.send(post(CHAT, b"next"))
     await until(lambda: stack.parts.gate.queued == 1)
     client.reset()
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await until(lambda: stack.backend.probes.count(b"/slots") == 1)
     assert (stack.parts.gate.active, len(stack.backend.calls)) == (1, 1)
     stack.backend.own[b"/slots"] = busy(0)

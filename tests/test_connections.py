@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, close, event, reset, send, stall
+from support.clock import HURRY
 from support.gateway import (
     CHAT,
     OPERATOR_KEY,
@@ -325,7 +326,7 @@ async def test_tls_client_that_leaves_cancels_its_request(stack):
         client.send(post())
         await client.take_through(b"\r\n\r\n")
         leave(client)
-        await asyncio.wait_for((await stack.backend.call(number)).gone.wait(), 10)
+        await asyncio.wait_for((await stack.backend.call(number)).gone.wait(), 10 * HURRY)
 
 
 @needs_openssl
@@ -377,9 +378,10 @@ async def test_handshakes_that_nobody_goes_on_with_are_bounded_and_keep_nobody_o
     crowd = [await stack.client() for _ in range(10)]
     await until(lambda: sum(bool(client.ended) for client in crowd) == 7)
     assert [bool(client.ended) for client in crowd] == [True] * 7 + [False] * 3  # the oldest
+    at_once = await asyncio.gather(*[stack.client() for _ in range(10)])
+    await until(lambda: sum(bool(client.ended) for client in [*crowd, *at_once]) == 17)
     client = await tls_client(stack)
-    await until(lambda: crowd[7].ended)
-    assert not crowd[8].ended
+    await until(lambda: sum(bool(client.ended) for client in at_once) == 8)
     client.send(get(b"/ping"))
     assert (await client.response()).status == 200
 
@@ -419,12 +421,28 @@ async def test_a_request_may_come_with_the_last_word_of_the_handshake(stack):
 @tls_scenario
 async def test_who_leaves_in_a_handshake_leaves_nothing(stack):
     words = tls_by_hand(ssl.create_default_context())[2].read()
+    watched = asyncio.get_running_loop()._turns.get_map()
+    before = len(watched)
     for said in (b"", words[:100], words):
         for leave in (RawClient.close, RawClient.reset):
             client = await stack.client()
+            await until(lambda: stack.gateway._handshakes._writers)
             client.send(said)
             leave(client)
-    await until(lambda: not stack.gateway._handshakes._tasks)
+            await until(lambda: not stack.gateway._handshakes._writers and len(watched) == before)
+
+
+@needs_openssl
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
+    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
+    CLIENT_HEADER_TIMEOUT="3600",
+)
+async def test_the_end_does_not_wait_for_handshakes(stack):
+    client = await stack.client()
+    await until(lambda: stack.gateway._handshakes._writers)
+    await stack.gateway.close()
+    await client.until(lambda: bool(client.ended))
 
 
 @needs_openssl

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, full_backlog, reach, send, stall
+from support.clock import HURRY
 from support.gateway import CHAT, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
@@ -122,7 +123,7 @@ async def test_pitfall_16_before_the_first_byte(stack, way, body):
     client.send(post(CHAT, body))
     call = await stack.backend.call()
     await leave(stack, client, way)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await told(stack, "awaiting_response")
 
 
@@ -136,7 +137,7 @@ async def test_pitfall_16_after_a_heartbeat(stack, way):
     stack.advance(10)
     await client.take_through(b": waiting\n\n")
     await leave(stack, client, way)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await told(stack, "awaiting_response", status=200)
 
 
@@ -159,7 +160,7 @@ async def test_pitfall_16_in_the_middle_of_the_answer(stack, way, begun):
     await client.take_through(b"\r\n\r\n")
     call = await stack.backend.call()
     await leave(stack, client, way)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await told(stack, "streaming", status=200)
 
 
@@ -171,7 +172,7 @@ async def test_interim_answers_do_not_hide_that_the_client_left(stack, way):
     client.send(post())
     call = await stack.backend.call()
     await leave(stack, client, way)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
 
 
 @ways
@@ -185,7 +186,7 @@ async def test_while_the_backend_sends_faster_than_the_client_reads(stack, way):
     call = await stack.backend.call()
     await until(lambda: not call.connection.can_write, "the backend cannot send any more")
     await leave(stack, client, "reset" if way == "half-close" else way)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await told(stack, "streaming", status=200)
 
 
@@ -207,7 +208,7 @@ async def test_requests_that_were_pipelined_are_not_served_to_one_that_left(stac
     client.send(post() + post(CHAT, b"second"))
     call = await stack.backend.call()
     await leave(stack, client, "half-close")
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     assert (await stack.ask(get(b"/v1/models"))).status == 200
     assert [call.body for call in stack.backend.calls] == [b"{}", b""]
 
@@ -220,7 +221,7 @@ async def test_control_and_cheap_routes_are_cancelled_as_well(stack):
         client.send(raw)
         call = await stack.backend.call(number)
         await leave(stack, client, "fin")
-        await asyncio.wait_for(call.gone.wait(), 10)
+        await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
 
 
 @scenario(MAX_CONCURRENT_REQUESTS="4", MAX_QUEUE_SIZE="0")
@@ -262,7 +263,7 @@ async def test_two_connections_do_not_share_a_fate(stack):
         client.send(post())
         await each.wait()
     await leave(stack, clients[0], "reset")
-    await asyncio.wait_for(stack.backend.calls[0].gone.wait(), 10)
+    await asyncio.wait_for(stack.backend.calls[0].gone.wait(), 10 * HURRY)
     finish.set()
     assert (await clients[1].response()).body == HELLO
     assert not stack.backend.calls[1].gone.is_set()

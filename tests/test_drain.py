@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
+from support.clock import HURRY
 from support.gateway import (
     CHAT,
     KEY,
@@ -40,7 +41,7 @@ HASTY = {"DRAIN_TIMEOUT": "0.05"}
 
 
 async def ended(stack: Stack) -> None:
-    await asyncio.wait_for(stack.gateway.run_until_ended(), 20)
+    await asyncio.wait_for(stack.gateway.run_until_ended(), 20 * HURRY)
 
 
 async def working(stack: Stack, *first: bytes) -> RawClient:
@@ -208,7 +209,7 @@ async def test_what_has_not_finished_in_time_is_cut_with_one_error_event(stack):
     assert (await silent.response()).code == "draining"
     assert await sized.take_all() == b"abc"
     for call in stack.backend.calls:
-        await asyncio.wait_for(call.gone.wait(), 10)
+        await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await stack.stop()
     assert sorted(line["outcome"] for line in stack.lines) == ["refused", "truncated", "truncated"]
 
@@ -351,6 +352,25 @@ def test_a_drain_is_told_to_the_parent_that_asked_for_it_and_to_nobody_else(tmp_
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert told == ["told"] * is_parent
+
+
+@aside
+def test_garbage_is_collected_once_it_listens(tmp_path):
+    scripts = tmp_path / "scripts"
+    scripts.mkdir()
+    (scripts / "gateway.py").write_text(f"""
+import gc, runpy, sys
+sys.path[0] = {str(SCRIPTS)!r}
+sys.argv[0] = {str(SCRIPTS / "gateway.py")!r}
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("collected:", gc.isenabled())
+""")
+    with process(tmp_path, scripts) as gateway:
+        port_of(gateway)
+        gateway.send_signal(signal.SIGTERM)
+        assert "collected: True" in gateway.communicate(timeout=20)[0]
 
 
 @aside

@@ -2,7 +2,10 @@
 
 import asyncio
 import gc
+import shutil
+from asyncio.sslproto import SSLProtocol
 from asyncio.streams import StreamReaderProtocol
+from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -13,11 +16,16 @@ from exchange import Exchange
 from relay import Relay
 from request import Request
 from support.backend import STREAM_HEAD, answer, chunk, close, event, reset, send, stall
-from support.gateway import CHAT, Stack, post, scenario, until
+from support.clock import HURRY
+from support.gateway import CHAT, Stack, make_certificate, post, scenario, until
+from tls import Usher
 from waiting import Promise
 from wire import Wire
 
-OURS = (Answer, Connection, Exchange, GatewayError, PeerGone, Promise, Relay, Request, StreamReaderProtocol, Wire)
+OURS = (
+    *(Answer, Connection, Exchange, GatewayError, PeerGone, Promise, Relay, Request, Usher, Wire),
+    *(SSLProtocol, StreamReaderProtocol),  # asyncio's, and of 300 KiB
+)
 
 ENDS = {
     "whole": [send(answer())],
@@ -33,12 +41,34 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 @scenario()
 async def test_nothing_of_a_request_is_left_for_the_collector(stack: Stack, end: str) -> None:
-    await one(stack, end)
+    await leaves_nothing(stack, lambda: one(stack, end))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
+@pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["nothing", "plain HTTP"])
+@scenario(
+    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)), TLS_KEY_FILE=lambda folder: str(folder / "server.key")
+)
+async def test_nothing_of_a_handshake_that_fails_is_left_for_the_collector(stack: Stack, said: bytes) -> None:
+    async def fail() -> None:
+        client = await stack.client()
+        await until(lambda: stack.gateway._handshakes._writers)
+        client.send(said)
+        if said:
+            await client.take_all()
+        client.close()
+        await until(lambda: not stack.gateway._handshakes._writers)
+
+    await leaves_nothing(stack, fail)
+
+
+async def leaves_nothing(stack: Stack, play: Callable[[], Awaitable[None]]) -> None:
+    await play()
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        await one(stack, end)
+        await play()
         stack.parts.observer.flush()
         gc.collect()
         found = sorted(type(thing).__name__ for thing in gc.garbage if isinstance(thing, OURS))
@@ -64,5 +94,5 @@ async def one(stack: Stack, end: str) -> None:
     client.close()
     await until(lambda: not stack.parts.clients, "the client's connection is gone")
     stack.parts.pool.close()
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await until(lambda: not stack.open_clients, "the wires are gone")

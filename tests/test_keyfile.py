@@ -7,7 +7,6 @@ import hashlib
 import os
 import random
 import re
-import resource
 import stat
 import string
 import subprocess
@@ -394,6 +393,23 @@ def drop_first(document: Document) -> None:
     del document.lines[0]
 
 
+IN_CHILD = """
+import errno, os, pathlib, resource, sys
+sys.path.insert(0, sys.argv[1])
+import keyfile
+path = pathlib.Path(sys.argv[2])
+append = lambda document: document.lines.append(keyfile.serialize_entry(keyfile.Entry("a", b"a" * 32)))
+"""
+
+
+def in_child(script: str, path: Path) -> str:
+    """What a process of its own prints: limits and the umask are the whole process's, and other tests run in this."""
+    command = [sys.executable, "-c", IN_CHILD + script, str(SCRIPTS), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
 def names(path: Path) -> list[str]:
     parsed = keyfile.parse(path.read_bytes())
     assert (parsed.complaints, parsed.distrust) == ((), "")
@@ -450,11 +466,7 @@ def test_a_missing_file_is_made_only_where_that_is_wanted(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError):
         keyfile.rewrite(path, append("a"))
     assert not path.exists()
-    old = os.umask(0)
-    try:
-        keyfile.rewrite(path, append("a"), create=True)
-    finally:
-        os.umask(old)
+    in_child("os.umask(0); keyfile.rewrite(path, append, create=True)", path)
     assert names(path) == ["a"]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     keyfile.rewrite(path, append("b"), create=True)
@@ -582,29 +594,32 @@ def test_an_editor_that_asks_for_no_lock_is_not_overwritten(path: Path) -> None:
     assert os.listdir(path.parent) == ["keys"]
 
 
+# What is written from some moment on meets a limit where it would meet a full disk.
+FULL_DISK = """
+def fill_the_disk():
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+
+def grow(document):
+    append(document)
+    if not in_place:
+        fill_the_disk()
+
+def fill_and_refuse(source, target):
+    fill_the_disk()
+    raise OSError(errno.EBUSY, "Device or resource busy")
+
+try:
+    keyfile.rewrite(path, grow, replace=fill_and_refuse)
+except OSError as error:
+    print(error.strerror)
+"""
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_full_disk_leaves_the_old_file(path: Path, in_place: bool) -> None:
     before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill_the_disk() -> None:
-        """What is written from now on meets a limit where it would meet a full disk."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
-
-    def grow(document: Document) -> None:
-        append("b")(document)
-        if not in_place:
-            fill_the_disk()
-
-    def fill_and_refuse(_source: str, _target: str) -> None:
-        fill_the_disk()
-        raise OSError(errno.EBUSY, "Device or resource busy")
-
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            keyfile.rewrite(path, grow, replace=fill_and_refuse)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert in_child(f"in_place = {in_place}{FULL_DISK}", path) == "File too large\n"
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["keys"]
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from support.backend import STREAM_HEAD, answer, chunk, event, reset, send, stall
+from support.clock import HURRY
 from support.gateway import CHAT, KEY, OPERATOR_KEY, OTHER_KEY, Stack, get, post, scenario, until
 
 TIMED = b'{"timings": {"cache_n": 3, "prompt_n": 4, "prompt_ms": 2.0, "predicted_n": 5, "predicted_ms": 1000.0}}'
@@ -214,7 +215,7 @@ async def test_client_that_leaves_while_usage_is_read(stack):
     client.send(operator(b"/usage"))
     client.half_close()
     await client.until(lambda: bool(client.ended))
-    await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), 10)
+    await asyncio.wait_for(asyncio.get_running_loop().shutdown_default_executor(), 10 * HURRY)
 
 
 @scenario()

@@ -8,6 +8,7 @@ import ssl
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, send
+from support.clock import HURRY
 from support.gateway import CHAT, Stack, get, make_certificate, post, scenario, trusting, until
 from support.rawclient import RawClient
 
@@ -202,7 +203,7 @@ async def test_end_waits_until_the_last_answer_is_taken(stack):
     assert not end.done()
     client.transport.resume_reading()
     assert (await client.response()).body == b"x" * 85_000
-    await asyncio.wait_for(end, 20)
+    await asyncio.wait_for(end, 20 * HURRY)
 
 
 @scenario(MAX_CONNECTIONS="1")
@@ -218,7 +219,7 @@ async def test_one_that_takes_nothing_does_not_hold_up_the_end(stack):
     client.send(get(b"/metrics", key=None) * 200)
     await settled(stack)
     stack.gateway.drain()
-    await asyncio.wait_for(stack.gateway.run_until_ended(), 20)
+    await asyncio.wait_for(stack.gateway.run_until_ended(), 20 * HURRY)
     await until(lambda: not stack.parts.clients)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, Step, answer, chunk, close, event, reset, send, stall
+from support.clock import HURRY
 from support.gateway import CHAT, KEY, OTHER_KEY, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
@@ -108,7 +109,7 @@ async def asked(stack: Stack, *settings: Any) -> tuple[RawClient, Any]:
 async def test_a_client_that_leaves_takes_the_backend_s_connection_along(stack: Stack, leave: Any) -> None:
     client, call = await asked(stack, stall())
     leave(client)
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     await until(lambda: stack.counted("cancelled", "awaiting_response") == 1)
 
 
@@ -144,7 +145,7 @@ async def test_time_is_up(stack: Stack) -> None:
     stack.advance(61)
     response = await client.response()
     assert (response.status, response.code) == (504, "backend_timeout")
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
     client.send(get(b"/ping"))
     assert (await client.response()).status == 200
 
@@ -187,7 +188,7 @@ async def test_a_drain_lets_it_finish_and_says_close(stack: Stack) -> None:
     response = await client.response()
     assert (response.status, response.field(b"connection")) == (200, b"close")
     await client.until(lambda: client.ended == "fin")
-    await asyncio.wait_for(stack.gateway.run_until_ended(), 10)
+    await asyncio.wait_for(stack.gateway.run_until_ended(), 10 * HURRY)
 
 
 @scenario(DRAIN_TIMEOUT="0.05")
@@ -195,7 +196,7 @@ async def test_a_drain_that_is_over_refuses_it(stack: Stack) -> None:
     client, call = await asked(stack, stall())
     stack.gateway.drain()
     assert (await client.response()).code == "draining"
-    await asyncio.wait_for(call.gone.wait(), 10)
+    await asyncio.wait_for(call.gone.wait(), 10 * HURRY)
 
 
 @scenario(MAX_CONCURRENT_REQUESTS="1")

@@ -8,6 +8,7 @@ import pytest
 
 from metrics import render
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, full_backlog, send, stall
+from support.clock import HURRY
 from support.gateway import CHAT, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
@@ -351,7 +352,7 @@ async def test_slow_reader_holds_bounded_memory_and_is_dropped(stack):
     assert stack.backend.sent_bytes < 32 << 20
     stack.advance(60)
     stack.advance(60)
-    await asyncio.wait_for(stack.backend.calls[0].gone.wait(), 10)
+    await asyncio.wait_for(stack.backend.calls[0].gone.wait(), 10 * HURRY)
     stack.advance(60)
     await until(lambda: not stack.parts.clients and not stack.open_clients, "the client is dropped")
     client.transport.resume_reading()

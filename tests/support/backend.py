@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
+from support.clock import HURRY
+
 PIECE_BYTES = 65536
 HELLO = b'{"hello": "world"}'
 
@@ -293,7 +295,7 @@ class Backend:
         """The request of that number, once it is here."""
         while len(self.calls) <= number:
             self._called.clear()
-            await asyncio.wait_for(self._called.wait(), 20)
+            await asyncio.wait_for(self._called.wait(), 20 * HURRY)
         return self.calls[number]
 
     async def listen(self) -> None:

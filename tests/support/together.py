@@ -1,4 +1,5 @@
-"""Boots run a few at a time, beside the other tests; each test awaits its own and fails by its own assertions.
+"""What mostly waits for processes runs beside the other tests, a few at a time; each test awaits its own and fails by
+its own assertions.
 
 `in_background` orders the session so that one test of each kind begins the boots, and what became of them is looked at
 once all other tests are done. `aside` is for single tests.
