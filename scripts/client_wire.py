@@ -195,12 +195,6 @@ class ClientWire(Wire):
         """No wait from now on ends later than in `seconds` (0 = no such limit)."""
         self._limit_s = self._deadlines.now_s + seconds if seconds else inf
 
-    def _satisfy(self, value: object) -> None:
-        """What is being waited for has come; whoever has it says at once what it waits for next."""
-        expectant, self._pending = self._pending, None
-        if expectant is not None:
-            expectant.keep(value)
-
     def interrupt(self, error: Exception) -> None:
         """End what is being waited for, if anything is."""
         expectant = self._pending
@@ -260,7 +254,9 @@ class ClientWire(Wire):
         if raw is not None:
             self._sink = None
             self._ahead = self._scanner.rest
-            self._satisfy(raw)
+            reader, self._pending = self._pending, None  # who has it says at once what is waited for next
+            if reader is not None:
+                reader.keep(raw)
         elif self._kind is None and self._scanner.begun:
             self._kind = REQUEST_TIMEOUT
             self.deadline_s = self._deadlines.now_s + self._whole_s
@@ -338,9 +334,10 @@ class ClientWire(Wire):
     def resume_writing(self) -> None:
         super().resume_writing()
         self.heard = True
-        if self._awaits_room:
-            self._awaits_room = False
-            self._satisfy(None)
+        if self._awaits_room and self._pending is not None:
+            expectant = self._pending
+            self.settle()
+            expectant.keep(None)
 
     def truncate(self, *, reset: bool, flush_s: float) -> None:
         """End an answer that is not whole, visibly. `reset`: an orderly close would look like its end."""

@@ -45,10 +45,11 @@ class Connection:
         else:
             self._await_head(parts.header_s)
 
-    def _await_head(self, idle_s: float) -> None:
-        """Wait for the next head, `idle_s` for its first byte."""
-        self._parts.idle[self._client] = None
-        self._client.read_head(self, idle_s, self._parts.header_s)
+    def _await_head(self, idle_s: float | None = None) -> None:
+        """Wait for the next head, `idle_s` for its first byte; as long as a kept connection may idle, if not told."""
+        parts, client = self._parts, self._client
+        parts.idle[client] = None
+        client.read_head(self, parts.keepalive_s if idle_s is None else idle_s, parts.header_s)
 
     def keep(self, head: bytes) -> None:
         """The next head is here."""
@@ -78,12 +79,9 @@ class Connection:
             self._forget()
             request.close()
         elif client.choked:  # it asks for more before it has taken what it got
-            client.expect_room(Backlog(self._take_up, self._give_up), self._parts.config.timeouts.stream_idle_s)
+            client.expect_room(Backlog(self._await_head, self._give_up), self._parts.config.timeouts.stream_idle_s)
         else:
-            self._take_up()
-
-    def _take_up(self) -> None:
-        self._await_head(self._parts.keepalive_s)
+            self._await_head()
 
     def _refuse(self, error: GatewayError, stand_in: Plan) -> None:
         """Answer what never became a request."""

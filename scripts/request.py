@@ -27,7 +27,7 @@ from errors import (
 )
 from exchange import Exchange, Outcome, Stage
 from heartbeat import sign_of_life
-from http1 import CONTINUE
+from http1 import CONTINUE, CRLF
 from parts import Parts
 from plan import Plan
 from readiness import DEAD, READY
@@ -219,8 +219,18 @@ class Request:
     def _take_all(self) -> BackendWire | None:
         """Take the body, a slot and a connection to the backend, as far as they are there; the latter, if all are."""
         parts, caller, exchange = self._parts, self._caller, self.exchange
-        if caller is None or (self._unread and not self._take_body()):
+        if caller is None:
             return None
+        if self._unread:
+            length = self._length
+            assert length is not None  # that is no straight way
+            body = self._client.take_sized_body(length)
+            if body is None:
+                return None
+            self._unread = False
+            self._pieces = (body,)
+            exchange.bytes_in = length
+            self._hold(length)
         if self._client.ended or parts.readiness.state != READY:
             return None
         if self._plan.slot:
@@ -230,18 +240,6 @@ class Request:
             exchange.left_queue_s = exchange.started_s
         exchange.queued_s = exchange.started_s
         return parts.pool.take()
-
-    def _take_body(self) -> bool:
-        length = self._length
-        assert length is not None  # that is no straight way
-        body = self._client.take_sized_body(length)
-        if body is None:
-            return False
-        self._unread = False
-        self._pieces = (body,)
-        self.exchange.bytes_in = length
-        self._hold(length)
-        return True
 
     def _ask(self, backend: BackendWire) -> None:
         """Send the request on; `keep` or `fail` will be told of the answer's head."""
@@ -294,7 +292,7 @@ class Request:
             self._client.settle()
             self._lines += CLOSE
         date = b"" if opening.dated else parts.date
-        self._client.write(b"%b%b%b\r\n%b" % (opening.lines, date, self._lines, payload))
+        self._client.write(b"".join((opening.lines, date, self._lines, CRLF, payload)))
         parts.pool.take_back(backend, reusable=opening.keeps_alive)
         self.finish()
         self._then(self, not parts.draining)
