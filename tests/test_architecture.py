@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.together import aside
+from support.together import ENVIRON, aside
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 LONGEST_FUNCTION_LINES = 60
@@ -177,6 +177,7 @@ def test_importing_has_no_side_effect(module: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-B", "-c", IMPORT_PROBE, str(SCRIPTS), module],
         cwd=tmp_path,
+        env=ENVIRON,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -24,7 +24,7 @@ from bench_client import Connection, Failed, Sample, Target
 from bench_stats import Result, Spread, Turn, overheads, percentile, summarize
 from benchmark import Plan, Progress, Runner
 from mock_backend import MockBackend, Settings
-from support.together import aside
+from support.together import ENVIRON, aside
 
 QUICK = {"tokens_per_second": 0.0, "prompt_ms": 0.0, "poll_ms": 20.0}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stream": True}
@@ -590,7 +590,7 @@ def test_a_key_that_no_header_can_carry_is_refused(capsys):
 @aside
 def test_the_help_of_make_bench_is_the_help_alone():
     command = [sys.executable, str(Path(__file__).parent.parent / "bench" / "run.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
     assert "The gateway used" not in done.stdout

@@ -21,7 +21,7 @@ import pytest
 
 import keyfile
 from keyfile import Document, Entry, Invalid
-from support.together import aside
+from support.together import ENVIRON, aside
 
 SCRIPTS = Path(keyfile.__file__).parent
 SECRET = "sk-plain-0123456789abcdef"
@@ -759,7 +759,7 @@ def test_a_writer_killed_at_any_line_leaves_the_old_file_or_the_new(
     path = tmp_path / "keys"
     path.write_text(f"# head\nq:{SECRET}:1\na:{OTHER}\n")
     command = [sys.executable, "-c", KILLED, str(SCRIPTS), str(path), how, which]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, check=False)
     assert done.stderr == ""
     deaths, status, seen = done.stdout.split(" ", 2)
     assert (status, seen.strip()) == ("0", str(outcomes))

@@ -16,7 +16,7 @@ import quickstart
 from probes import Address
 from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, free_ports, program
 from support.fileserver import Shelf, serve
-from support.together import aside
+from support.together import ENVIRON, aside
 
 LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
 
@@ -43,7 +43,7 @@ def test_one_command_makes_a_key_and_prints_a_curl_that_works(tmp_path: Path) ->
         assert "the built-in mock answers" in run.lines[0]
         (key,) = re.findall(r"is shown this once: (\S+)", run.output)
         assert f"Ready (mock): http://127.0.0.1:{run.env['PORT']} " in run.output
-        done = subprocess.run(run.curl, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        done = subprocess.run(run.curl, env=ENVIRON, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
         assert '"choices"' in done.stdout
         assert key not in (tmp_path / "data" / "api_keys.txt").read_text()
         pids = run.family()

@@ -7,6 +7,7 @@ once all other tests are done. `aside` is for single tests.
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from typing import Any, TypeVar
 import pytest
 
 T = TypeVar("T")
+# For processes that are started aside. pytest changes this process's own environment at each test, and a child that
+# takes that over in this moment finds it gone (EFAULT).
+ENVIRON = dict(os.environ)
 WORKERS = 2
 FIXTURES = ("failures", "successes", "outcome")  # that run their jobs together
 PATIENCE_S = 300.0
