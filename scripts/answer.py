@@ -5,9 +5,9 @@ the other, and no second status line can follow a first.
 """
 
 import time
+from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import NamedTuple
 
 from bodies import LAST_CHUNK, Body, ChunkedBody, encode_chunk
 from client_wire import ClientWire
@@ -62,7 +62,8 @@ def is_event_stream(head: ResponseHead) -> bool:
     return types is not None and types[0].lower().startswith(b"text/event-stream")
 
 
-class Opening(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Opening:
     """A response's head, and what follows from it alone."""
 
     head: ResponseHead

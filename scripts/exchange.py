@@ -327,11 +327,16 @@ class Observer:
 
     def _count_tokens(self, told: Sequence[Tokens]) -> None:
         metrics = self._metrics
-        for kind, numbers in zip(TOKEN_TYPES, zip(*told, strict=True), strict=False):
-            metrics.tokens.inc((kind,), sum(numbers))
-        metrics.cached.observe_all([t.cached for t in told])
-        metrics.prompt_speed.observe_all([(t.prompt - t.cached) * 1000 / t.prompt_ms for t in told if t.prompt_ms > 0])
-        metrics.generation_speed.observe_all([t.completion * 1000 / t.predicted_ms for t in told if t.predicted_ms > 0])
+        if not told:
+            return
+        numbers = list(zip(*told, strict=True))
+        prompts, cacheds, completions, prompt_ms, predicted_ms = numbers
+        for kind, of_kind in zip(TOKEN_TYPES, numbers, strict=False):
+            metrics.tokens.inc((kind,), sum(of_kind))
+        read = map(sub, prompts, cacheds)
+        metrics.cached.observe_all(cacheds)
+        metrics.prompt_speed.observe_all(_speeds(read, prompt_ms))
+        metrics.generation_speed.observe_all(_speeds(completions, predicted_ms))
 
     def _charge(self, columns: Columns, tokens: Sequence[Tokens | None]) -> None:
         uses: dict[str, list[tuple[Tokens | None, str]]] = {}
@@ -411,6 +416,11 @@ def _spans(begins: Sequence[float], ends: Sequence[float]) -> list[float]:
     if all(ends):
         return list(map(sub, ends, begins))
     return [end - begin for begin, end in zip(begins, ends, strict=True) if end]
+
+
+def _speeds(tokens: Iterable[int], spans_ms: Sequence[float]) -> list[float]:
+    """Tokens a second, of those whose time was told."""
+    return [number * 1000 / ms for number, ms in zip(tokens, spans_ms, strict=True) if ms > 0]
 
 
 def _milliseconds(begins: Sequence[float], ends: Sequence[float]) -> Iterable[int]:

@@ -88,7 +88,8 @@ class ResponseHead(NamedTuple):
     known: Mapping[bytes, Sequence[bytes]]
 
 
-class Framing(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Framing:
     """How a body ends: after `length` octets, with its last chunk, or (neither) when the sender closes."""
 
     length: int | None = None

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
-from operator import add
+from itertools import compress
+from operator import add, sub
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -272,18 +273,19 @@ def charge(uses: Sequence[tuple[Tokens | None, str]]) -> Charge:
     outcomes = [outcome for _, outcome in uses]
     told = [tokens for tokens, _ in uses if tokens is not None]
     cancelled = outcomes.count("cancelled")
-    prompt, cached, completion, prompt_ms, completion_ms = map(sum, zip(*told, strict=True)) if told else (0,) * 5
+    columns = list(zip(*told, strict=True)) if told else [()] * 5
+    prompts, cacheds, completions, prompt_ms, completion_ms = columns
     return Charge(
         requests=len(uses),
-        prompt=prompt,
-        cached=cached,
-        completion=completion,
+        prompt=sum(prompts),
+        cached=sum(cacheds),
+        completion=sum(completions),
         errors=len(uses) - outcomes.count("done") - cancelled,
         cancelled=cancelled,
-        timed_prompt=sum([tokens.prompt - tokens.cached for tokens in told if tokens.prompt_ms]),
-        prompt_ms=prompt_ms,
-        timed_completion=sum([tokens.completion for tokens in told if tokens.predicted_ms]),
-        completion_ms=completion_ms,
+        timed_prompt=sum(compress(map(sub, prompts, cacheds), prompt_ms)),
+        prompt_ms=sum(prompt_ms),
+        timed_completion=sum(compress(completions, completion_ms)),
+        completion_ms=sum(completion_ms),
     )
 
 
