@@ -294,9 +294,11 @@ async def test_pitfall_35_host_may_be_ipv6_and_is_nowhere_else(stack):
 # --- TLS ---
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
-tls_scenario = scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)), TLS_KEY_FILE=lambda folder: str(folder / "server.key")
-)
+TLS = {
+    "TLS_CERT_FILE": lambda folder: str(make_certificate(folder)),
+    "TLS_KEY_FILE": lambda folder: str(folder / "server.key"),
+}
+tls_scenario = scenario(**TLS)
 
 
 async def tls_client(stack: Stack, name: str = "server") -> RawClient:
@@ -358,22 +360,14 @@ async def test_plain_words_to_the_tls_port_end_the_connection_and_nothing_else(s
 
 
 @needs_openssl
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
-    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
-    CLIENT_HEADER_TIMEOUT="0.05",
-)
+@scenario(**TLS, CLIENT_HEADER_TIMEOUT="0.05")
 async def test_handshake_has_to_end_in_time(stack):
     client = await stack.client()
     await client.until(lambda: bool(client.ended))
 
 
 @needs_openssl
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
-    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
-    MAX_CONNECTIONS="3",
-)
+@scenario(**TLS, MAX_CONNECTIONS="3")
 async def test_handshakes_that_nobody_goes_on_with_are_bounded_and_keep_nobody_out(stack):
     crowd = [await stack.client() for _ in range(10)]
     await until(lambda: sum(bool(client.ended) for client in crowd) == 7)
@@ -433,11 +427,7 @@ async def test_who_leaves_in_a_handshake_leaves_nothing(stack):
 
 
 @needs_openssl
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
-    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
-    CLIENT_HEADER_TIMEOUT="3600",
-)
+@scenario(**TLS, CLIENT_HEADER_TIMEOUT="3600")
 async def test_the_end_does_not_wait_for_handshakes(stack):
     client = await stack.client()
     await until(lambda: stack.gateway._handshakes._writers)
