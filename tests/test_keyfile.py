@@ -596,9 +596,10 @@ def test_an_editor_that_asks_for_no_lock_is_not_overwritten(path: Path) -> None:
 
 # What is written from some moment on meets a limit where it would meet a full disk.
 FULL_DISK = """
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
 def fill_the_disk():
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
 
 def grow(document):
     append(document)
@@ -613,6 +614,7 @@ try:
     keyfile.rewrite(path, grow, replace=fill_and_refuse)
 except OSError as error:
     print(error.strerror)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # coverage writes at the end
 """
 
 
