@@ -10,8 +10,9 @@ import turns
 from admission import Gate, Ticket
 from errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from slots import LettingGo
-from support.clock import Clock, HurriedLoop, HurriedSelector
+from support.clock import Clock
 from support.gateway import until
+from support.hurry import HurriedLoop, HurriedSelector
 from turns import Outbox
 
 

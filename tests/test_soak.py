@@ -1,13 +1,15 @@
 """A few seconds of what `make soak` does in five minutes: nothing is lost and nothing leaks. Figures are not judged."""
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import soak
 from support.soaking import Finding
-from support.together import aside
+from support.together import ENVIRON, aside
 
 PATIENCE_S = 60.0
 
@@ -22,6 +24,14 @@ def test_no_request_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
     findings = asyncio.run(asyncio.wait_for(play(), PATIENCE_S))
     assert soak.verdict(findings) == ("lost: nothing\nleaked: nothing\nmissed: nothing", 0)
     assert all(finding.figures for finding in findings)
+
+
+@aside
+def test_it_starts_by_itself() -> None:
+    """It finds what it needs without pytest's paths."""
+    command = [sys.executable, soak.__file__, "--help"]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_went_wrong_is_told_and_is_the_exit_status() -> None:

@@ -27,7 +27,8 @@ from config import load_config
 from gateway import Gateway
 from parts import Parts
 from support.backend import Backend
-from support.clock import HURRY, Clock, HurriedLoop, HurriedSelector
+from support.clock import HURRY, Clock
+from support.hurry import HurriedLoop, HurriedSelector
 from support.rawclient import PATIENCE_S, RawClient, Response
 from turns import Outbox
 
