@@ -329,13 +329,11 @@ class Observer:
         metrics = self._metrics
         if not told:
             return
-        numbers = list(zip(*told, strict=True))
-        prompts, cacheds, completions, prompt_ms, predicted_ms = numbers
-        for kind, of_kind in zip(TOKEN_TYPES, numbers, strict=False):
-            metrics.tokens.inc((kind,), sum(of_kind))
-        read = map(sub, prompts, cacheds)
+        prompts, cacheds, completions, prompt_ms, predicted_ms = zip(*told, strict=True)
+        for kind, numbers in zip(TOKEN_TYPES, (prompts, cacheds, completions), strict=True):
+            metrics.tokens.inc((kind,), sum(numbers))
         metrics.cached.observe_all(cacheds)
-        metrics.prompt_speed.observe_all(_speeds(read, prompt_ms))
+        metrics.prompt_speed.observe_all(_speeds(map(sub, prompts, cacheds), prompt_ms))
         metrics.generation_speed.observe_all(_speeds(completions, predicted_ms))
 
     def _charge(self, columns: Columns, tokens: Sequence[Tokens | None]) -> None:

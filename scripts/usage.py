@@ -273,8 +273,7 @@ def charge(uses: Sequence[tuple[Tokens | None, str]]) -> Charge:
     outcomes = [outcome for _, outcome in uses]
     told = [tokens for tokens, _ in uses if tokens is not None]
     cancelled = outcomes.count("cancelled")
-    columns = list(zip(*told, strict=True)) if told else [()] * 5
-    prompts, cacheds, completions, prompt_ms, completion_ms = columns
+    prompts, cacheds, completions, prompt_ms, completion_ms = zip(*told, strict=True) if told else [()] * 5
     return Charge(
         requests=len(uses),
         prompt=sum(prompts),

@@ -161,9 +161,9 @@ def test_tokens_without_times_count_what_such_a_token_took_on_average() -> None:
     clock = Clock()
     with opened(None, clock) as ledger:
         ledger.record({"alice": charge([(Tokens(110, 10, 10, prompt_ms=100.0, predicted_ms=200.0), "done")])})
-        ledger.record({"anthropic": charge([(Tokens(60, 10, 5), "done")])})
-        clock.now_s += 450.0
-        assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 150.0]
+        ledger.record({"anthropic": charge([(Tokens(110, 10, 5), "done")])})
+        clock.now_s += 500.0
+        assert [round(row.gpu_s, 6) for row in ledger.query()] == [300.0, 200.0]
 
 
 def test_without_any_times_tokens_count_alike() -> None:
