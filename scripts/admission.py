@@ -63,10 +63,8 @@ class Ticket:
             self._gate.give(self.key_id)
         elif self._lane is not None:
             self._gate._leave(self, self._lane)
-        waiting = self.waiting
-        if waiting is not None and not waiting.cancel() and not waiting.cancelled():
-            # A refusal that nobody will read any more must not be logged as lost.
-            waiting.exception()
+        if self.waiting is not None:
+            self.waiting.cancel()  # also of a refusal that nobody will read: asyncio does not log it as lost then
 
 
 class _Lane:
