@@ -1,7 +1,6 @@
 """Connections on both sides: kept, reused, pipelined, bounded in number, and under TLS."""
 
 import asyncio
-import shutil
 import socket
 import ssl
 from contextlib import ExitStack, suppress
@@ -20,6 +19,7 @@ from support.gateway import (
     post,
     request,
     scenario,
+    tls_scenario,
     trusting,
     until,
 )
@@ -293,20 +293,12 @@ async def test_pitfall_35_host_may_be_ipv6_and_is_nowhere_else(stack):
 
 # --- TLS ---
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
-TLS = {
-    "TLS_CERT_FILE": lambda folder: str(make_certificate(folder)),
-    "TLS_KEY_FILE": lambda folder: str(folder / "server.key"),
-}
-tls_scenario = scenario(**TLS)
-
 
 async def tls_client(stack: Stack, name: str = "server") -> RawClient:
     return await stack.client(tls=trusting(stack.folder / f"{name}.crt"))
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_pitfall_35_tls(stack):
     client = await tls_client(stack)
     assert client.transport.get_extra_info("ssl_object").version() in ("TLSv1.2", "TLSv1.3")
@@ -319,8 +311,7 @@ async def test_pitfall_35_tls(stack):
     assert (await client.response()).status == 401
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_tls_client_that_leaves_cancels_its_request(stack):
     for number, leave in enumerate((RawClient.close, RawClient.reset)):
         stack.backend.script(send(STREAM_HEAD), stall())
@@ -331,8 +322,7 @@ async def test_tls_client_that_leaves_cancels_its_request(stack):
         await asyncio.wait_for((await stack.backend.call(number)).gone.wait(), 10 * HURRY)
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_tls_sees_a_cut_answer_as_cut(stack):
     stack.backend.script(send(STREAM_HEAD + chunk(event("1"))), reset())
     client = await tls_client(stack)
@@ -346,8 +336,7 @@ async def test_tls_sees_a_cut_answer_as_cut(stack):
     await client.until(lambda: bool(client.ended))
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_plain_words_to_the_tls_port_end_the_connection_and_nothing_else(stack):
     client = await stack.client()
     client.send(get(b"/ping"))
@@ -359,15 +348,13 @@ async def test_plain_words_to_the_tls_port_end_the_connection_and_nothing_else(s
     assert (await client.response()).status == 200
 
 
-@needs_openssl
-@scenario(**TLS, CLIENT_HEADER_TIMEOUT="0.05")
+@tls_scenario(CLIENT_HEADER_TIMEOUT="0.05")
 async def test_handshake_has_to_end_in_time(stack):
     client = await stack.client()
     await client.until(lambda: bool(client.ended))
 
 
-@needs_openssl
-@scenario(**TLS, MAX_CONNECTIONS="3")
+@tls_scenario(MAX_CONNECTIONS="3")
 async def test_handshakes_that_nobody_goes_on_with_are_bounded_and_keep_nobody_out(stack):
     crowd = [await stack.client() for _ in range(10)]
     await until(lambda: sum(bool(client.ended) for client in crowd) == 7)
@@ -389,8 +376,7 @@ def tls_by_hand(trust: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.MemoryBIO, ss
     return tls, heard, said
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_a_request_may_come_with_the_last_word_of_the_handshake(stack):
     tls, heard, said = tls_by_hand(trusting(stack.folder / "server.crt"))
     client = await stack.client()
@@ -411,8 +397,7 @@ async def test_a_request_may_come_with_the_last_word_of_the_handshake(stack):
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_who_leaves_in_a_handshake_leaves_nothing(stack):
     words = tls_by_hand(ssl.create_default_context())[2].read()
     watched = asyncio.get_running_loop()._turns.get_map()
@@ -426,8 +411,7 @@ async def test_who_leaves_in_a_handshake_leaves_nothing(stack):
             await until(lambda: not stack.gateway._handshakes._writers and len(watched) == before)
 
 
-@needs_openssl
-@scenario(**TLS, CLIENT_HEADER_TIMEOUT="3600")
+@tls_scenario(CLIENT_HEADER_TIMEOUT="3600")
 async def test_the_end_does_not_wait_for_handshakes(stack):
     client = await stack.client()
     await until(lambda: stack.gateway._handshakes._writers)
@@ -435,8 +419,7 @@ async def test_the_end_does_not_wait_for_handshakes(stack):
     await client.until(lambda: bool(client.ended))
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_renewed_certificate_is_served_after_a_reload(stack):
     def renew(certificate: Path, key: Path) -> None:
         (stack.folder / "server.crt").write_bytes(certificate.read_bytes())
@@ -497,8 +480,7 @@ async def test_a_client_that_sends_its_body_though_the_head_was_refused_can_read
     assert (await client.take_all(), client.ended) == (b"", "fin")
 
 
-@needs_openssl
-@tls_scenario
+@tls_scenario()
 async def test_a_tls_client_that_is_still_sending_can_read_its_refusal(stack):
     client = await tls_client(stack)
     await send_before_reading(stack, client, post(CHAT, b"x" * (8 << 20), key=None), b"x")

@@ -27,6 +27,7 @@ from support.gateway import (
     post,
     request,
     scenario,
+    tls_scenario,
     trusting,
     until,
 )
@@ -225,12 +226,7 @@ async def test_a_second_signal_does_not_wait(stack):
     assert not client.received.endswith(LAST_CHUNK)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)),
-    TLS_KEY_FILE=lambda folder: str(folder / "server.key"),
-    **PATIENT,
-)
+@tls_scenario(**PATIENT)
 async def test_handshake_that_ends_after_the_end_began_is_turned_away(stack):
     loop = asyncio.get_running_loop()
     trust = trusting(stack.folder / "server.crt")
@@ -354,23 +350,40 @@ def test_a_drain_is_told_to_the_parent_that_asked_for_it_and_to_nobody_else(tmp_
     assert told == ["told"] * is_parent
 
 
-@aside
-def test_garbage_is_collected_once_it_listens(tmp_path):
-    scripts = tmp_path / "scripts"
+def between(folder: Path, before: str, after: str) -> Path:
+    """Scripts whose gateway.py is the real one, with a line of Python before it starts and one after its end."""
+    scripts = folder / "scripts"
     scripts.mkdir()
     (scripts / "gateway.py").write_text(f"""
-import gc, runpy, sys
+import gc, resource, runpy, sys
 sys.path[0] = {str(SCRIPTS)!r}
 sys.argv[0] = {str(SCRIPTS / "gateway.py")!r}
+{before}
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 finally:
-    print("collected:", gc.isenabled())
+    {after}
 """)
-    with process(tmp_path, scripts) as gateway:
+    return scripts
+
+
+@aside
+def test_garbage_is_collected_once_it_listens(tmp_path):
+    with process(tmp_path, between(tmp_path, "pass", 'print("collected:", gc.isenabled())')) as gateway:
         port_of(gateway)
         gateway.send_signal(signal.SIGTERM)
         assert "collected: True" in gateway.communicate(timeout=20)[0]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
+def test_room_is_made_for_handshakes_too(tmp_path):
+    certificate = make_certificate(tmp_path)
+    files = {"TLS_CERT_FILE": str(certificate), "TLS_KEY_FILE": str(certificate.with_suffix(".key"))}
+    few = "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    with process(tmp_path, between(tmp_path, few, "pass"), MAX_CONNECTIONS="100", **files) as gateway:
+        while "MAX_CONNECTIONS=100 may need 556 file descriptors with TLS" not in (line := gateway.stdout.readline()):
+            assert line
+            assert " port " not in line
 
 
 @aside

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import shutil
 from asyncio.sslproto import SSLProtocol
 from asyncio.streams import StreamReaderProtocol
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,7 @@ from relay import Relay
 from request import Request
 from support.backend import STREAM_HEAD, answer, chunk, close, event, reset, send, stall
 from support.clock import HURRY
-from support.gateway import CHAT, Stack, make_certificate, post, scenario, until
+from support.gateway import CHAT, Stack, post, scenario, tls_scenario, until
 from tls import Usher
 from waiting import Promise
 from wire import Wire
@@ -44,11 +43,8 @@ async def test_nothing_of_a_request_is_left_for_the_collector(stack: Stack, end:
     await leaves_nothing(stack, lambda: one(stack, end))
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
 @pytest.mark.parametrize("said", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["nothing", "plain HTTP"])
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)), TLS_KEY_FILE=lambda folder: str(folder / "server.key")
-)
+@tls_scenario()
 async def test_nothing_of_a_handshake_that_fails_is_left_for_the_collector(stack: Stack, said: bytes) -> None:
     async def fail() -> None:
         client = await stack.client()

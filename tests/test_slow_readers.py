@@ -1,15 +1,14 @@
 """Clients that do not read: what is held for them is bounded, whatever they had asked for, and nobody else notices."""
 
 import asyncio
-import shutil
 import socket
 import ssl
 
 import pytest
 
-from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, send
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, send, stall
 from support.clock import HURRY
-from support.gateway import CHAT, Stack, get, make_certificate, post, scenario, trusting, until
+from support.gateway import CHAT, Stack, get, post, scenario, tls_scenario, trusting, until
 from support.rawclient import RawClient
 
 BOUND_BYTES = 1 << 20
@@ -70,10 +69,7 @@ async def test_one_that_never_reads_a_byte_holds_little(stack, framing):
     assert (await client.response()).body == b"x" * octets
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
-@scenario(
-    TLS_CERT_FILE=lambda folder: str(make_certificate(folder)), TLS_KEY_FILE=lambda folder: str(folder / "server.key")
-)
+@tls_scenario()
 async def test_so_it_is_under_tls(stack):
     client = await deaf(stack, trusting(stack.folder / "server.crt"))
     octets = 24 << 20
@@ -147,6 +143,24 @@ async def test_backend_connection_paused_before_its_answer_serves_the_next_reque
     client.transport.resume_reading()
     assert (await client.response()).body == b"1" * 85_000
     assert (await client.response()).body == HELLO
+
+
+@scenario()
+async def test_one_whose_bytes_wait_gets_its_last_answer_though_it_has_said_its_end(stack):
+    client = await deaf(stack)
+    whole = answer(b"x" * 85_000)
+    stack.backend.script(stall(stack.finish), send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
+    client.send(post(CHAT, b"{}", b"Connection: close"))
+    await stack.backend.call()
+    client.send(b"G" * 100_000)
+    await until(lambda: all(wire._paused for wire in stack.open_clients))
+    stack.finish.set()
+    await until(lambda: not stack.parts.clients, "it is answered")
+    assert held_bytes(stack) > 30_000
+    client.half_close()
+    stack.advance(0)  # a tick before what it has sent is read
+    client.transport.resume_reading()
+    assert (await client.response()).body == b"x" * 85_000
 
 
 @pytest.mark.parametrize("end", ["drain", "keep-alive", "room"])

@@ -14,12 +14,15 @@ import inspect
 import json
 import logging
 import re
+import shutil
 import ssl
 import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import turns
 from client_wire import ClientWire
@@ -268,6 +271,16 @@ def scenario(
         return test
 
     return decorate
+
+
+def tls_scenario(**settings: Setting) -> Callable[..., Callable[..., None]]:
+    """As `scenario`, over TLS, with a certificate for localhost: server.crt in the scenario's folder."""
+    tls: dict[str, Setting] = {
+        "TLS_CERT_FILE": lambda folder: str(make_certificate(folder)),
+        "TLS_KEY_FILE": lambda folder: str(folder / "server.key"),
+    }
+    skip = pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
+    return lambda play: skip(scenario(**tls, **settings)(play))
 
 
 async def _play(play: Callable[..., Awaitable[None]], stack: Stack, names: dict[str, Any]) -> None:
