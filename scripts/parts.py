@@ -93,7 +93,7 @@ class Parts:
         self.draining = False
         self.drain: Callable[[], None] = lambda: None  # the gateway's, once there is one
         self.backend_page = BackendPage(self.fetch, config.usage.metrics_backend_s, clock)
-        self.tls = tls.tls_context(config)
+        self.tls = tls.make_context(config)
         self.version = version()
         self._started_s = clock()
         self._register_gauges()

@@ -78,7 +78,7 @@ class Handshakes:
         await end_tasks(self._writers)
 
 
-def tls_context(config: Config) -> ssl.SSLContext | None:
+def make_context(config: Config) -> ssl.SSLContext | None:
     """TLS 1.2 or later with the certificate of the settings; None where there is none. Raises ConfigError."""
     if config.listen.tls_cert_file is None:
         return None
@@ -97,7 +97,7 @@ def load_certificate(context: ssl.SSLContext, config: Config) -> None:
     """Read a renewed certificate; connections from now on use it. One that cannot be read changes nothing."""
     assert config.listen.tls_cert_file is not None
     try:
-        tls_context(config)  # first: a context takes a new certificate before it finds that the key does not fit
+        make_context(config)  # first: a context takes a new certificate before it finds that the key does not fit
         context.load_cert_chain(config.listen.tls_cert_file, config.listen.tls_key_file)
     except (ConfigError, OSError, ssl.SSLError) as error:
         log.error("TLS: the certificate cannot be read again, the old one stays: %s", error)
