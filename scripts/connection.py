@@ -6,7 +6,6 @@ from client_wire import ClientWire
 from errors import TOO_MANY_CONNECTIONS, GatewayError
 from exchange import Stage
 from parts import Parts
-from plan import Plan
 from request import Request
 
 _PUBLIC_ONLY_CONNECTIONS = 16
@@ -41,7 +40,7 @@ class Connection:
         parts = self._parts
         parts.clients[self._client] = None
         if len(parts.public_only) > _PUBLIC_ONLY_CONNECTIONS and self._client in parts.public_only:
-            self._refuse(GatewayError(TOO_MANY_CONNECTIONS), parts.planner.none)
+            self._refuse(GatewayError(TOO_MANY_CONNECTIONS))
         else:
             self._await_head(parts.header_s)
 
@@ -58,7 +57,7 @@ class Connection:
         try:
             plan, length = parts.planner.find(head)
         except GatewayError as error:
-            self._refuse(error, parts.planner.stand_in(head))
+            self._refuse(error, head)
             return
         request = client.request = Request(parts, client, plan, length)
         request.begin(self._go_on)
@@ -67,7 +66,7 @@ class Connection:
         """There will be no next head: it is wrong, its time is up, or the client has left."""
         self._parts.idle.pop(self._client, None)
         if isinstance(error, GatewayError):
-            self._refuse(error, self._parts.planner.none)
+            self._refuse(error)
         else:
             self._leave()
 
@@ -83,8 +82,9 @@ class Connection:
         else:
             self._await_head()
 
-    def _refuse(self, error: GatewayError, stand_in: Plan) -> None:
-        """Answer what never became a request."""
+    def _refuse(self, error: GatewayError, head: bytes = b"") -> None:
+        """Answer what never became a request, though its head may be here."""
+        stand_in = self._parts.planner.stand_in(head)
         request = Request(self._parts, self._client, stand_in, None, Stage.READING_HEAD)
         request.refuse(error)
         request.finish()

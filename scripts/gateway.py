@@ -67,11 +67,7 @@ class Gateway:
         """Listen, and return the port. Raises OSError where the address cannot be had."""
         listen = self._parts.config.listen
         self._server = await asyncio.start_server(
-            self._accept,
-            listen.host,
-            listen.port,
-            backlog=_ACCEPTS,
-            reuse_address=True,
+            self._accept, listen.host, listen.port, backlog=_ACCEPTS, reuse_address=True
         )
         for listener in self._server.sockets:
             with socket.socket(fileno=os.dup(listener.fileno())) as copy:

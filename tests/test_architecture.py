@@ -56,7 +56,7 @@ TABLE = {
     "callers": "auth client_wire errors parts plan routes",
     "request": "admission answer auth backend_wire bodies callers client_wire errors exchange heartbeat http1 local"
     " parts plan readiness relay routes usage waiting",
-    "connection": "client_wire errors exchange parts plan request",
+    "connection": "client_wire errors exchange parts request",
     "gateway": "client_wire config connection descriptors errors exchange logs parts signals tls turns waiting",
     # the boot
     "probes": "",
