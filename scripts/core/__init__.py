@@ -1,0 +1,1 @@
+"""Parts that every program shares: errors and their dialects, logs, signals, the file descriptor limit."""
