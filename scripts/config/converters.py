@@ -1,8 +1,7 @@
-"""What one setting accepts: numbers, durations, sizes, words, addresses, lists and arguments, from text to value.
+"""Converters from a setting's text to its value: numbers, durations, sizes, choices, addresses, lists and arguments.
 
-A converter knows nothing of the environment or of other settings. It takes ASCII digits only, and whatever it does not
-know is a ValueError that says what is wrong; what would be right stands in `accepts`. Where the data lie unless a
-setting says so is found here too.
+A converter reads neither the environment nor other settings, and accepts ASCII digits only. The ValueError that it
+raises says what is wrong; its `accepts` says what is right. The default data folder is also found here.
 """
 
 import os
@@ -11,13 +10,19 @@ import shlex
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
+
+import keyfile
+from config import member_rules
+from core.listener import MAX_PATH_BYTES, is_socket_path
 
 FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 UNITS = {"": 0, "KiB": 10, "MiB": 20, "GiB": 30}
 SECRET_FILE_CHARS = 65536
 VOLUMES = ("/runpod-volume", "/workspace", "/data")
-# llama-server spells some of these twice and reads _ as - in long names; the second half says which setting to use.
+# Arguments that EXTRA_ARGS must not contain, and what to set instead. llama-server has two spellings for some of them,
+# and reads _ as - in long names.
 REFUSED_ARGS = dict.fromkeys(("--host", "--port", "--reuse-port"), "PORT_BACKEND and BACKEND_HOST")
 REFUSED_ARGS |= dict.fromkeys(("--api-key", "--api-key-file"), "BACKEND_API_KEY")
 REFUSED_ARGS |= dict.fromkeys(("--ssl-key-file", "--ssl-cert-file"), "TLS_CERT_FILE and TLS_KEY_FILE")
@@ -32,14 +37,14 @@ Probe = Callable[[str], tuple[bool, bool]]
 
 
 class Converter(NamedTuple):
-    """What a setting accepts, in words, and the function that reads it (ValueError tells what is wrong)."""
+    """A description of what a setting accepts, and the function that parses it (ValueError says what is wrong)."""
 
     accepts: str
     parse: Callable[[str], Any]
 
 
 def whole(low: int, high: int) -> Converter:
-    """Plain ASCII digits: int() alone would read `+5`, `5_0` and other scripts' digits too."""
+    """ASCII digits only: int() alone would also accept `+5`, `5_0` and the digits of other scripts."""
 
     def parse(text: str) -> int:
         if not re.fullmatch("[0-9]{1,19}", text):
@@ -65,7 +70,7 @@ def size(low: int, high: int) -> Converter:
             raise ValueError("is not a size")
         return _bounded(int(match[1]) << UNITS[match[2] or ""], low, high)
 
-    return Converter(f"octets from {low} to {high}, or a whole number of KiB, MiB or GiB", parse)
+    return Converter(f"bytes from {low} to {high}, or a whole number of KiB, MiB or GiB", parse)
 
 
 def _bounded(number: N, low: float, high: float) -> N:
@@ -81,13 +86,13 @@ def auto(converter: Converter) -> Converter:
     return Converter(f"auto, or {converter.accepts}", parse)
 
 
-def choice(words: Mapping[str, object]) -> Converter:
+def choice(values: Mapping[str, object]) -> Converter:
     def parse(text: str) -> object:
-        if text.lower() not in words:
-            raise ValueError("is not a word that this setting knows")
-        return words[text.lower()]
+        if text.lower() not in values:
+            raise ValueError("is not one of the choices")
+        return values[text.lower()]
 
-    return Converter(f"one of {', '.join(words)}", parse)
+    return Converter(f"one of {', '.join(values)}", parse)
 
 
 def matching(pattern: str, accepts: str) -> Converter:
@@ -101,29 +106,34 @@ def matching(pattern: str, accepts: str) -> Converter:
 
 def comma_list(pattern: str, accepts: str) -> Converter:
     def parse(text: str) -> tuple[str, ...]:
-        words = [word.strip(" ") for word in text.split(",") if word.strip(" ")]
-        for word in words:
-            if not re.fullmatch(pattern, word):
-                raise ValueError(f"has an entry of the wrong form ({quoted(word)})")
-        return tuple(dict.fromkeys(words))
+        entries = [entry.strip(" ") for entry in text.split(",") if entry.strip(" ")]
+        for entry in entries:
+            if not re.fullmatch(pattern, entry):
+                raise ValueError(f"has an entry of the wrong form ({quoted(entry)})")
+        return tuple(dict.fromkeys(entries))
 
     return Converter(accepts, parse)
 
 
 def read_secret(path: str) -> str:
-    """Read a secret's file without its line end.
+    """Read a secret from a file, without a byte order mark and without blanks and line ends around it.
 
-    Raises ValueError with the reason alone: whoever mixes up NAME and NAME_FILE has the secret in place of the path.
+    Raises ValueError, whose text does not contain the path: if NAME and NAME_FILE are mixed up, the path is the secret.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read(SECRET_FILE_CHARS + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ValueError(f"the file cannot be read: {reason}") from None
     if len(text) > SECRET_FILE_CHARS:
         raise ValueError(f"the file is longer than {SECRET_FILE_CHARS} characters")
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.strip(" \t\r\n")
+
+
+def is_service_link(text: str) -> bool:
+    """Return whether a variable comes from Kubernetes or a container link: a Service named x sets X_PORT=tcp://…."""
+    return re.match("(tcp|udp|sctp)://", text) is not None
 
 
 def _parse_host(text: str) -> str:
@@ -135,8 +145,16 @@ def _parse_host(text: str) -> str:
     return text
 
 
+def _parse_backend_host(text: str) -> str:
+    if not is_socket_path(text):
+        return _parse_host(text)
+    if not os.path.isabs(text) or len(os.fsencode(FILE.parse(text))) > MAX_PATH_BYTES:
+        raise ValueError(f"is not an absolute path of at most {MAX_PATH_BYTES} bytes")
+    return text
+
+
 def quoted(text: str) -> str:
-    """Show a value in one short printable line."""
+    """Quote a value in one short printable line."""
     return ascii(text if len(text) <= 80 else text[:77] + "...")
 
 
@@ -166,23 +184,53 @@ def is_loopback(host: str) -> bool:
 
 def _parse_args(text: str) -> tuple[str, ...]:
     try:
-        words = tuple(shlex.split(text))
+        arguments = tuple(shlex.split(text))
     except ValueError:
-        raise ValueError("has a quote or a backslash without its counterpart") from None
-    for word in words:
-        name = word.partition("=")[0]
+        raise ValueError("has an unclosed quote or a backslash at its end") from None
+    for argument in arguments:
+        name = argument.partition("=")[0]
         name = name.replace("_", "-") if name.startswith("--") else name
         if name in REFUSED_ARGS:
-            raise ValueError(f"sets {name}, which is not its to set (use {REFUSED_ARGS[name]})")
-    return words
+            raise ValueError(f"sets {name}, which is not allowed here (use {REFUSED_ARGS[name]})")
+    return arguments
 
 
 def _parse_origins(text: str) -> tuple[str, ...]:
     origins = ORIGIN_LIST.parse(text.lower())
     if "*" in origins and origins != ("*",):
-        raise ValueError("has * beside other origins")
-    # A browser leaves out the default port.
+        raise ValueError("has * together with other origins")
+    # Browsers omit the default port.
     return tuple(dict.fromkeys(re.sub("^(https:.*):443$|^(http:.*):80$", r"\1\2", origin) for origin in origins))
+
+
+def _parse_networks(text: str) -> tuple[keyfile.Network, ...]:
+    try:
+        return keyfile.parse_networks(text.replace(" ", "")) if text else ()
+    except keyfile.KeyFileError as error:
+        raise ValueError(f"is not a list of networks: {error}") from None
+
+
+def _parse_keys(text: str) -> tuple[keyfile.Entry, ...]:
+    parsed = keyfile.parse_list(text)
+    if parsed.complaints:
+        raise ValueError(f"is wrong: {'; '.join(parsed.complaints)}")
+    if parsed.error or not parsed.entries:
+        raise ValueError(f"is wrong: {parsed.error or 'it contains no key'}")
+    return parsed.entries
+
+
+def _parse_aliases(text: str) -> Mapping[str, str]:
+    """Parse alias=model, comma-separated. An alias stands for a model, so it never stands for another alias."""
+    aliases: dict[str, str] = {}
+    for alias, _, name in (entry.partition("=") for entry in _ALIAS_LIST.parse(text)):
+        if alias in aliases:
+            raise ValueError(f"has the alias {quoted(alias)} twice")
+        aliases[alias] = name
+    for alias, name in aliases.items():
+        if name in aliases:
+            other = "itself" if name == alias else f"the alias {quoted(name)}"
+            raise ValueError(f"has the alias {quoted(alias)} for {other}; an alias stands for a model")
+    return MappingProxyType(aliases)
 
 
 FLAG = choice(FLAGS)
@@ -199,26 +247,41 @@ HF_NAME = matching(
 )
 DIGEST = matching("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
 SHA256 = Converter(DIGEST.accepts, lambda text: DIGEST.parse(text).lower())
+TOKEN = matching("[!-~]{1,1000}", "up to 1000 visible ASCII characters")
+HF_TOKEN = Converter(TOKEN.accepts, lambda text: TOKEN.parse(text.strip()))
 SECRET = matching("gateway-[A-Za-z0-9_-]{43}", "`gateway-` and 43 base64url characters")
 HOST_NAME = Converter("an IPv4 address, an IPv6 address without brackets, or a host name", _parse_host)
-URL = Converter("an https URL, or an http URL if MODEL_SHA256 is set or the host is loopback", _parse_url)
-ARGS = Converter("words quoted as for a shell, without llama-server's address, keys and model", _parse_args)
-ROUTES = comma_list(
-    r"\*|/((?![?#])[!-~])*", "paths that begin with / (`*` stands for anything), or `*`, comma-separated"
+BACKEND_HOST = Converter(
+    f"{HOST_NAME.accepts}, or a Unix socket's absolute path that ends in .sock", _parse_backend_host
 )
+URL = Converter("an https URL, or an http URL if MODEL_SHA256 is set or the host is loopback", _parse_url)
+ARGS = Converter("arguments quoted as for a shell, except llama-server's address, keys and model", _parse_args)
+ROUTES = comma_list(r"\*|/((?![?#])[!-~])*", "paths that begin with / (`*` matches anything), or `*`, comma-separated")
 ORIGIN_LIST = comma_list(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", "")
 ORIGINS = Converter("origins such as https://app.example (no path), comma-separated, or `*` alone", _parse_origins)
+NETWORKS = Converter("addresses and networks such as 10.0.0.0/8, comma-separated", _parse_networks)
+KEYS = Converter("lines of a keys file, separated by `;` or newlines", _parse_keys)
+MEMBER_RULES = Converter(member_rules.accepted(), member_rules.parse_rules)
+_MODEL_NAME = r"[^\x00-\x20\x7f,=](?:[^\x00-\x1f\x7f,=]{0,253}[^\x00-\x20\x7f,=])?"
+_ALIAS_LIST = comma_list(f"{_MODEL_NAME}={_MODEL_NAME}", "")
+MODELS = choice({"single": False, "router": True})
+MODEL = matching(_MODEL_NAME, "a model's name as llama-server lists it, without a comma and =")
+MODEL_NAMES = comma_list(_MODEL_NAME, "names of models as llama-server lists them, comma-separated")
+MODEL_ALIASES = Converter("alias=model, comma-separated, such as gpt-4o=qwen3-8b", _parse_aliases)
+PROMPT_CACHE = choice({"shared": "shared", "private": "private"})
 LOG_FORMAT = choice({"text": "text", "json": "json"})
-LEVEL = choice({word: word for word in ("debug", "info", "warning", "error", "critical")})
+LEVELS = {level: level for level in ("debug", "info", "warning", "error", "critical")}
+# logging has these aliases too, and other programs' settings have no other spelling.
+LEVEL = choice({**LEVELS, "warn": "warning", "fatal": "critical"})
 
 
 def probe_dir(path: str) -> tuple[bool, bool]:
-    """Tell whether a folder is a mount point and whether it can be written to."""
+    """Return whether a folder is a mount point, and whether it is writable."""
     return os.path.ismount(path), os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 def find_data_dir(probe: Probe) -> str:
-    """Choose a folder: the platform's volume even where the image has made /data itself."""
+    """Choose the data folder. A mounted volume takes precedence over a /data folder that is part of the image."""
     for volume in VOLUMES:
         if all(probe(volume)):
             return volume
