@@ -1,0 +1,1 @@
+"""HTTP/1.1 over bytes: bytes in, values out, no I/O."""

@@ -1,0 +1,69 @@
+"""Addresses of images, audio and video in JSON text, that llama-server would fetch: bytes in, addresses out, no I/O.
+
+Each API nests them differently, so they are found by names alone, however deeply nested and however spelt: a member
+`image_url` that is an address, or `url` and `data` if the body has an object in which one of these is an address of
+media. In a string every quote is escaped, so a name with its quotes, a colon and a quote are a member.
+"""
+
+import json
+import re
+
+from http1.member_screen import MemberScreen
+
+_OBJECTS = ("image_url", "audio_url", "video_url", "input_audio", "input_video", "source")
+_NAMES = frozenset((*_OBJECTS, "file_url"))
+_NAMES_INSIDE = frozenset(("url", "data"))
+_MAX_SPELLING = 600  # bytes of an address that are looked at, more than a host can have
+_CHAR = rb'(?:[^"\\]|\\.)'
+_START = rb"(?:[hHfF]|\\u00)"
+# A value whose end is missing may be torn: it is found with the bytes that follow.
+_MEMBER = re.compile(
+    rb'"(%b{0,64})":"(?:(%b%b{3,%d})"|(%b%b{%d}))'
+    % (_CHAR, _START, _CHAR, _MAX_SPELLING, _START, _CHAR, _MAX_SPELLING),
+    re.DOTALL,
+)
+# A name with an escape may be any.
+_OBJECT = re.compile(rb'"(?:%b)":\{|"[^"\\]{0,16}\\u00[^"]{0,80}":\{' % "|".join(_OBJECTS).encode())
+_ADDRESS = re.compile(r"http|file:", re.IGNORECASE)
+_OVERLAP_BYTES = 512 + 2 * _MAX_SPELLING
+_MOST = 32  # addresses of one body that are kept
+_SCREEN = MemberScreen((), (), addresses=True)
+
+
+class MediaUrls:
+    """Finds the addresses in one body. `feed` takes its bytes in turn; `found` has the first ones, decoded."""
+
+    __slots__ = ("_has_objects", "_inside", "_last", "_outside")
+
+    def __init__(self) -> None:
+        self._last = b""
+        self._has_objects = False
+        self._inside: dict[str, None] = {}
+        self._outside: dict[str, None] = {}
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        return (*self._outside, *(self._inside if self._has_objects else ()))
+
+    def feed(self, data: bytes) -> None:
+        """Look at the next bytes, 32 KiB at most. Blanks are left out: they may be between any two signs."""
+        text = self._last + data.translate(None, b" \t\r\n")
+        self._last = text[-_OVERLAP_BYTES:]
+        self._has_objects = self._has_objects or _OBJECT.search(text) is not None
+        if _SCREEN.may_have(text):
+            for name, whole, beginning in _MEMBER.findall(text):
+                self._keep(_decoded(name), _decoded(whole or beginning))
+
+    def _keep(self, name: str, address: str) -> None:
+        kept = self._outside if name in _NAMES else self._inside if name in _NAMES_INSIDE else None
+        if kept is not None and _ADDRESS.match(address) and len(kept) < _MOST:
+            kept[address] = None
+
+
+def _decoded(spelling: bytes) -> str:
+    """Decode a string, of which the end may be missing."""
+    try:
+        text = json.loads(b'"' + re.sub(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z", b"", spelling) + b'"', strict=False)
+    except ValueError:
+        return spelling.decode("latin-1")
+    return str(text)
