@@ -1,17 +1,19 @@
-"""Cross-origin answers (the Fetch standard's CORS protocol): which origins may read what, as header fields.
+"""CORS (the Fetch standard's CORS protocol): which origins may read a response, as header fields.
 
-Origins are compared whole, as bytes: scheme, host and port, never a prefix. The backend's own Access-Control-* fields
-are stripped by the relay, so that these are the only ones that a browser sees.
+Origins are compared as a whole, as bytes: scheme, host and port, never a prefix. The relay removes the backend's own
+Access-Control-* fields, so a browser sees only the gateway's.
 """
 
 import re
 
-from errors import Fields
-from http1 import RequestHead
+from core.errors import Fields
+from http1.grammar import TOKEN, RequestHead
 
-_TOKENS = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+(?:[ \t]*,[ \t]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+)*")
+_TOKENS = re.compile(TOKEN + rb"(?:[ \t]*,[ \t]*" + TOKEN + rb")*")
 _EXPOSED = (
-    b"x-request-id, retry-after, x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests"
+    b"x-request-id, request-id, retry-after, x-should-retry,"
+    b" x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests,"
+    b" x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
 )
 _EXPOSE: Fields = ((b"Access-Control-Expose-Headers", _EXPOSED),)
 _ANY: Fields = ((b"Access-Control-Allow-Origin", b"*"), *_EXPOSE)
@@ -28,20 +30,21 @@ class Cors:
         self.on = bool(origins)
 
     def fields(self, head: RequestHead | None) -> Fields:
-        """What every answer to this request carries, errors included. `head` is None where none could be read."""
+        """Fields of every response to this request, errors included. `head` is None if it could not be parsed."""
         if not self.on:
             return ()
         if self._any:
-            return _ANY  # whoever asks: a cache may hand the answer on, and no Vary tells it not to
+            return _ANY  # also without an Origin: there is no Vary, so a cache may reuse this response for any origin
         origin = None if head is None else head.known.get(b"origin")
         if origin is None or len(origin) != 1 or origin[0] not in self._origins:
             return _VARY
         return ((b"Access-Control-Allow-Origin", origin[0]), *_EXPOSE, *_VARY)
 
     def preflight(self, head: RequestHead) -> Fields:
-        """What an OPTIONS answer adds: the method and the header names asked for, echoed if they are tokens.
+        """Further fields of a response to OPTIONS: the requested method and header names, echoed if they are tokens.
 
-        Browser clients send names of their own (x-stainless-*, anthropic-version …); a fixed list breaks them.
+        Client libraries send their own headers from browsers (x-stainless-*, anthropic-version …): a fixed list would
+        break them.
         """
         if not any(name == b"Access-Control-Allow-Origin" for name, _ in self.fields(head)):
             return ()
