@@ -1,0 +1,1 @@
+"""Accounting of finished requests: metrics, access log, tokens, the usage ledger."""

@@ -1,0 +1,208 @@
+"""The tokens of each request that has ended: as the response reports them, or an estimate of what no report counts.
+
+There is an estimate for the further choices of a whole response (llama-server reports the first one), for a response
+that the client asked to have without its reports, and for a request whose client left while the backend worked on it.
+The estimator learns how many tokens a byte has, and how fast the backend is, from what is reported.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+from accounting.request_record import Outcome, RequestRecord
+from accounting.token_counter import Count, TokenCounter, fast_tokens, read_count
+from accounting.usage_reports import NO_TOKENS, Choice, Tokens, generated_bytes, parse_json
+from policy.routes import INFERENCE
+from policy.token_limits import ONE_ANSWER
+
+# Until something is learned. English has a token in four bytes; other texts have more.
+TOKENS_PER_BYTE = 0.3
+PROMPT_TOKENS_PER_S = 500.0
+TOKENS_PER_S = 20.0
+# Above the most likely number of tokens: an estimate should not be below what was generated, nor a quarter above it.
+MARGIN = 1.12
+# llama-server notices that the client of a response that is not streamed has left only after about a second.
+LINGER_S = 1.0
+# Of a stream it notices that at its next token; one or two more are under way then. For each choice.
+OVERRUN_TOKENS = 3
+_WEIGHT = 0.1  # of the newest value in a moving average
+_PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
+_LESSON_S = 1.0  # between two times at which something is learned
+_SAMPLE_S = 10.0  # between two responses whose text is measured
+_WORKED = (Outcome.CANCELLED, Outcome.TIMED_OUT, Outcome.TRUNCATED)
+
+
+class _Average:
+    """A moving average that begins with its first value. `default` holds before."""
+
+    __slots__ = ("_default", "_value")
+
+    def __init__(self, default: float) -> None:
+        self._default = default
+        self._value: float | None = None
+
+    def add(self, value: float) -> None:
+        self._value = value if self._value is None else self._value + _WEIGHT * (value - self._value)
+
+    @property
+    def value(self) -> float:
+        return self._default if self._value is None else self._value
+
+
+class TokenEstimator:
+    """Counts the tokens of requests, and estimates those that no report counts."""
+
+    def __init__(self) -> None:
+        self._text = _Average(TOKENS_PER_BYTE)
+        self._prompt: dict[str, _Average] = {}  # tokens of the prompt per byte of the request's body, by route
+        self._prompt_speed = _Average(PROMPT_TOKENS_PER_S)
+        self._speed = _Average(TOKENS_PER_S)
+        self._next_lesson_s = self._next_sample_s = 0.0
+
+    def tokens_of(self, record: RequestRecord) -> Tokens | None:
+        """Return the tokens of a request that has ended; None if it used none, as far as is known."""
+        source = record.usage_source
+        has_one_answer = record.asked is ONE_ANSWER or record.asked.answers == 1
+        if type(source) is bytes and has_one_answer and source[:1] == b"{":
+            tokens = fast_tokens(source)
+            if tokens is not None:
+                return tokens
+        if source is None and not record.is_unfinished:
+            return None
+        count = read_count(record.prepared.route.label, source)
+        if record.prepared.route.kind is not INFERENCE or (record.is_unfinished and record.outcome not in _WORKED):
+            return None if count is None or not count.is_reported else count.tokens
+        if count is None and not record.is_unfinished:
+            return None
+        return self._complete(record, count or Count(NO_TOKENS, False, False, 0))
+
+    # --- Learning ---
+
+    def learn(self, records: Sequence[RequestRecord], tokens: Sequence[Tokens | None]) -> None:
+        """Learn from the last request of each route, from time to time."""
+        if records[-1].ended_s < self._next_lesson_s:
+            return
+        self._next_lesson_s = records[-1].ended_s + _LESSON_S
+        last: Mapping[str, tuple[RequestRecord, Tokens | None]] = {
+            record.prepared.route.label: (record, each) for record, each in zip(records, tokens, strict=True)
+        }
+        for label, (record, each) in last.items():
+            if each is not None and not each.estimated:
+                self._learn_from(label, record, each)
+
+    def _learn_from(self, label: str, record: RequestRecord, tokens: Tokens) -> None:
+        if record.bytes_in and tokens.prompt:
+            average = self._prompt.setdefault(label, _Average(TOKENS_PER_BYTE))
+            average.add(tokens.prompt / record.bytes_in)
+        if tokens.prompt_ms > 0 and tokens.prompt > tokens.cached:
+            self._prompt_speed.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
+        if tokens.predicted_ms > 0 and tokens.completion:
+            self._speed.add(tokens.completion * 1000 / tokens.predicted_ms)
+        if type(record.usage_source) is bytes and record.ended_s >= self._next_sample_s and tokens.completion:
+            self._next_sample_s = record.ended_s + _SAMPLE_S
+            if text_bytes := generated_bytes(parse_json(record.usage_source)):
+                self._text.add(tokens.completion / text_bytes)
+
+    # --- Estimates ---
+
+    def prompt_tokens(self, label: str, body_bytes: int) -> int:
+        """Estimate the tokens of the prompt in a request's body."""
+        average = self._prompt.get(label)
+        return ceil(body_bytes * (TOKENS_PER_BYTE if average is None else average.value))
+
+    def _complete(self, record: RequestRecord, count: Count) -> Tokens:
+        """Return the reported tokens of a request with an estimate of the others."""
+        tokens = count.tokens
+        prompt = self._prompt_of(record, count)
+        completion, estimated = self._completion_of(record, count, prompt)
+        estimated += max(prompt - tokens.prompt, 0)
+        return tokens._replace(prompt=prompt, completion=completion, estimated=estimated)
+
+    def _prompt_of(self, record: RequestRecord, count: Count) -> int:
+        """Return the tokens of the prompts. The report of a whole response to several prompts has the first one's."""
+        if count.has_prompt and not (record.asked.prompts > 1 and len(count.choices) > 1):
+            return count.tokens.prompt
+        return max(count.tokens.prompt, self.prompt_tokens(record.prepared.route.label, record.bytes_in))
+
+    def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
+        """Return the generated tokens, and how many of them are an estimate."""
+        if not record.prepared.route.generates:
+            return count.tokens.completion, 0
+        source = record.usage_source
+        if isinstance(source, TokenCounter) and source.is_stream and (source.events or count.reports):
+            relayed = source.relayed_tokens
+            if not relayed and record.asked.answers > 1:  # each event reports the tokens of its choice only
+                relayed = source.events
+            tokens, estimated = self._of_stream(record, count, relayed)
+            was_left = record.is_unfinished and record.outcome is not Outcome.TRUNCATED
+            more = self._unsent(record, tokens) if was_left else 0
+            return tokens + more, estimated + more
+        if record.is_unfinished:
+            generated = self._by_time(record, prompt) if record.generated is None else record.generated
+            return generated, generated
+        if count.has_completion:
+            return self._of_choices(record, count)
+        generated = ceil(count.text_bytes * self._text.value * MARGIN) or self._by_time(record, prompt)
+        generated = min(generated, limit_of(record) or generated)
+        return generated, generated
+
+    @staticmethod
+    def _of_stream(record: RequestRecord, count: Count, relayed: int) -> tuple[int, int]:
+        """Return the tokens of a stream. Choices that have no report yet are counted by their events."""
+        reported, estimated = count.tokens.completion, count.tokens.estimated
+        is_whole = not record.is_unfinished and count.reports >= record.asked.answers
+        if is_whole or relayed <= reported:
+            return reported, estimated
+        return relayed, relayed - (reported - estimated)
+
+    def _unsent(self, record: RequestRecord, sent: int) -> int:
+        """Estimate what the backend generated of a stream that was given up, besides what it has sent."""
+        answers = record.asked.answers
+        generated = sent + OVERRUN_TOKENS * answers
+        if record.is_behind:
+            by_time = ceil((record.ended_s - record.first_byte_s) * self._speed.value) * answers
+            generated = max(generated, by_time)
+        return max(min(generated, limit_of(record) or generated) - sent, 0)
+
+    def _by_time(self, record: RequestRecord, prompt: int) -> int:
+        """Estimate what the backend generated for a client that has left, or reported to no one, by the time."""
+        span_s = record.ended_s - record.left_queue_s
+        if record.is_unfinished:
+            span_s = max(span_s + LINGER_S - prompt / self._prompt_speed.value, 0.0)
+        generated = ceil(span_s * self._speed.value)
+        generated *= record.asked.answers
+        return min(generated, limit_of(record) or generated)
+
+    def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:
+        """Return the tokens of the first choice, which is reported, and of the others, by their text."""
+        completion, estimated = count.tokens.completion, 0
+        if len(count.choices) > 1:
+            first, *others = count.choices
+            prior = self._text.value
+            rate = (completion + prior * _PRIOR_BYTES) / (first.text_bytes + _PRIOR_BYTES)
+            # A limit that ended the first choice ends all choices after as many tokens, if they share its prompt.
+            limits = (record.asked.max_tokens, completion * record.asked.prompts)
+            shared = completion if first.limited and completion in limits else 0
+            for choice in others:
+                number, is_exact = _tokens_of_choice(choice, rate, shared, record.asked.max_tokens)
+                completion += number
+                estimated += 0 if is_exact else number
+        return completion, estimated
+
+
+def _tokens_of_choice(choice: Choice, rate: float, shared: int, max_tokens: int | None) -> tuple[int, bool]:
+    """Return the tokens of a choice without a report, and whether that is exact.
+
+    `rate` is in tokens per byte of text. `shared` is the limit that ends each choice, 0 if it is not known.
+    """
+    if choice.tokens:
+        return choice.tokens, True
+    if choice.limited and shared:
+        return shared, True
+    likely = ceil(choice.text_bytes * rate * MARGIN) + 1  # and the token that ended it
+    return min(likely, shared or likely, max_tokens or likely), False
+
+
+def limit_of(record: RequestRecord) -> int | None:
+    """Return how many tokens the request may have generated at most, if it said so."""
+    asked = record.asked
+    return None if asked.max_tokens is None else asked.max_tokens * asked.answers

@@ -1,0 +1,220 @@
+"""The tokens that llama-server reports, in all of its spellings: its timings, OpenAI's usage, Anthropic's.
+
+Input is JSON or what was parsed from it; nothing here raises for any input.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+# Numbers above these are errors of the backend, and would overflow sums and columns.
+MAX_TOKENS = 1 << 40
+MAX_MS = 1e12
+# At most this many places are tried in a tail that contains the names many times, as a tool call's arguments may.
+MAX_TRIES = 8
+
+_NAMES = re.compile(rb'"(?:usage|timings)"\s*:\s*\{')
+# Strings of a response that no model has generated.
+_NOT_GENERATED = frozenset(
+    (
+        "completion_probabilities",
+        "created",
+        "finish_reason",
+        "generation_settings",
+        "id",
+        "logprobs",
+        "model",
+        "object",
+        "prompt",
+        "role",
+        "status",
+        "stop_reason",
+        "stop_type",
+        "stopping_word",
+        "system_fingerprint",
+        "type",
+    )
+)
+_ENDS_OF_RESPONSES = ("response.completed", "response.incomplete", "response.failed")
+
+
+class Tokens(NamedTuple):
+    """The tokens of one response. `prompt` includes `cached`. The times are 0 if the backend did not report them.
+
+    `estimated` is how many of prompt and completion are an estimate.
+    """
+
+    prompt: int
+    cached: int
+    completion: int
+    prompt_ms: float = 0.0
+    predicted_ms: float = 0.0
+    estimated: int = 0
+
+
+make_tokens = partial(tuple.__new__, Tokens)  # a third of the time of NamedTuple's own constructor
+NO_TOKENS = Tokens(0, 0, 0)
+
+
+class Choice(NamedTuple):
+    """One choice of a whole response. `tokens` is 0 if nothing says how many it has.
+
+    `text_bytes` is the size of its text in UTF-8, `limited` whether the limit on tokens ended it.
+    """
+
+    text_bytes: int
+    tokens: int = 0
+    limited: bool = False
+
+
+def add_tokens(one: Tokens, other: Tokens, *, one_prompt: bool) -> Tokens:
+    """Add the tokens of two choices of a response. A prompt that they share was processed once."""
+    return Tokens(
+        max(one.prompt, other.prompt) if one_prompt else one.prompt + other.prompt,
+        max(one.cached, other.cached) if one_prompt else one.cached + other.cached,
+        one.completion + other.completion,
+        max(one.prompt_ms, other.prompt_ms) if one_prompt else one.prompt_ms + other.prompt_ms,
+        one.predicted_ms + other.predicted_ms,
+        one.estimated + other.estimated,
+    )
+
+
+# --- Members ---
+
+
+def count_of(value: object) -> int:
+    return value if type(value) is int and 0 <= value <= MAX_TOKENS else 0
+
+
+def _milliseconds(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= MAX_MS else 0.0
+
+
+def object_of(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _from_timings(timings: Mapping[str, Any]) -> Tokens:
+    cached = count_of(timings.get("cache_n"))
+    return Tokens(
+        prompt=cached + count_of(timings.get("prompt_n")),
+        cached=cached,
+        completion=count_of(timings.get("predicted_n")),
+        prompt_ms=_milliseconds(timings.get("prompt_ms")),
+        predicted_ms=_milliseconds(timings.get("predicted_ms")),
+    )
+
+
+def _from_usage(usage: Mapping[str, Any]) -> Tokens:
+    """Parse OpenAI's two spellings, and Anthropic's, whose input tokens do not include cached ones."""
+    details = object_of(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    cache_read = count_of(usage.get("cache_read_input_tokens"))
+    cache_written = count_of(usage.get("cache_creation_input_tokens"))
+    return Tokens(
+        prompt=count_of(usage.get("prompt_tokens")) + count_of(usage.get("input_tokens")) + cache_read + cache_written,
+        cached=count_of(details.get("cached_tokens")) + cache_read,
+        completion=count_of(usage.get("completion_tokens")) + count_of(usage.get("output_tokens")),
+    )
+
+
+def reported(response: Mapping[str, Any]) -> Tokens | None:
+    """Return the tokens that a response or event reports; llama-server's timings first: only they have the times."""
+    kind = response.get("type")
+    inner: Mapping[str, Any] = {}
+    if kind == "message_start":
+        inner = object_of(response.get("message"))
+    elif type(kind) is str and kind.startswith("response."):
+        inner = object_of(response.get("response"))
+    if timings := object_of(response.get("timings")):
+        return _from_timings(timings)
+    if usage := object_of(response.get("usage") or inner.get("usage")):
+        return _from_usage(usage)
+    if "tokens_evaluated" in response or "tokens_predicted" in response:
+        return Tokens(count_of(response.get("tokens_evaluated")), 0, count_of(response.get("tokens_predicted")))
+    return None
+
+
+def is_unfinished(event: Mapping[str, Any]) -> bool:
+    """Whether an event is not the last of its choice, so that its report is not the final one."""
+    kind = event.get("type")
+    if type(kind) is str and kind.startswith("response."):
+        return kind not in _ENDS_OF_RESPONSES
+    choices = event.get("choices")
+    if isinstance(choices, list):
+        return any(isinstance(choice, dict) and choice.get("finish_reason", 0) is None for choice in choices)
+    return event.get("stop") is False
+
+
+# --- Choices ---
+
+
+def choices_of(response: Mapping[str, Any]) -> list[Choice]:
+    """Return the choices of a whole response of OpenAI's form."""
+    choices = response.get("choices")
+    return [_choice(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _choice(choice: Mapping[str, Any]) -> Choice:
+    logprobs = object_of(choice.get("logprobs")).get("content")
+    tokens = len(logprobs) if isinstance(logprobs, list) else 0
+    return Choice(generated_bytes(choice), tokens, choice.get("finish_reason") == "length")
+
+
+def generated_bytes(value: object) -> int:
+    """Return the size of all generated text in a part of a response, in UTF-8."""
+    size = 0
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            size += len(part.encode("utf-8", "surrogatepass"))
+        elif isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            parts += [inner for name, inner in part.items() if name not in _NOT_GENERATED]
+    return size
+
+
+# --- Text ---
+
+
+def parse_json(text: bytes) -> Any:
+    """Return the value of a JSON text; None if it is no JSON, or nested deeper than Python can parse."""
+    try:
+        return json.loads(text.decode())  # from bytes, json would first have to detect the encoding
+    except (ValueError, RecursionError):
+        return None
+
+
+def parse_members(text: bytes) -> Mapping[str, Any]:
+    """Return the members of a JSON object; none if it is anything else."""
+    return object_of(parse_json(text))
+
+
+def last_members(tail: bytes) -> Mapping[str, Any]:
+    """Return the members at the end of an object, given the end of its text.
+
+    An opening brace before a member of the outermost object makes valid JSON of the text that follows; before a member
+    of a nested object there would be closing brackets too many.
+    """
+    found: Mapping[str, Any] = {}
+    places = [match.start() for match in _NAMES.finditer(tail)]
+    for place in reversed(places[-MAX_TRIES:]):
+        found = parse_members(b"{" + tail[place:]) or found
+    return found
+
+
+def first_members(head: bytes) -> Mapping[str, Any]:
+    """Return the members at the beginning of an object, up to its usage, given the beginning of its text."""
+    text = head.decode("latin-1")
+    for match in list(_NAMES.finditer(head))[:MAX_TRIES]:
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, match.end() - 1)
+        except (ValueError, RecursionError):
+            continue
+        # One brace completes the object if the member belongs to the outermost object.
+        if found := parse_members(head[:end] + b"}"):
+            return found
+    return {}
