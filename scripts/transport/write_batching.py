@@ -1,8 +1,8 @@
-"""The turns of the event loop: what a turn has to send is sent at its end, in one go.
+"""Write batching: what one iteration of the event loop writes is sent at its end, in one go.
 
-A peer on this machine that sleeps is woken by what it is sent. Writes that came one by one would wake it for each,
-which costs more than a write does; at the end of a turn they find it awake after the first. That end is the moment in
-which the loop asks its selector what is next, so the selector is ours: a callback would need a turn of its own.
+Writing wakes a peer on this machine that sleeps. Single writes would wake it again and again, which costs more than the
+writes do; at the end of an iteration the first one wakes it and the others find it awake. That end is the moment in
+which the loop calls its selector, so the selector is ours: a callback would need an iteration of its own.
 """
 
 import asyncio
@@ -15,55 +15,61 @@ from contextvars import Context
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any, TypeVar
 
-from waiting import end_tasks
+from core.tasks import end_tasks
 
 log = logging.getLogger("gateway")
 
 T = TypeVar("T")
 
 
-class Outbox:
-    """What the present turn of the loop has to send; `put` takes a transport and the bytes for it."""
+class WriteBatcher:
+    """What the current iteration of the loop has to send. `write` takes a pair: a transport and the bytes for it."""
 
-    __slots__ = ("_waiting", "put")
-    put: Callable[[tuple[asyncio.Transport, bytes]], None]
+    __slots__ = ("_items", "write")
+    write: Callable[[tuple[asyncio.Transport, bytes]], None]
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
-        self.put = self._put
+        self._items: list[tuple[asyncio.Transport, bytes]] = []
+        self.write = self._write_and_flush
 
-    def _put(self, letter: tuple[asyncio.Transport, bytes]) -> None:
-        if not self._waiting:
+    def _write_and_flush(self, item: tuple[asyncio.Transport, bytes]) -> None:
+        if not self._items:
             asyncio.get_running_loop().call_soon(self.flush)
-        self._waiting.append(letter)
+        self._items.append(item)
 
-    def leave_to_loop(self) -> None:
-        """From now on the loop calls `flush` at the end of each turn by itself."""
-        self.put = self._waiting.append
+    def flushed_by_loop(self) -> None:
+        """From now on the loop itself calls `flush` at the end of each iteration."""
+        self.write = self._items.append
+
+    def withdraw(self, transport: asyncio.BaseTransport) -> bool:
+        """Drop what is not sent yet for a transport; return whether there was anything."""
+        kept = [item for item in self._items if item[0] is not transport]
+        withdrawn = len(kept) < len(self._items)
+        self._items[:] = kept  # it stays the same list, since `write` may be its `append`
+        return withdrawn
 
     def flush(self) -> None:
-        """Send it. Never raises: whatever is wrong with one connection, the loop and the others go on."""
-        while self._waiting:
-            letters = self._waiting[:]
-            self._waiting.clear()  # it stays the same list, since `put` may be its own
-            for transport, data in letters:
+        """Send it. Never raises: a fault of one connection must not stop the loop and the others."""
+        while self._items:
+            items = self._items[:]
+            self._items.clear()  # it stays the same list, since `write` may be its `append`
+            for transport, data in items:
                 try:
                     transport.write(data)
                 except Exception:  # noqa: PERF203
                     log.exception("a write failed")
 
 
-class TurnSelector(selectors.BaseSelector):
-    """epoll for asyncio's loop, emptying an outbox at the end of each turn.
+class BatchingSelector(selectors.BaseSelector):
+    """epoll for asyncio's loop, which flushes a batcher at the end of each iteration.
 
-    It does what selectors.EpollSelector does with half of the steps, which at one event a turn is what an event costs
-    the loop.
+    It does what selectors.EpollSelector does in half of the steps, which matters when an iteration has one event.
     """
 
-    def __init__(self, outbox: Outbox) -> None:
-        outbox.leave_to_loop()
-        self.has_scheduled = False  # the loop something, while it sent
-        self._flush = outbox.flush
+    def __init__(self, batcher: WriteBatcher) -> None:
+        batcher.flushed_by_loop()
+        self.has_scheduled = False  # whether the loop scheduled something during the flush
+        self._flush = batcher.flush
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}
 
@@ -101,7 +107,7 @@ class TurnSelector(selectors.BaseSelector):
                 continue
             if mask == select.EPOLLIN:
                 ready.append((key, EVENT_READ))
-            else:  # an error, or the peer's end, is for whoever reads and for whoever writes
+            else:  # an error, or the peer's end, concerns the reader and the writer
                 events = (mask & ~select.EPOLLIN and EVENT_WRITE) | (mask & ~select.EPOLLOUT and EVENT_READ)
                 ready.append((key, events & key.events))
         return ready
@@ -124,37 +130,37 @@ def _descriptor(fileobj: Any) -> int:
 
 def _mask(events: int) -> int:
     if not events or events & ~(EVENT_READ | EVENT_WRITE):
-        raise ValueError(f"no such events: {events!r}")
+        raise ValueError(f"unknown events: {events!r}")
     return (events & EVENT_READ and select.EPOLLIN) | (events & EVENT_WRITE and select.EPOLLOUT)
 
 
-class TurnLoop(asyncio.SelectorEventLoop):
+class BatchingLoop(asyncio.SelectorEventLoop):
     """asyncio's loop on that selector.
 
-    When it sends, it has made up its mind how long to sleep: what is scheduled meanwhile, as by a connection that
-    breaks, must not be slept over.
+    At the flush the loop has already decided how long to sleep. What a write schedules, for example when a connection
+    breaks, must not wait for that time.
     """
 
-    def __init__(self, selector: TurnSelector) -> None:
-        self._turns = selector
+    def __init__(self, selector: BatchingSelector) -> None:
+        self.batching_selector = selector
         super().__init__(selector)
 
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
-        self._turns.has_scheduled = True
+        self.batching_selector.has_scheduled = True
         return super().call_soon(callback, *args, context=context)
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
-        self._turns.has_scheduled = True
+        self.batching_selector.has_scheduled = True
         return super().call_at(when, callback, *args, context=context)
 
 
-def new_loop(outbox: Outbox) -> asyncio.AbstractEventLoop:
-    """A loop that empties `outbox` at the end of each of its turns, where the platform has epoll; else a usual one."""
-    return TurnLoop(TurnSelector(outbox)) if hasattr(select, "epoll") else asyncio.new_event_loop()
+def new_loop(batcher: WriteBatcher) -> asyncio.AbstractEventLoop:
+    """Return a loop that flushes `batcher` at the end of each iteration; a usual loop if there is no epoll."""
+    return BatchingLoop(BatchingSelector(batcher)) if hasattr(select, "epoll") else asyncio.new_event_loop()
 
 
 def run(main: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop) -> T:
-    """As asyncio.run, on this loop, which is closed in the end."""
+    """Run as asyncio.run does, on this loop, and close it."""
     asyncio.set_event_loop(loop)
     try:
         return loop.run_until_complete(main)

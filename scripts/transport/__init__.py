@@ -1,0 +1,1 @@
+"""Connections to clients and to the backend. Only this room touches sockets."""
