@@ -1,0 +1,1 @@
+"""The state of llama-server: readiness, slots, its own metrics."""

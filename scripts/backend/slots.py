@@ -1,0 +1,183 @@
+"""llama-server's slots: how many there are, and when the slot of a cancelled request is really free."""
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from backend.generation_watch import GenerationWatch
+from core.errors import BACKEND_MALFORMED, GatewayError
+from core.tasks import end_tasks
+from policy.fair_queue import Ticket
+
+# Sends a GET request to the backend and returns status and body. May raise GatewayError.
+Fetch = Callable[[bytes], Awaitable[tuple[int, bytes]]]
+
+_TIMEOUT_S = 5.0
+# llama-server notices at its next token that the client of a stream has left. For a response that is not a stream it
+# looks only after a second in which it produced no result, and a response to GET /slots is a result: polled more often
+# than that, it would never look.
+_STREAM_POLL_S = 0.2
+_POLL_S = 1.2
+_MAX_SLOTS = 4096
+
+
+async def total_slots(fetch: Fetch) -> int:
+    """Return `total_slots` of GET /props, or 1 if it is not reported."""
+    try:
+        value = await _fetch_json(fetch, b"/props")
+    except (GatewayError, ValueError):
+        value = None
+    slots = value.get("total_slots") if isinstance(value, dict) else None
+    return slots if type(slots) is int and 0 < slots <= _MAX_SLOTS else 1
+
+
+async def listed_slots(fetch: Fetch) -> int:
+    """Return how many slots GET /slots lists. Raises as `busy_slots` does."""
+    value = await _fetch_json(fetch, b"/slots")
+    if not isinstance(value, list) or not 0 < len(value) <= _MAX_SLOTS:
+        raise ValueError("not a list of slots")
+    return len(value)
+
+
+async def busy_slots(fetch: Fetch) -> Sequence[Mapping[str, Any]]:
+    """Return the slots that are processing a request, as GET /slots lists them.
+
+    Raises GatewayError if the backend does not respond now, ValueError if it does not report its slots.
+    """
+    value = await _fetch_json(fetch, b"/slots")
+    if not isinstance(value, list) or not all(isinstance(slot, dict) for slot in value):
+        raise ValueError("not a list of slots")
+    return [slot for slot in value if slot.get("is_processing") is True]
+
+
+async def _fetch_json(fetch: Fetch, target: bytes) -> Any:
+    try:
+        status, body = await fetch(target)
+        if status == 200:
+            return json.loads(body)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except GatewayError as error:
+        if error.kind is not BACKEND_MALFORMED:
+            raise
+    raise ValueError("no such page")
+
+
+class PendingRelease(NamedTuple):
+    """The ticket of a cancelled request, when it was cancelled, and what watches its tokens.
+
+    An idle slot says nothing before `earliest_s`: a task of the request may not have begun. Times are the loop's.
+    """
+
+    ticket: Ticket
+    since_s: float
+    earliest_s: float
+    watch: GenerationWatch | None
+
+
+class SlotReclaimer:
+    """Releases the slots of cancelled requests once the backend has stopped working on them.
+
+    `relaying` returns the number of slots in which the backend should be working: further busy slots are those of
+    cancelled requests. If the backend does not report its slots, a slot is released at once. If it does not respond
+    because it is busy, it is polled again. Each slot is released after `timeout_s` at the latest.
+    """
+
+    def __init__(self, fetch: Fetch, relaying: Callable[[], int], timeout_s: float = _TIMEOUT_S) -> None:
+        self._fetch = fetch
+        self._relaying = relaying
+        self._timeout_s = timeout_s
+        self._pending: deque[PendingRelease] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._new_watch = asyncio.Event()
+        self._reports_slots = True
+        self._poll_slowly = False  # whether one of the cancelled requests was not a stream
+
+    def __len__(self) -> int:
+        """The number of requests whose slots are not released yet."""
+        return len(self._pending)
+
+    def reset(self) -> None:
+        """Assume again that the backend reports its slots, because it was restarted."""
+        self._reports_slots = True
+
+    def release(self, ticket: Ticket, *, streamed: bool, watch: GenerationWatch | None = None) -> None:
+        """Release the slot of a cancelled request as soon as the backend has stopped working on it.
+
+        `watch` follows what is generated meanwhile, and is ended before the slot is released.
+        """
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if streamed else _POLL_S), watch)
+        if not self._reports_slots:
+            _end(pending)
+            return
+        self._pending.append(pending)
+        self._poll_slowly = self._poll_slowly or not streamed
+        if watch is not None:
+            self._new_watch.set()
+        if self._task is None or self._task.done():
+            self._task = loop.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        clock = asyncio.get_running_loop().time
+        try:
+            while self._pending:
+                await self._pause(self._pending[0].since_s + self._timeout_s - clock())
+                cancelled = await self._cancelled_slots()
+                now_s = clock()
+                while self._pending and self._may_release(cancelled, now_s):
+                    _end(self._pending.popleft())
+        finally:
+            self._poll_slowly = False
+            self._release_all()
+
+    async def _pause(self, left_s: float) -> None:
+        """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
+        pause_s = _POLL_S if self._poll_slowly else _STREAM_POLL_S
+        pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
+        self._new_watch.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._new_watch.wait(), max(min(pause_s, left_s, *pauses_s), 0.0))
+
+    def _may_release(self, busy: int, now_s: float) -> bool:
+        """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
+        pending = self._pending[0]
+        if pending.since_s + self._timeout_s <= now_s:
+            return True
+        others = sum(each.ticket.slots for each in self._pending) - pending.ticket.slots
+        return pending.earliest_s <= now_s and others >= busy
+
+    async def _cancelled_slots(self) -> int:
+        """Return how many slots still work on cancelled requests; if that is unknown, all pending ones."""
+        try:
+            busy = await busy_slots(self._fetch)
+        except GatewayError:
+            return sum(pending.ticket.slots for pending in self._pending)
+        except ValueError:
+            self._reports_slots = False
+            return 0
+        now_s, taken = asyncio.get_running_loop().time(), set[int]()
+        for pending in self._pending:
+            if pending.watch is not None:
+                taken |= pending.watch.look(busy, now_s, taken)
+        return max(0, len(busy) - self._relaying())
+
+    def _release_all(self) -> None:
+        while self._pending:
+            _end(self._pending.popleft())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
+        self._release_all()  # a task that was cancelled before its first step has not done so
+
+
+def _end(pending: PendingRelease) -> None:
+    """Report what was generated for a cancelled request, then release its slots: the next one's quota counts it."""
+    if pending.watch is not None:
+        pending.watch.end()
+    pending.ticket.release()
