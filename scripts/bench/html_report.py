@@ -1,6 +1,6 @@
-"""A result as one HTML page that needs nothing but itself: inline style, inline SVG, no script, light and dark.
+"""A result as one self-contained HTML page: inline style, inline SVG, no script, light and dark.
 
-Pure: a Result in, a page out. Every text from outside is escaped.
+Pure functions from a Result to a page. All text from outside is escaped.
 """
 
 import math
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from bench_report import COLUMNS, number, row_of
-from bench_stats import Overhead, Result, Spread, Summary, Turn
+from bench.report import COLUMNS, format_number, summary_row
+from bench.stats import Overhead, Percentiles, Result, Run, Summary
 
 WIDTH, HEIGHT = 380, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 40
@@ -69,7 +69,7 @@ ul { padding-left: 1.1rem; max-width: 80ch; }
 
 @dataclass(frozen=True)
 class Axes:
-    """A frame whose y runs from low to high, and what goes along x: names at even steps, or a range of its own."""
+    """The coordinates of a chart. y ranges from low to high; x has `steps` equal steps or ranges over `span`."""
 
     low: float
     high: float
@@ -80,7 +80,7 @@ class Axes:
         return HEIGHT - BOTTOM - (value - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
 
     def step(self, index: int) -> float:
-        """The middle of the index-th of so many even steps."""
+        """Return the x coordinate of the middle of a step."""
         return LEFT + (index + 0.5) / self.steps * (WIDTH - LEFT - RIGHT)
 
     def x(self, value: float) -> float:
@@ -89,7 +89,7 @@ class Axes:
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round steps of 1, 2, 2.5 or 5 times a power of ten that cover low to high; low is 0 or less."""
+    """Return ticks at multiples of 1, 2, 2.5 or 5 times a power of ten that cover low to high. low is at most 0."""
     rough = max(high - low, 1e-9) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
     size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -127,9 +127,9 @@ def figure(title: str, caption: str, drawing: str) -> str:
     return f"{head}{view}{drawing}</svg></figure>"
 
 
-def dot(target: str, x: float, y: float, told: str, *, more: str = "", radius: float = 4.5) -> str:
-    title = f"<title>{escape(told)}</title>"
-    return f'<circle class="dot {target}{more}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>'
+def dot(target: str, x: float, y: float, tooltip: str, *, more_classes: str = "", radius: float = 4.5) -> str:
+    title = f"<title>{escape(tooltip)}</title>"
+    return f'<circle class="dot {target}{more_classes}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>'
 
 
 # Charts
@@ -139,72 +139,73 @@ def signed(value: float, unit: str) -> str:
     return f"{value:+.2f} {unit}".replace("-", "\N{MINUS SIGN}")
 
 
-def by_concurrency(title: str, unit: str, cells: Sequence[Summary], pick: Callable[[Summary], Spread | None]) -> str:
-    """Draw the median of each concurrency, and up to which value nine in ten came."""
-    found = [(each, spread) for each in cells if (spread := pick(each))]
-    if not found:
+def by_concurrency(
+    title: str, unit: str, cells: Sequence[Summary], pick: Callable[[Summary], Percentiles | None]
+) -> str:
+    """Draw the median at each concurrency, with a line to the 90th percentile."""
+    values = [(cell, percentiles) for cell in cells if (percentiles := pick(cell))]
+    if not values:
         return ""
-    names = list(dict.fromkeys(each.concurrency for each, _ in found))
-    axes, marks = axes_for(0.0, max(spread.p90 for _, spread in found), len(names))
+    names = list(dict.fromkeys(cell.concurrency for cell, _ in values))
+    axes, marks = axes_for(0.0, max(percentiles.p90 for _, percentiles in values), len(names))
     drawing = grid(axes, marks) + labels(
-        ((axes.step(i), str(name)) for i, name in enumerate(names)), "requests at once"
+        ((axes.step(i), str(name)) for i, name in enumerate(names)), "concurrent requests"
     )
     for target in TARGETS:
         points = []
-        for each, spread in found:
-            if each.target == target:
-                x = axes.step(names.index(each.concurrency)) + (5 if target == "gateway" else -5)
-                told = (
-                    f"{target}, {each.concurrency} at once: p50 {number(spread.p50)}, p90 {number(spread.p90)} {unit}"
+        for cell, percentiles in values:
+            if cell.target == target:
+                x = axes.step(names.index(cell.concurrency)) + (5 if target == "gateway" else -5)
+                p50, p90 = format_number(percentiles.p50), format_number(percentiles.p90)
+                points.append(
+                    (x, percentiles, f"{target}, concurrency {cell.concurrency}: p50 {p50}, p90 {p90} {unit}")
                 )
-                points.append((x, spread, told))
         drawing += curve_of(axes, target, points)
-    spreads = any(spread.p50 != spread.p90 for _, spread in found)
-    return figure(title, f"{unit}; dot: median, line: to the 90th percentile" if spreads else unit, drawing)
+    differ = any(percentiles.p50 != percentiles.p90 for _, percentiles in values)
+    return figure(title, f"{unit}; dot: median, line: to the 90th percentile" if differ else unit, drawing)
 
 
-def curve_of(axes: Axes, target: str, points: Sequence[tuple[float, Spread, str]]) -> str:
-    path = " ".join(f"{x:.1f},{axes.y(spread.p50):.1f}" for x, spread, _ in points)
+def curve_of(axes: Axes, target: str, points: Sequence[tuple[float, Percentiles, str]]) -> str:
+    path = " ".join(f"{x:.1f},{axes.y(percentiles.p50):.1f}" for x, percentiles, _ in points)
     drawing = f'<polyline class="curve {target}" points="{path}"/>'
-    for x, spread, told in points:
-        low, high = axes.y(spread.p50), axes.y(spread.p90)
+    for x, percentiles, tooltip in points:
+        low, high = axes.y(percentiles.p50), axes.y(percentiles.p90)
         drawing += f'<line class="whisker {target}" x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>'
-        drawing += dot(target, x, low, told)
+        drawing += dot(target, x, low, tooltip)
     return drawing
 
 
-def of_rate(rate: float | None) -> Spread | None:
-    return None if rate is None else Spread(1, rate, rate, rate)
+def rate_as_percentiles(rate: float | None) -> Percentiles | None:
+    return None if rate is None else Percentiles(1, rate, rate, rate)
 
 
 def added(title: str, overheads: Sequence[Overhead]) -> str:
-    """Draw the difference of each round, and the median round."""
+    """Draw the difference in each round, and the median of the rounds."""
     if not overheads:
         return ""
     unit = overheads[0].unit
     values = [value for overhead in overheads for value in overhead.rounds]
     axes, marks = axes_for(min(values), max(values), len(overheads))
     places = [(axes.step(index), str(overhead.concurrency)) for index, overhead in enumerate(overheads)]
-    drawing = grid(axes, marks) + labels(places, "requests at once")
+    drawing = grid(axes, marks) + labels(places, "concurrent requests")
     for (x, name), overhead in zip(places, overheads, strict=True):
         for value in overhead.rounds:
-            drawing += dot("gateway", x, axes.y(value), f"a round: {signed(value, unit)}", more=" faint", radius=4)
-        told = f"{name} at once, median round: {signed(overhead.median, unit)}"
+            drawing += dot(
+                "gateway", x, axes.y(value), f"one round: {signed(value, unit)}", more_classes=" faint", radius=4
+            )
+        tooltip = f"concurrency {name}, median of the rounds: {signed(overhead.median, unit)}"
         y = axes.y(overhead.median)
         drawing += f'<line class="curve gateway" x1="{x - 14:.1f}" x2="{x + 14:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        drawing += (
-            f'<text x="{x + 18:.1f}" y="{y + 4:.1f}">{signed(overhead.median, "")}<title>{escape(told)}</title></text>'
-        )
-    return figure(title, f"{unit}, gateway less direct; dot: a round, bar: the median", drawing)
+        label = f"{signed(overhead.median, '')}<title>{escape(tooltip)}</title>"
+        drawing += f'<text x="{x + 18:.1f}" y="{y + 4:.1f}">{label}</text>'
+    return figure(title, f"{unit}, gateway minus direct; dot: one round, bar: median", drawing)
 
 
-def distribution(title: str, turns: Sequence[Turn], pick: Callable[[Turn], list[float]]) -> str:
-    """Draw what share of the requests had come by then, at the highest concurrency."""
-    most = max(turn.concurrency for turn in turns)
+def distribution(title: str, runs: Sequence[Run], pick: Callable[[Run], list[float]]) -> str:
+    """Draw the cumulative distribution at the highest concurrency."""
+    most = max(run.concurrency for run in runs)
     values = {
-        target: sorted(
-            value for turn in turns if (turn.target, turn.concurrency) == (target, most) for value in pick(turn)
-        )
+        target: sorted(value for run in runs if (run.target, run.concurrency) == (target, most) for value in pick(run))
         for target in TARGETS
     }
     known = [value for each in values.values() for value in each]
@@ -220,7 +221,7 @@ def distribution(title: str, turns: Sequence[Turn], pick: Callable[[Turn], list[
             shares = (100 * (index + after) / len(each) for after in (0, 1))
             points += [f"{x},{axes.y(share):.1f}" for share in shares]
         drawing += f'<polyline class="curve {target}" points="{" ".join(points)}"/>' if each else ""
-    return figure(title, f"% of requests that had it by then, {most} at once", drawing)
+    return figure(title, f"% of requests that took no longer, concurrency {most}", drawing)
 
 
 # The page
@@ -238,21 +239,23 @@ def to_html(result: Result) -> str:
         f"<style>{STYLE}</style></head><body><main><h1>Gateway benchmark</h1><dl>{facts}</dl>"
         f'{headline(result)}<div class="legend">{legend}</div>'
         f"{''.join(section(kind, result) for kind in kinds)}"
-        f'<h2>How to read it</h2><ul class="soft">{notes}</ul></main></body></html>\n'
+        f'<h2>How to read this report</h2><ul class="soft">{notes}</ul></main></body></html>\n'
     )
 
 
 CAVEATS = (
-    "The two targets take turns within each round, and what the gateway adds is the difference inside a round.",
-    "Tokens are counted by the backend (timings, else usage). A stream's tokens a second are the backend's own figure.",
-    "Times are those of the client of this benchmark, over connections that were open before the clock started.",
-    "More requests at once than the backend has slots wait, in the gateway's queue or in the backend's own.",
+    "Both targets are measured in every round, in alternating order. What the gateway adds is the difference within a"
+    " round.",
+    "Token counts are those of the backend (timings, else usage). Tokens per second of a stream are the backend's own"
+    " figure.",
+    "Times are measured by the client of this benchmark, on connections that were open before the clock started.",
+    "If there are more concurrent requests than slots, requests wait in the gateway's queue or in the backend's own.",
 )
 
 
 def section(kind: str, result: Result) -> str:
     cells = [summary for summary in result.summaries if summary.kind == kind]
-    turns = [turn for turn in result.turns if turn.kind == kind]
+    runs = [run for run in result.runs if run.kind == kind]
     more: dict[str, list[Overhead]] = {}
     for overhead in result.overheads:
         if overhead.kind == kind:
@@ -260,57 +263,59 @@ def section(kind: str, result: Result) -> str:
     streams = any(each.first_ms for each in cells)
     tokens = any(each.tokens_per_second for each in cells)
     rate = (
-        (lambda each: of_rate(each.tokens_per_second)) if tokens else (lambda each: of_rate(each.requests_per_second))
+        (lambda each: rate_as_percentiles(each.tokens_per_second))
+        if tokens
+        else (lambda each: rate_as_percentiles(each.requests_per_second))
     )
     head = "Time to first token" if streams else "Time to the whole answer"
     measure = "first token" if streams else "whole answer"
     charts = [
         by_concurrency(head, "ms", cells, lambda each: each.first_ms if streams else each.total_ms),
         added(f"Added to the {measure}", more.get(measure, [])),
-        distribution(f"{head}, spread out", turns, first_times if streams else total_times),
+        distribution(f"Distribution: {head[0].lower()}{head[1:]}", runs, first_times if streams else total_times),
         by_concurrency("Gap between tokens", "ms", cells, lambda each: each.gap_ms),
         added("Added to the gap between tokens", more.get("gap between tokens", [])),
-        by_concurrency("Throughput", "tokens a second in all" if tokens else "requests a second", cells, rate),
+        by_concurrency("Throughput", "tokens per second, total" if tokens else "requests per second", cells, rate),
     ]
     return f'<h2>{escape(kind)}</h2><div class="charts">{"".join(charts)}</div>{table(cells)}'
 
 
-def first_times(turn: Turn) -> list[float]:
-    return [sample.first_s * 1000 for sample in turn.good if sample.first_s is not None]
+def first_times(run: Run) -> list[float]:
+    return [sample.first_s * 1000 for sample in run.successful if sample.first_s is not None]
 
 
-def total_times(turn: Turn) -> list[float]:
-    return [sample.total_s * 1000 for sample in turn.good]
+def total_times(run: Run) -> list[float]:
+    return [sample.total_s * 1000 for sample in run.successful]
 
 
 def table(cells: Sequence[Summary]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("at once", "target", *COLUMNS[1:]))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("concurrency", "target", *COLUMNS[1:]))
     rows = "".join(
-        f"<tr><td>{each.concurrency}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in row_of(each))}</tr>"
+        f"<tr><td>{each.concurrency}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in summary_row(each))}</tr>"
         for each in cells
     )
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def headline(result: Result) -> str:
-    """Say the most important figures first: what the gateway adds, else what the one target does."""
+    """Show the most important figures: what the gateway adds, else the medians of the only target."""
     failed = sum(sum(summary.errors.values()) for summary in result.summaries)
     requests = sum(summary.requests for summary in result.summaries)
     last = tile(str(failed), f"of {requests} requests failed", " bad" if failed else "")
     if result.overheads:
         first = result.overheads[0]
-        title = f"What the gateway adds, {first.kind}, {first.concurrency} at once"
+        title = f"What the gateway adds: {first.kind}, concurrency {first.concurrency}"
         cell = [each for each in result.overheads if (each.kind, each.concurrency) == (first.kind, first.concurrency)]
         shown = [tile(signed(each.median, each.unit), each.measure) for each in cell]
     elif result.summaries:
         only = result.summaries[0]
-        title = f"Medians of {only.target}, {only.kind}, {only.concurrency} at once"
-        spreads = (("first token", only.first_ms), ("gap between tokens", only.gap_ms), ("whole answer", only.total_ms))
-        shown = [tile(f"{number(each.p50)} ms", name) for name, each in spreads if each]
+        title = f"Medians of {only.target}: {only.kind}, concurrency {only.concurrency}"
+        medians = (("first token", only.first_ms), ("gap between tokens", only.gap_ms), ("whole answer", only.total_ms))
+        shown = [tile(f"{format_number(each.p50)} ms", name) for name, each in medians if each]
     else:
         title, shown = "Nothing was measured", []
     return f'<h2>{escape(title)}</h2><div class="tiles">{"".join([*shown, last])}</div>'
 
 
-def tile(value: str, what: str, mood: str = "") -> str:
-    return f'<div class="tile{mood}"><b>{escape(value)}</b><span class="soft">{escape(what)}</span></div>'
+def tile(value: str, label: str, more_classes: str = "") -> str:
+    return f'<div class="tile{more_classes}"><b>{escape(value)}</b><span class="soft">{escape(label)}</span></div>'

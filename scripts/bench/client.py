@@ -1,8 +1,8 @@
-"""One measured request: what a client of an OpenAI-compatible address sees and when.
+"""One measured request to an OpenAI-compatible address: what its client receives, and when.
 
-A client of its own rather than a library's, so that the time between a token's arrival and its time stamp is short and
-the same for every target. It counts tokens by what llama-server says (`timings`, else `usage`) and never by looking at
-the text. It retries nothing: a failed request is a result.
+No client library is used, so that the time between the arrival of a token and its time stamp is short and the same for
+every target. Token counts are those of llama-server (`timings`, else `usage`), never derived from the text. A failed
+request is a result and is not retried.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "embe
 
 @dataclass(frozen=True)
 class Target:
-    """One address under measurement; the key stays out of every report."""
+    """One address to measure. The key appears in no report."""
 
     name: str
     url: str
@@ -30,20 +30,21 @@ class Target:
 
     @property
     def address(self) -> tuple[str, int, bool]:
-        """(host, port, TLS)."""
+        """Return (host, port, whether TLS is used)."""
         parts = urlsplit(self.url)
         tls = parts.scheme == "https"
         return parts.hostname or "", parts.port or (443 if tls else 80), tls
 
-    def check(self) -> None:
-        """Raises ValueError where the URL or the key cannot be used."""
+    def validate(self) -> None:
+        """Raise ValueError if the URL or the key is invalid."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
             raise ValueError(f"--{self.name} {self.url!r} is not an http or https URL")
         if not self.key.isascii() or not self.key.isprintable():
-            raise ValueError(f"the key for --{self.name} holds characters that no key has")
+            raise ValueError(f"the key for --{self.name} contains characters that are not allowed in a key")
 
     def request(self, method: str, path: str, body: object = None) -> bytes:
+        """Return a whole HTTP request. The body is sent as JSON; path is appended to the path of the URL."""
         payload = b"" if body is None else json.dumps(body).encode()
         parts = urlsplit(self.url)
         lines = [f"{method} {parts.path.rstrip('/')}{path} HTTP/1.1", f"Host: {parts.netloc.rpartition('@')[2]}"]
@@ -54,7 +55,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one request came to; seconds from its first byte on. `error` is empty where all went well."""
+    """The result of one request. Times are seconds since its first byte was sent. `error` is empty on success."""
 
     error: str = ""
     total_s: float = 0.0
@@ -68,48 +69,49 @@ class Sample:
     prompt_per_second: float | None = None
 
 
-class Stale(Exception):
-    """The target had closed a kept connection before this request came to it."""
+class StaleConnection(Exception):
+    """The target closed a kept-alive connection before it received this request."""
 
 
-class Failed(Exception):
-    """The request came to nothing; the text is what the report counts it under."""
+class RequestFailed(Exception):
+    """The request failed. The report counts failures by this message."""
 
 
 @dataclass
-class Reading:
-    """What is known of an answer so far."""
+class Measurement:
+    """What has been received of an answer so far, and when."""
 
-    began_s: float
+    started_s: float
     arrivals_s: list[float] = field(default_factory=list)
     timings: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
     ended: bool = False
 
-    def take_event(self, data: bytes, now_s: float) -> None:
-        """Note one event of a stream, which arrived now."""
+    def add_event(self, data: bytes, now_s: float) -> None:
+        """Record the data of one server-sent event that arrived at now_s."""
         if data == b"[DONE]":
             self.ended = True
             return
         event = parse_json(data)
         if "error" in event:
-            raise Failed(f"error in stream: {code_of(event)}")
+            raise RequestFailed(f"error in stream: {error_code(event)}")
         if any(has_text(choice) for choice in event.get("choices") or ()):
             self.arrivals_s.append(now_s)
-        self.take_counts(event)
+        self.add_counts(event)
 
-    def take_counts(self, answer: dict[str, Any]) -> None:
+    def add_counts(self, answer: dict[str, Any]) -> None:
+        """Record the token counts that an event or a whole answer contains."""
         self.timings = answer.get("timings") or self.timings
         self.usage = answer.get("usage") or self.usage
 
-    def sample(self, now_s: float) -> Sample:
+    def to_sample(self, now_s: float) -> Sample:
         arrivals = self.arrivals_s
         prompt = self.usage.get("prompt_tokens")
         if self.timings:
             prompt = self.timings.get("cache_n", 0) + self.timings.get("prompt_n", 0)
         return Sample(
-            total_s=now_s - self.began_s,
-            first_s=arrivals[0] - self.began_s if arrivals else None,
+            total_s=now_s - self.started_s,
+            first_s=arrivals[0] - self.started_s if arrivals else None,
             gaps_s=tuple(later - earlier for earlier, later in pairwise(arrivals)),
             events=len(arrivals),
             tokens=self.timings.get("predicted_n", self.usage.get("completion_tokens")),
@@ -121,7 +123,7 @@ class Reading:
 
 
 def has_text(choice: dict[str, Any]) -> bool:
-    """Tell whether a choice of an event brings a piece of the answer."""
+    """Return whether a choice of an event contains a part of the answer."""
     delta = choice.get("delta") or {}
     return bool(choice.get("text") or delta.get("content") or delta.get("reasoning_content") or delta.get("tool_calls"))
 
@@ -130,12 +132,12 @@ def parse_json(data: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
     except ValueError:
-        raise Failed("answer is not JSON") from None
+        raise RequestFailed("answer is not JSON") from None
     return parsed if isinstance(parsed, dict) else {}
 
 
-def code_of(answer: dict[str, Any]) -> str:
-    """Name an error by its code, or else by its type."""
+def error_code(answer: dict[str, Any]) -> str:
+    """Return the code of an error answer, else its type."""
     error = answer.get("error")
     if not isinstance(error, dict):
         return "unknown"
@@ -144,13 +146,15 @@ def code_of(answer: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Head:
+class AnswerHead:
+    """The head of an answer; the names of its fields are in lower case."""
+
     status: int
     fields: dict[str, str]
 
 
-class Connection:
-    """One client's connection to a target: kept alive, and opened anew where the target closed it."""
+class TargetConnection:
+    """A keep-alive connection to a target. It is opened again if the target closed it."""
 
     def __init__(self, target: Target, timeout_s: float) -> None:
         self._target = target
@@ -161,17 +165,17 @@ class Connection:
         self._received = False
 
     async def open(self) -> None:
-        """Connect unless connected, so that no measurement contains a handshake. Raises Failed."""
+        """Connect unless connected. Called before the clock starts, so no time includes it. Raises RequestFailed."""
         if self._writer and not self._reader.at_eof():
             return
         self.close()
         host, port, tls = self._target.address
         context = ssl.create_default_context() if tls else None
-        opening = asyncio.open_connection(host, port, ssl=context, limit=HEAD_BYTES)
+        connecting = asyncio.open_connection(host, port, ssl=context, limit=HEAD_BYTES)
         try:
-            self._reader, self._writer = await asyncio.wait_for(opening, self._timeout_s)
+            self._reader, self._writer = await asyncio.wait_for(connecting, self._timeout_s)
         except (OSError, asyncio.TimeoutError) as error:
-            raise Failed(f"cannot connect: {name_of(error)}") from None
+            raise RequestFailed(f"cannot connect: {error_name(error)}") from None
         self._served = False
 
     def close(self) -> None:
@@ -180,90 +184,90 @@ class Connection:
             self._writer = None
 
     async def measure(self, request: bytes) -> Sample:
-        """Send the request and follow its answer to the end. Failures are samples, too.
+        """Send the request, receive the whole answer and return its sample. A failure is a sample too.
 
-        Where a connection that has served before brings nothing at all, the target had closed it (llama-server does so
-        after every stream): the request is sent once more on a new one, and the clock starts anew.
+        If a connection that served a request before returns no byte, the target had closed it, as llama-server does
+        after every stream. The request is then sent again on a new connection, and the clock restarts.
         """
         try:
             return await self._attempt(request)
-        except Stale:
+        except StaleConnection:
             return await self._attempt(request)
 
     async def _attempt(self, request: bytes) -> Sample:
-        began_s = time.perf_counter()
+        started_s = time.perf_counter()
         try:
             await self.open()
-            began_s = time.perf_counter()
-            reading = await asyncio.wait_for(self._follow(request, began_s), self._timeout_s)
-            return reading.sample(time.perf_counter())
-        except Failed as failure:
+            started_s = time.perf_counter()
+            measurement = await asyncio.wait_for(self._receive(request, started_s), self._timeout_s)
+            return measurement.to_sample(time.perf_counter())
+        except RequestFailed as failure:
             error = str(failure)
-        except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError) as broken:
-            error = name_of(broken)
-            if self._served and not self._received and not isinstance(broken, asyncio.TimeoutError):
+        except (OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError) as exception:
+            error = error_name(exception)
+            if self._served and not self._received and not isinstance(exception, asyncio.TimeoutError):
                 self.close()
-                raise Stale from None
+                raise StaleConnection from None
         self.close()
-        return Sample(error=error, total_s=time.perf_counter() - began_s)
+        return Sample(error=error, total_s=time.perf_counter() - started_s)
 
     async def fetch(self, path: str) -> dict[str, Any]:
-        """Get a page of JSON; an empty one where there is none to be had."""
+        """Return a JSON object from the target, or an empty one on any failure."""
         try:
             await self.open()
             body = await asyncio.wait_for(self._fetch(path), self._timeout_s)
             return parse_json(body)
-        except (Failed, OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):
+        except (RequestFailed, OSError, EOFError, ValueError, asyncio.TimeoutError, asyncio.LimitOverrunError):
             self.close()
             return {}
 
     async def _fetch(self, path: str) -> bytes:
         self._send(self._target.request("GET", path))
         head = await self._read_head()
-        return b"".join([piece async for piece in self._pieces(head)])
+        return b"".join([piece async for piece in self._body(head)])
 
-    async def _follow(self, request: bytes, began_s: float) -> Reading:
+    async def _receive(self, request: bytes, started_s: float) -> Measurement:
         self._send(request)
         head = await self._read_head()
-        reading = Reading(began_s)
+        measurement = Measurement(started_s)
         if head.status == 200 and "text/event-stream" in head.fields.get("content-type", ""):
-            await self._follow_events(head, reading)
+            await self._receive_events(head, measurement)
         else:
-            body = b"".join([piece async for piece in self._pieces(head)])
+            body = b"".join([piece async for piece in self._body(head)])
             if head.status != 200:
-                raise Failed(f"{head.status} {code_of(json_or_nothing(body))}")
-            reading.take_counts(parse_json(body))
-        return reading
+                raise RequestFailed(f"{head.status} {error_code(parse_json_or_empty(body))}")
+            measurement.add_counts(parse_json(body))
+        return measurement
 
-    async def _follow_events(self, head: Head, reading: Reading) -> None:
-        rest = b""
-        async for piece in self._pieces(head):
+    async def _receive_events(self, head: AnswerHead, measurement: Measurement) -> None:
+        buffer = b""
+        async for piece in self._body(head):
             now_s = time.perf_counter()
-            *events, rest = (rest + piece).split(b"\n\n")
+            *events, buffer = (buffer + piece).split(b"\n\n")
             for event in events:
                 for line in event.split(b"\n"):
                     if line.startswith(b"data:"):
-                        reading.take_event(line[5:].strip(), now_s)
-        if not reading.ended:
-            raise Failed("stream ended early")
+                        measurement.add_event(line[5:].strip(), now_s)
+        if not measurement.ended:
+            raise RequestFailed("stream ended early")
 
     def _send(self, request: bytes) -> None:
         assert self._writer is not None
         self._received = False
         self._writer.write(request)
 
-    async def _read_head(self) -> Head:
+    async def _read_head(self) -> AnswerHead:
         head = await self._reader.readuntil(b"\r\n\r\n")
         self._received = True
         line, *rest = head.decode("latin-1").split("\r\n")
         version, _, status = line.partition(" ")
         if not version.startswith("HTTP/1.") or not status[:3].isdigit():
-            raise Failed("answer is not HTTP")
+            raise RequestFailed("answer is not HTTP")
         pairs = (pair.partition(":") for pair in rest if pair)
-        return Head(int(status[:3]), {name.lower(): value.strip() for name, _, value in pairs})
+        return AnswerHead(int(status[:3]), {name.lower(): value.strip() for name, _, value in pairs})
 
-    async def _pieces(self, head: Head) -> AsyncIterator[bytes]:
-        """Yield the body as it comes, its transfer coding removed; then close what cannot be used again."""
+    async def _body(self, head: AnswerHead) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives, without its transfer coding. Then close a connection that cannot be reused."""
         if "chunked" in head.fields.get("transfer-encoding", ""):
             while size := int((await self._reader.readuntil(b"\r\n")).split(b";")[0], 16):
                 yield (await self._reader.readexactly(size + 2))[:-2]
@@ -278,14 +282,15 @@ class Connection:
             self.close()
 
 
-def json_or_nothing(body: bytes) -> dict[str, Any]:
+def parse_json_or_empty(body: bytes) -> dict[str, Any]:
     try:
         return parse_json(body)
-    except Failed:
+    except RequestFailed:
         return {}
 
 
-def name_of(error: BaseException) -> str:
+def error_name(error: BaseException) -> str:
+    """Return the name under which the report counts an exception."""
     if isinstance(error, asyncio.TimeoutError):
         return "timed out"
     if isinstance(error, EOFError):
