@@ -1,0 +1,252 @@
+"""When a request may go to the backend: the model is ready, and slots are free; and what it holds until its end."""
+
+from collections.abc import Callable
+
+from accounting.request_record import RequestRecord, Stage
+from auth import Caller
+from backend.generation_watch import GenerationWatch
+from backend.readiness import DEAD, READY
+from backend.slot_isolation import SlotIsolation, SlotLease
+from backend.slots import SlotReclaimer
+from core.errors import BACKEND_TIMEOUT, DRAINING, LOADING, QUEUE_TIMEOUT, GatewayError
+from policy.fair_queue import Ticket
+from policy.prefix_digests import prefix_digests
+from policy.slot_demand import SlotDemand
+from policy.suspects import Suspect
+from proxy.incoming_body import IncomingBody
+from proxy.request_services import RequestServices
+from proxy.response_info import ResponseInfo
+from transport.backend_protocol import BackendProtocol
+from transport.client_protocol import ClientProtocol
+
+BACKEND_IS_DOWN = "The backend is down; it is being restarted."
+_LANE_S = 60.0  # after which the next suspect runs as well; longer than it takes to find the backend hung
+
+
+class Admission:
+    """The admission of one request: a place in the queue, then slots.
+
+    `demand` is how many slots its body asks for.
+    """
+
+    _suspect: Suspect  # once there is a lane
+    __slots__ = (
+        "_caller",
+        "_client",
+        "_demand",
+        "_lane",
+        "_lease",
+        "_record",
+        "_route",
+        "_services",
+        "_slot_key",
+        "_suspect",
+        "_ticket",
+    )
+
+    def __init__(
+        self,
+        services: RequestServices,
+        client: ClientProtocol,
+        record: RequestRecord,
+        caller: Caller,
+        demand: SlotDemand,
+    ) -> None:
+        self._services = services
+        self._client = client
+        self._record = record
+        self._route = record.prepared.route
+        self._caller = caller
+        self._demand = demand
+        self._slot_key: str | None = None  # of the key, while a slot is held that was free at once
+        self._ticket: Ticket | None = None  # for a slot that had to be waited for
+        self._lane: Ticket | None = None  # of a suspect that must run alone
+        self._lease: SlotLease | None = None  # with the ticket's slots; only if they are isolated
+
+    # --- The queue ---
+
+    def try_at_once(self) -> bool:
+        """Take a slot, or a place in the queue; return whether the request can go on without waiting."""
+        services, record, caller = self._services, self._record, self._caller
+        readiness, kind = services.readiness, self._route.kind
+        is_ready = readiness.state == READY
+        if record.queued_s:  # it was admitted before, but the backend did not accept the connection
+            return is_ready
+        if not is_ready and readiness.state == DEAD and kind.slot and not readiness.has_news():
+            self._refuse_if_dead()
+        record.queued_s = services.clock()
+        if not kind.slot:
+            return is_ready and not (kind.bounded and self._waits_for_others())
+        slots, is_batch = self._demand
+        parallel = caller.parallel
+        if services.suspects.active and services.suspects.is_limited(caller.key_id):
+            parallel = slots
+        if is_ready and slots == 1 and services.queue.try_acquire(caller.key_id, parallel, caller.priority):
+            self._slot_key = caller.key_id
+            record.left_queue_s = record.queued_s
+            return True
+        self._ticket = services.queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
+        return False
+
+    def _refuse_if_dead(self) -> None:
+        readiness = self._services.readiness
+        if readiness.state == DEAD:
+            raise GatewayError(LOADING, readiness.detail or BACKEND_IS_DOWN)
+
+    def _waits_for_others(self) -> bool:
+        """Take one of the places of the routes without slots, or wait for it; return whether it has to wait."""
+        caller = self._caller
+        ticket = self._ticket = self._services.cheap_routes.queue.acquire(caller.key_id, None, caller.priority)
+        return ticket.waiting is not None
+
+    async def wait(self) -> bool:
+        """Wait for the backend to be ready, and for slots.
+
+        Returns False if the backend is not ready, and the route does not wait for that.
+        """
+        services, ticket = self._services, self._ticket
+        if services.readiness.state != READY:
+            if self._route.kind.slot:
+                await self._until_ready()
+            elif not await self._is_ready_by_now():
+                return False
+        if ticket is not None and ticket.waiting is not None:
+            self._begin_waiting()
+            await self._client.wait_for(ticket.waiting, services.timeouts.queue_s, QUEUE_TIMEOUT)
+        if ticket is not None:
+            self._record.left_queue_s = services.clock()
+        return True
+
+    async def _is_ready_by_now(self) -> bool:
+        """Whether the backend has become ready since the last look at its state: the platform may have said so."""
+        services = self._services
+        if services.readiness.has_news():
+            await self._client.run(services.readiness.catch_up(), services.upstream_timeouts.connect_s, LOADING)
+        return services.readiness.state == READY
+
+    async def _until_ready(self) -> None:
+        """Wait for the model to load, at most COLD_START_WAIT from the time when the request was ready to go."""
+        self._begin_waiting()
+        services = self._services
+        if services.readiness.state == DEAD and not self._record.left_queue_s:  # there may be news: see try_at_once
+            await self._is_ready_by_now()
+            self._refuse_if_dead()
+        left_s = self._record.queued_s + services.timeouts.cold_start_s - services.clock()
+        if left_s <= 0:
+            raise GatewayError(LOADING)
+        ready = services.readiness.when_ready()
+        try:
+            await self._client.wait_for(ready, left_s, LOADING)
+        finally:
+            ready.cancel()  # readiness keeps it for as long as the model loads
+
+    def _begin_waiting(self) -> None:
+        self._record.stage = Stage.QUEUED
+        if self._services.lifecycle.draining:  # since the request was checked, before its body came
+            raise GatewayError(DRAINING)
+
+    def position(self) -> int:
+        """Return the place in the queue, in slots, 0 if it waits for something else."""
+        ticket = self._ticket
+        waits = ticket is not None and ticket.waiting is not None and not ticket.waiting.done()
+        return ticket.position() if ticket is not None and waits else 0
+
+    @property
+    def slots(self) -> int:
+        """How many slots it has, once it is admitted on a route that takes slots."""
+        return 1 if self._ticket is None else self._ticket.slots
+
+    # --- Suspects run one at a time (see policy.suspects) ---
+
+    async def await_lane(self, suspect: Suspect) -> None:
+        """Wait until no other suspect runs, if this is one. Raises REQUEST_HELD_BACK."""
+        services = self._services
+        if self._lane is not None or not services.suspects.must_run_alone(suspect):
+            return
+        self._suspect = suspect
+        self._lane = services.suspects_lane.acquire(self._record.key_id)
+        if self._lane.waiting is None:
+            return
+        self._begin_waiting()
+        try:
+            await self._client.wait_for(self._lane.waiting, _LANE_S, QUEUE_TIMEOUT)
+        except GatewayError as error:
+            if error.kind is not QUEUE_TIMEOUT:
+                raise
+        services.suspects.must_run_alone(suspect)
+
+    def _leave_lane(self, lane: Ticket) -> None:
+        """Let the next suspect run. One that has been answered is none any more."""
+        if self._record.stage is Stage.DONE:
+            self._services.suspects.clear(self._suspect)
+        lane.release()
+
+    # --- A slot in which nothing of another key is (PROMPT_CACHE=private) ---
+
+    async def lease_slot(self, isolation: SlotIsolation, body: IncomingBody) -> None:
+        """Get a slot that holds nothing of another key, unless the request has one of the backend's current process."""
+        ticket = self._ticket
+        if ticket is None:
+            assert self._slot_key is not None  # it was admitted at once
+            ticket = self._ticket = self._services.queue.ticket(self._slot_key, self._caller.parallel)
+            self._slot_key = None
+        while self._lease is None or not self._lease.is_valid:
+            if self._lease is not None:
+                self._lease.release()
+            digests = prefix_digests(body.pieces) if self._may_be_pinned(body) else None
+            self._lease = ticket.lease = isolation.lease(ticket.key_id, digests)
+            self._begin_waiting()
+            await self._client.run(self._lease.acquire(), self._services.upstream_timeouts.request_s, BACKEND_TIMEOUT)
+            if self._lease.slot is not None:
+                body.add("id_slot", self._lease.slot)
+                body.add("cache_prompt", True)
+
+    def _may_be_pinned(self, body: IncomingBody) -> bool:
+        """Whether the backend will obey an `id_slot` that is added to the body."""
+        is_object = body.members is not None and body.members.end is not None
+        return self._route.pins_slot and self._demand.slots == 1 and is_object
+
+    # --- The end ---
+
+    def release(self) -> None:
+        """Leave the queue or the slots: the backend is not at work."""
+        if self._lane is not None:
+            self._leave_lane(self._lane)
+        if self._slot_key is not None:
+            self._services.queue.release(self._slot_key)
+        elif self._ticket is not None:
+            self._ticket.release()
+
+    def release_unfinished(
+        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[int | None], None] | None = None
+    ) -> None:
+        """Release the slots once the backend, which was cut short, has stopped working.
+
+        `sent_bytes` is the size of the body that the backend got. `on_generated` gets what the backend was seen to
+        generate, None if that was not seen.
+        """
+        if self._lane is not None:
+            self._leave_lane(self._lane)
+        ticket = self._ticket
+        if ticket is None and self._slot_key is not None:
+            ticket = self._services.queue.ticket(self._slot_key, self._caller.parallel)
+        if self._lease is not None and not self._record.first_byte_s:
+            self._lease.settle(sent_bytes)
+        if ticket is not None and self._route.kind.slot:
+            watch = None if on_generated is None else self._watch(on_generated)
+            self._reclaimer().release(ticket, streamed=streamed, watch=watch)
+        elif ticket is not None:
+            ticket.release()
+
+    def _watch(self, on_generated: Callable[[int | None], None]) -> GenerationWatch:
+        record = self._record
+        age_s = record.ended_s - record.left_queue_s
+        slot = None if self._lease is None else self._lease.slot
+        return GenerationWatch(record.asked.answers, age_s, record.asked.max_tokens, slot, on_generated)
+
+    def _reclaimer(self) -> SlotReclaimer:
+        return self._services.reclaimer
+
+    async def is_missed(self, backend: BackendProtocol, info: ResponseInfo) -> bool:
+        """Whether an error response of the backend means that the request must be sent again."""
+        return False

@@ -1,0 +1,152 @@
+"""Reads the bodies of requests for their members, a little in each turn of the loop, while others are served."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from http1.form_fields import FormReader
+from http1.json_members import MemberReader, Members
+from http1.media_urls import MediaUrls
+from http1.member_screen import OVERLAP_BYTES, MemberScreen, brackets
+from policy.slot_demand import MEMBERS
+from transport.waiter import Waiter
+
+_TURN_S = 0.001
+_SCREENED_BYTES = 32 << 10  # in one step
+
+
+class BodyScan:
+    """The search in one body, whose pieces may still be coming.
+
+    `waiter` gets the members once the body is complete and read; None if the screen has cleared it.
+    """
+
+    __slots__ = (
+        "_at",
+        "_brackets",
+        "_index",
+        "_is_complete",
+        "_last",
+        "_max_depth",
+        "_media",
+        "_pieces",
+        "_reader",
+        "_screen",
+        "is_queued",
+        "waiter",
+    )
+
+    def __init__(
+        self,
+        pieces: Sequence[bytes | bytearray],
+        screen: MemberScreen | None,
+        *,
+        is_complete: bool,
+        max_depth: int | None = None,
+        boundary: bytes = b"",
+    ) -> None:
+        """Without a screen every body is read. `pieces` may get longer until the body is complete.
+
+        A body that is nested deeper than `max_depth` is not read to its end. `boundary` separates the parts of a form;
+        without one the body is JSON, if anything.
+        """
+        self._pieces = pieces
+        self._screen = screen
+        self._max_depth = max_depth
+        self._reader = FormReader(MEMBERS, boundary) if boundary else MemberReader(MEMBERS, max_depth)
+        self._media = MediaUrls()
+        self._brackets = 0  # in what was screened
+        self._is_complete = is_complete
+        self._index = self._at = 0  # what comes next
+        self._last = b""  # the end of what was screened
+        self.is_queued = False
+        self.waiter: Waiter[Members | None] = Waiter()
+
+    def complete(self) -> None:
+        """All pieces have come."""
+        self._is_complete = True
+
+    def cancel(self) -> None:
+        """Let go of the body. The waiter gets no result."""
+        self._pieces, self._reader, self._screen = (), MemberReader(MEMBERS), None
+        self._is_complete = False
+
+    def step(self) -> bool:
+        """Read on a little; return whether there is more to read now."""
+        if self._screen is not None:
+            data = self._next(_SCREENED_BYTES)
+            if data:
+                self._look_at(data, self._screen)
+                return True
+        else:
+            if self._reader.step():
+                return True
+            data = self._next(_SCREENED_BYTES)
+            if data:
+                self._reader.feed(data)
+                self._media.feed(data)
+                return True
+        if self._is_complete:
+            self.waiter.set_result(self._result() if self._screen is None else None)
+        return False
+
+    def _result(self) -> Members:
+        return self._reader.end()._replace(urls=self._media.found)
+
+    def _next(self, limit: int) -> bytes:
+        """Take the next bytes that have come, of one piece, at most `limit`."""
+        while self._index < len(self._pieces):
+            piece = self._pieces[self._index]
+            start, self._at = self._at, min(len(piece), self._at + limit)
+            if start < self._at:
+                return bytes(piece[start : self._at])
+            if self._index + 1 == len(self._pieces):  # it may still grow
+                break
+            self._index, self._at = self._index + 1, 0
+        return b""
+
+    def _look_at(self, data: bytes, screen: MemberScreen) -> None:
+        """Screen the next bytes; if they may have one of the members, read the body from its start."""
+        self._brackets += brackets(data)
+        too_many = screen.max_depth is not None and self._brackets > screen.max_depth
+        if too_many or screen.may_have(data) or (self._last and screen.may_have(self._last + data[:OVERLAP_BYTES])):
+            self._screen = None
+            self._index = self._at = 0
+        else:
+            self._last = (self._last + data[-OVERLAP_BYTES:])[-OVERLAP_BYTES:]
+
+
+class BodyScans:
+    """All bodies that are being read: they take turns, and together a bounded time in each turn of the loop."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` returns seconds, exact to microseconds."""
+        self._clock = clock
+        self._scans: deque[BodyScan] = deque()
+        self._is_scheduled = False
+        self._turn_ends_s = 0.0
+
+    def read_on(self, scan: BodyScan) -> None:
+        """Read more of a body, at once if this turn has time left; the rest in later turns."""
+        if not scan.is_queued:
+            scan.is_queued = True
+            self._scans.append(scan)
+        if self._is_scheduled:
+            self._take_steps()
+        else:
+            self._begin_turn()
+
+    def _begin_turn(self) -> None:
+        self._turn_ends_s = self._clock() + _TURN_S
+        self._is_scheduled = bool(self._scans)
+        if self._scans:
+            asyncio.get_running_loop().call_soon(self._begin_turn)
+        self._take_steps()
+
+    def _take_steps(self) -> None:
+        while self._scans and self._clock() < self._turn_ends_s:
+            scan = self._scans.popleft()
+            scan.is_queued = False
+            if scan.step():
+                scan.is_queued = True
+                self._scans.append(scan)

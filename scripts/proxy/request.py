@@ -1,0 +1,598 @@
+"""The life of one request, in the order in which it happens: access, body, slot, backend, response, record."""
+
+import logging
+from functools import partial
+from http import HTTPStatus
+
+from accounting.recorder import Recorder
+from accounting.request_record import Outcome, RequestRecord, Stage
+from accounting.token_counter import TokenCounter, buffer_if_small
+from auth import Caller, ForeignSource
+from backend.models import Models
+from backend.readiness import DEAD
+from core.errors import (
+    BACKEND_MALFORMED,
+    BACKEND_TIMEOUT,
+    BACKEND_UNAVAILABLE,
+    INTERNAL_ERROR,
+    LOADING,
+    QUEUE_TIMEOUT,
+    REQUEST_TIMEOUT,
+    GatewayError,
+    PeerGone,
+)
+from http1.json_members import Members
+from policy.prepared_request import PreparedRequest
+from policy.routes import PREFLIGHT
+from policy.slot_demand import ONE_SLOT, SlotDemand, check_parallel
+from policy.suspects import Suspect
+from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
+from proxy.admission import BACKEND_IS_DOWN, Admission
+from proxy.endpoints import EndpointCall
+from proxy.heartbeat import Heartbeats
+from proxy.incoming_body import IncomingBody
+from proxy.last_responses import PayloadCollector
+from proxy.model_admission import ModelAdmission
+from proxy.model_list import model_list
+from proxy.relay import Relay, Remainder
+from proxy.request_services import RequestServices
+from proxy.response import Response
+from proxy.response_info import ResponseInfo, parse_response
+from proxy.router_relay import RouterRelay
+from proxy.token_quotas import allowance_lines
+from transport.backend_protocol import BackendProtocol, Missed
+from transport.client_protocol import ClientProtocol
+from transport.waiter import Waiter
+
+log = logging.getLogger("gateway")
+
+_MAX_INTERIM_RESPONSES = 16
+_BAD_REQUEST = 400
+_MAX_REPEATS = 3  # of a request that its connection's end crossed, or that was at work in a death
+_TIMEOUTS = frozenset((REQUEST_TIMEOUT, QUEUE_TIMEOUT, BACKEND_TIMEOUT))
+
+
+class Request:
+    """One request of a client, from its head to its record."""
+
+    __slots__ = (
+        "_addresses",
+        "_admission",
+        "_body",
+        "_caller",
+        "_client",
+        "_demand",
+        "_error",
+        "_heartbeats",
+        "_prepared",
+        "_rate_counted",
+        "_relay",
+        "_remainder",
+        "_response",
+        "_sent",
+        "_services",
+        "record",
+    )
+
+    def __init__(
+        self,
+        services: RequestServices,
+        client: ClientProtocol,
+        prepared: PreparedRequest,
+        length: int | None,
+        stage: str = Stage.AUTHENTICATING,
+    ) -> None:
+        """`length` is the body's in bytes, None if it is chunked."""
+        self._services = services
+        self._client = client
+        self._prepared = prepared
+        self._body = IncomingBody(services, client, prepared, length)
+        self._error: GatewayError | None = None  # known before anything is looked at
+        self._caller: Caller | None = None
+        self._rate_counted = False
+        self._demand: SlotDemand = ONE_SLOT
+        self._admission: Admission | None = None
+        self._heartbeats: Heartbeats | None = None  # made if the request waits for long
+        self._sent = False  # the backend works on it, as far as is known
+        self._relay: Relay | None = None  # of a response that comes in pieces
+        self._remainder: Remainder | None = None  # of a stream whose client has left
+        request_id = prepared.request_id or next(services.request_ids)
+        keep_alive = prepared.keep_alive and not services.lifecycle.draining
+        self._response = Response(client, prepared, request_id, services.date, keep_alive)
+        # All that the client's may be. Two fields of a proxy's request may contradict each other.
+        self._addresses = client.addresses
+        if prepared.forwarded and client.is_proxy:
+            self._addresses = tuple([address or client.peer for address in prepared.forwarded])
+        self.record = RequestRecord(request_id, self._addresses[0], prepared, services.clock(), stage)
+        client.sent_bytes = 0
+
+    async def handle(self) -> bool:
+        """Serve the request, whatever happens, and record it; return whether its connection can carry another."""
+        if self._services.timeouts.duration_s:
+            self._client.limit_waits(self._services.timeouts.duration_s)
+        try:
+            self._check_access()
+            if self._prepared.route.kind.local:
+                await self._answer_locally()
+            else:
+                caller = self._caller
+                assert caller is not None  # only the gateway's own routes are public
+                if not self._has_checked_body(caller):
+                    await self._read_and_check_body(caller)
+                if self._services.models is None or not self._list_models(caller, self._services.models):
+                    await self._relay_to_backend(caller)
+        except Exception as error:
+            self._end_by(error)
+        except GeneratorExit:  # ClientProtocol ends a handler that awaits what it must not
+            self.refuse(GatewayError(INTERNAL_ERROR))
+            raise
+        finally:
+            self.finish()
+        return self._response.keep_alive and not self._client.ended and not self._services.lifecycle.draining
+
+    def forbid(self, error: GatewayError) -> None:
+        """Let the request be refused with this error."""
+        self._error = error
+
+    @property
+    def stage(self) -> str:
+        return self.record.stage
+
+    @property
+    def backend_slots(self) -> int:
+        """In how many slots the backend works on it."""
+        if not self._prepared.route.kind.slot or self.stage not in (Stage.AWAITING_RESPONSE, Stage.STREAMING):
+            return 0
+        return 1 if self._admission is None else self._admission.slots
+
+    @property
+    def unanswered_bytes(self) -> int:
+        """The size of its body, while the backend has it and has not begun to answer."""
+        return self._body.size if self.stage is Stage.AWAITING_RESPONSE else 0
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether the backend works on what its body asks for, as far as is known."""
+        return self._sent and self._prepared.route.kind.works
+
+    def suspect(self) -> Suspect:
+        """Return what it is recognised by if the backend dies."""
+        return Suspect(self.record.key_id, self._body.digest())
+
+    # --- What the head says ---
+
+    def _check_access(self) -> None:
+        """Find the caller, raise what forbids the request, and count it towards the key's rate."""
+        services, prepared = self._services, self._prepared
+        if self._error is not None:
+            raise self._error
+        caller = self._caller = services.access.authenticate(prepared, self._addresses)
+        if caller is not None:
+            self.record.key_id = caller.key_id
+            self._client.authenticated = True
+        draining = services.lifecycle.draining
+        if prepared.needs_authorization or draining:
+            services.access.authorize(prepared, caller, draining)
+            if prepared.route.kind.bounded and caller is not None:
+                services.cheap_routes.check_size(self._body.length or 0)
+                services.cheap_routes.count(caller)
+        if caller is not None:
+            lines = services.access.enforce_limits(prepared, caller)
+            if lines is not None:
+                self._response.lines += lines
+                self._rate_counted = True
+
+    async def _answer_locally(self) -> None:
+        self._skip_body()
+        if self._prepared.route is PREFLIGHT:
+            self._response.send(204, b"", b"", self._prepared.preflight)
+        else:
+            call = EndpointCall(self._client, self._response, self._prepared, self._caller)
+            await self._services.endpoints.answer(call)
+        self.record.stage = Stage.DONE
+
+    # --- The body, read whole before a slot is asked for: a slow upload never holds one ---
+
+    def _has_checked_body(self, caller: Caller) -> bool:
+        """Take the body if all of it has been received; return whether it need not be read for its members either."""
+        services, body = self._services, self._body
+        if services.suspects.active:
+            services.suspects.check_caller(caller.key_id)
+        if body.unread and not body.take_if_received():
+            return False
+        if (caller.limits_tokens or services.reads_members) and self._reads_all_members(caller):
+            return False
+        return body.is_cleared()
+
+    def _reads_all_members(self, caller: Caller) -> bool:
+        """Whether the body is read whatever it looks like: for the limits of its key, or because members are added."""
+        if caller.limits_tokens and self._prepared.route.kind.metered:
+            return True
+        if self._services.models is not None:
+            return self._prepared.route.by_model
+        return self._services.isolation is not None and self._prepared.route.kind.slot
+
+    async def _read_and_check_body(self, caller: Caller) -> None:
+        body = self._body
+        if body.unread:
+            self.record.stage = Stage.READING_BODY
+            await body.read(for_members=self._reads_all_members(caller))
+        if self._prepared.route.screen is None:
+            return
+        members = await body.find_members()
+        if members is not None:
+            self._apply_limits(caller, members)
+
+    def _apply_limits(self, caller: Caller, members: Members) -> None:
+        """Apply the key's limits to what the body asks for.
+
+        Raises TOO_MANY_CHOICES, TOO_MANY_TOKENS_ASKED or TOKEN_RATE_EXCEEDED.
+        """
+        route, record = self._prepared.route, self.record
+        record.asked = tokens_asked(route, members)
+        if route.demand_rule is not None:
+            self._demand = route.demand_rule.demand(members.found)
+            check_parallel(self._demand, caller.parallel)
+        if caller.limits_tokens and route.kind.metered:
+            self._limit_tokens(caller, members, record.asked)
+
+    def _skip_body(self) -> None:
+        """Drop a body that will not be read, if all of it has been received; else the connection ends after this."""
+        if not self._body.skip():
+            self._response.keep_alive = False
+
+    # --- The key's limits on tokens ---
+
+    def _limit_tokens(self, caller: Caller, members: Members, asked: TokensAsked) -> None:
+        """Apply the limits on what one request may generate and on what the key may use within a minute."""
+        route, record = self._prepared.route, self.record
+        if caller.max_tokens is not None:
+            is_named, asked = asked.is_named, limit_tokens(asked, caller.max_tokens)
+            record.asked = asked
+            if asked.member and asked.max_tokens is not None and not is_named and members.end is not None:
+                self._body.add(asked.member, asked.max_tokens)
+        record.reservation = self._services.quotas.reserve(caller, route, self._body.size, asked)
+        if record.reservation is not None:
+            self._response.lines += allowance_lines(caller, record.reservation)
+
+    # --- A slot, the backend, and its response ---
+
+    async def _relay_to_backend(self, caller: Caller) -> None:
+        """Wait for a slot and for the backend, send the request, and pass the response on.
+
+        If the backend refuses the connection, nothing is lost: the process may only be loading. A request that crosses
+        the end of its connection, so that the backend has not read it, is sent again on a new one.
+        """
+        services, record, body = self._services, self.record, self._body
+        admission = self._admission = (
+            Admission(services, self._client, record, caller, self._demand)
+            if services.models is None
+            else self._model_admission(caller, services.models)
+        )
+        repeats = 0
+        cut: GatewayError | None = None  # by which the last connection ended, if that may have been a death
+        while True:
+            if not admission.try_at_once():
+                if not await admission.wait():
+                    self._answer_without_backend()
+                    return
+                cut = None
+            if services.suspects.active or caller.limits_tokens or services.isolation is not None:
+                await self._clear_to_send(caller, admission, was_cut=cut is not None)
+            record.stage = Stage.AWAITING_RESPONSE
+            backend = None if repeats else services.pool.acquire()
+            if backend is None and (backend := await self._connect(cut)) is None:
+                cut = None
+                continue
+            reusable = False
+            try:
+                head_waiter: Waiter[bytes] = Waiter()
+                # No variable holds the request: it would keep the body for as long as the response lasts.
+                backend.send_request(body.request(record.id), head_waiter)
+                self._sent = True
+                raw = await self._client.wait(head_waiter, services.upstream_timeouts.request_s, BACKEND_TIMEOUT)
+                info = parse_response(raw, self._prepared.method)
+                if info.status >= _BAD_REQUEST and await self._is_missed(backend, info, repeats):
+                    cut = None
+                elif info.framing.length == len(backend.received) and not self._response.started:
+                    self._begin_response(info, backend.received)
+                    self._response.send_relayed(info, backend.received)
+                    record.stage, self._sent, reusable = Stage.DONE, False, info.keeps_alive
+                    return
+                else:
+                    reusable = await self._pass_in_pieces(backend, info)
+                    return
+            except GatewayError as error:
+                if repeats == _MAX_REPEATS:
+                    raise
+                cut = self._check_end(error, backend)
+            finally:
+                # Of other routes it is not certain that every llama-server reads a body before it answers.
+                services.pool.release(backend, reusable and (self._prepared.route.needs_body or not body.size))
+            self._sent = False
+            repeats += 1
+
+    async def _clear_to_send(self, caller: Caller, admission: Admission, *, was_cut: bool) -> None:
+        """Check what may have changed while the request waited, and get an isolated slot."""
+        services, kind = self._services, self._prepared.route.kind
+        if services.suspects.active and kind.works and not was_cut:
+            await admission.await_lane(self.suspect())
+        if caller.limits_tokens and kind.metered:  # others of the key may have used them up meanwhile
+            services.quotas.check(caller)
+        if services.isolation is not None and kind.slot:
+            await admission.lease_slot(services.isolation, self._body)
+
+    def _model_admission(self, caller: Caller, models: Models) -> Admission:
+        services, client, record = self._services, self._client, self.record
+        return ModelAdmission(services, client, record, caller, self._demand, self._body, models)
+
+    async def _is_missed(self, backend: BackendProtocol, info: ResponseInfo, repeats: int) -> bool:
+        """Whether an error response means that the model was not loaded any more, so that the request is sent again."""
+        assert self._admission is not None  # the request was admitted
+        return repeats < _MAX_REPEATS and await self._admission.is_missed(backend, info)
+
+    def _check_end(self, error: GatewayError, backend: BackendProtocol) -> GatewayError | None:
+        """Return None if the backend has missed the request, so that it can be sent again.
+
+        Returns the error if it can be sent again only if the backend has died; else raises it.
+        """
+        if backend.missed >= self._enough_to_repeat:
+            if backend.missed is Missed.IF_ALIVE and self._prepared.route.kind.works:
+                self._services.suspects.note_cut()
+            return None
+        if error.kind is not BACKEND_UNAVAILABLE or not backend.ended or not self._sent or self.record.backend_status:
+            raise error
+        kind = self._prepared.route.kind
+        if kind.works:
+            self._services.suspects.note_cut()
+        if not kind.works or not kind.repeatable:
+            raise error
+        return error.with_traceback(None)
+
+    @property
+    def _enough_to_repeat(self) -> Missed:
+        """How certain it must be that the backend has not read the request."""
+        return Missed.IF_ALIVE if self._prepared.route.kind.repeatable else Missed.SURELY
+
+    async def _connect(self, cut: GatewayError | None) -> BackendProtocol | None:
+        """Open a connection to the backend; None if it does not accept one now.
+
+        `cut` is the error by which the last connection ended. It is raised if the backend lives, and so has closed on
+        purpose.
+        """
+        services = self._services
+        connect_s = services.upstream_timeouts.connect_s
+        try:
+            if cut is None:
+                return await self._client.run(services.pool.connect(), connect_s, BACKEND_UNAVAILABLE)
+            # A process that dies may close its connections before its listener, so a connection proves nothing.
+            lives = await self._client.run(services.backend_lives(), connect_s, BACKEND_UNAVAILABLE)
+        except GatewayError as error:
+            if error.kind is not BACKEND_UNAVAILABLE:
+                raise
+            lives = False
+        if cut is not None and lives:
+            services.suspects.note_alive()
+            self._sent = True
+            raise cut
+        services.readiness.doubt()
+        if services.suspects.active and self._prepared.route.kind.works:  # it may be held back by now
+            services.suspects.must_run_alone(self.suspect())
+        return None
+
+    async def _pass_in_pieces(self, backend: BackendProtocol, info: ResponseInfo) -> bool:
+        """Pass on a response of which more is to come; return whether the connection can carry another request."""
+        services, record = self._services, self.record
+        if info.status < 200:
+            info = await self._skip_interim(backend, info)
+        self._begin_response(info, None)
+        counter = record.usage_source
+        assert not isinstance(counter, bytes)
+        collector = PayloadCollector() if self._prepared.route.kind.kept else None
+        kind_of_relay = Relay if services.models is None else RouterRelay
+        timeouts = services.upstream_timeouts
+        relay = self._relay = kind_of_relay(self._client, self._response, collector or counter, timeouts)
+        try:
+            reusable = await relay.run(backend, info)
+        finally:
+            self._sent = not relay.complete
+            if self._sent and self._prepared.route.generates:
+                self._remainder = relay.count_remainder(backend)
+        if relay.error is not None and relay.error.kind is BACKEND_UNAVAILABLE:
+            if backend.ended:
+                services.suspects.note_cut()
+            elif services.models is not None:
+                services.suspects.note_cut(record.model)
+        if relay.error is None:
+            record.stage = Stage.DONE
+            if collector is not None:
+                services.last_responses.keep(self._prepared, info, collector.payload)
+        else:
+            timed_out = relay.error.kind.code == BACKEND_TIMEOUT.code
+            record.outcome = Outcome.TIMED_OUT if timed_out else Outcome.TRUNCATED
+        return reusable
+
+    def _begin_response(self, info: ResponseInfo, payload: bytes | None) -> None:
+        """The backend has answered: the body is not needed any more, and no heartbeat may come between.
+
+        `payload` is the response's, if it has been received whole.
+        """
+        services, record, route = self._services, self.record, self._prepared.route
+        record.backend_status = info.status
+        record.first_byte_s = services.clock()
+        if info.has_usage and route.kind.metered:
+            record.usage_source = (
+                TokenCounter(route.label) if payload is None else buffer_if_small(route.label, payload)
+            )
+        elif route.kind.kept and payload is not None:
+            services.last_responses.keep(self._prepared, info, payload)
+        if payload is None:
+            record.stage = Stage.STREAMING
+            self._body.digest()  # it is needed when the body is gone
+            self._body.release()
+        if services.lifecycle.draining:
+            self._response.keep_alive = False
+
+    async def _skip_interim(self, backend: BackendProtocol, info: ResponseInfo) -> ResponseInfo:
+        """Read on to the final response's head; interim ones are not passed on (RFC 9110 section 15.2)."""
+        for _ in range(_MAX_INTERIM_RESPONSES):
+            if info.status == HTTPStatus.SWITCHING_PROTOCOLS:
+                raise GatewayError(BACKEND_MALFORMED, "The backend switched protocols without being asked.")
+            head_waiter: Waiter[bytes] = Waiter()
+            backend.expect_head(head_waiter)
+            request_s = self._services.upstream_timeouts.request_s
+            raw = await self._client.wait(head_waiter, request_s, BACKEND_TIMEOUT)
+            info = parse_response(raw, self._prepared.method)
+            if info.status >= 200:
+                return info
+        raise GatewayError(BACKEND_MALFORMED, "The backend sent too many interim responses.")
+
+    def _list_models(self, caller: Caller, models: Models) -> bool:
+        """Answer a route that lists models from memory, with what the caller's key may use and see.
+
+        Returns False for other routes, and for an operator, who sees the backend's own list.
+        """
+        if not self._prepared.route.kind.kept or caller.is_operator:
+            return False
+        if not models.listed:
+            raise GatewayError(LOADING, "llama-server has not listed its models yet.")
+        self._response.send(200, b"application/json", model_list(models, caller.models))
+        self.record.stage = Stage.DONE
+        return True
+
+    def _answer_without_backend(self) -> None:
+        """Send the last good response of a route that has one. Raises LOADING for the others: none is held."""
+        if not self._send_last_response():
+            readiness = self._services.readiness
+            down = readiness.state == DEAD
+            raise GatewayError(LOADING, (readiness.detail or BACKEND_IS_DOWN) if down else "The model is loading.")
+
+    def _send_last_response(self) -> bool:
+        """Send the last good response of the request's route; return whether there is one, and it can be sent."""
+        kept = self._services.last_responses.find(self._prepared)
+        if kept is None or self._response.started:
+            return False
+        self._response.send(200, kept.content_type, kept.payload, ((b"Age", b"%d" % kept.age_s),))
+        self.record.stage = Stage.DONE
+        return True
+
+    # --- Heartbeats ---
+
+    def beat(self, now_s: float) -> None:
+        """Send a heartbeat if the client has heard nothing for so long that one is due."""
+        stage, relay = self.stage, self._relay
+        if relay is not None:
+            if stage is Stage.STREAMING:
+                self._running_heartbeats().between_events(relay, now_s)
+        elif stage in (Stage.QUEUED, Stage.AWAITING_RESPONSE) and self._prepared.wants_heartbeats:
+            self._running_heartbeats().before_response(now_s)
+
+    def _running_heartbeats(self) -> Heartbeats:
+        if self._heartbeats is None:
+            assert self._admission is not None  # by its stage it is waiting for the backend
+            self._heartbeats = Heartbeats(
+                self._client,
+                self._response,
+                self._body,
+                self._admission,
+                self._services.body_scans,
+                interval_s=self._services.timeouts.heartbeat_s,
+                since_s=self.record.queued_s,
+            )
+        return self._heartbeats
+
+    # --- The end ---
+
+    def _end_by(self, error: Exception) -> None:
+        """End the request as an exception says."""
+        if self.record.stage is Stage.QUEUED:  # it has waited, though it was not admitted
+            self.record.left_queue_s = self._services.clock()
+        if isinstance(error, PeerGone):
+            self.cancel()
+        elif isinstance(error, GatewayError):
+            if error.kind is not BACKEND_UNAVAILABLE or not self._send_last_response():
+                self.refuse(error)
+        else:
+            log.error("request %s failed", self.record.id.decode(), exc_info=error)
+            self.refuse(GatewayError(INTERNAL_ERROR))
+        error.with_traceback(None)  # its frames hold the error and this request: a cycle
+
+    def refuse(self, error: GatewayError) -> None:
+        """Send one of the gateway's own errors. The key's rate counts the request only if the backend worked on it."""
+        if self._rate_counted and self._caller is not None and not self._sent:
+            self._services.access.refund(self._caller, self.record.started_s)
+        if self._client.ended:
+            self.cancel()
+            return
+        if self._caller is None:
+            self._client.authenticated = False  # its key is not valid any more
+        if isinstance(error, ForeignSource):
+            self.record.key_id = error.key_id
+        self.record.refusal = error.kind
+        self.record.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
+        if not error.kind.closes:
+            self._skip_body()
+        self._response.send_error(error)
+
+    def cancel(self) -> None:
+        """The client has left: there is nothing to send."""
+        self.record.outcome = Outcome.CANCELLED
+
+    def finish(self) -> None:
+        """Release what the request holds, and hand its record over."""
+        services, client, record, body = self._services, self._client, self.record, self._body
+        record.ended_s = services.clock()
+        record.bytes_in = body.size
+        record.bytes_out = client.sent_bytes
+        if self._response.started:
+            record.status = self._response.status
+        if self._sent:
+            self._leave_backend_at_work()
+        else:
+            if self._admission is not None:
+                self._admission.release()
+            services.recorder.record(record)
+        body.release()
+        if services.timeouts.duration_s:
+            client.limit_waits(0)
+
+    def _leave_backend_at_work(self) -> None:
+        """Release what the request holds once the backend, which was cut short, has stopped working on it.
+
+        It is recorded once it is known what the backend has generated.
+        """
+        recorder, record, admission, body = self._services.recorder, self.record, self._admission, self._body
+        record.is_unfinished = True
+        has_left = record.outcome is Outcome.CANCELLED
+        if has_left and self.is_at_work:
+            self._services.suspects.abandon(self.suspect(), record.model)
+        streamed = self._response.is_event_stream
+        is_watched = has_left and not streamed and self._prepared.route.generates
+        if is_watched and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
+            record.asked = tokens_asked(self._prepared.route, members)
+        if self._remainder is not None:
+            self._remainder.when_counted(partial(_record_stream, recorder, record))
+        elif not is_watched or admission is None:
+            recorder.record(record)
+        if admission is not None:
+            on_generated = partial(_record_whole, recorder, record) if is_watched else None
+            admission.release_unfinished(body.size, streamed=streamed, on_generated=on_generated)
+
+    def close(self) -> None:
+        """End the connection after the response, unless the response has ended it already."""
+        if self.record.outcome is Outcome.CANCELLED:
+            self._client.abort()
+        elif not self._client.ended:
+            self._client.close(unread=self._body.unread, flush_s=self._services.timeouts.flush_s)
+
+
+def _record_stream(recorder: Recorder, record: RequestRecord, is_behind: bool) -> None:
+    """Record a request for a stream whose client has left, once the rest of the stream has been counted."""
+    record.is_behind = is_behind
+    recorder.record(record)
+
+
+def _record_whole(recorder: Recorder, record: RequestRecord, generated: int | None) -> None:
+    """Record a request whose client has left before its answer."""
+    record.generated = generated
+    recorder.record(record)
