@@ -1,31 +1,38 @@
-"""Who is calling, and whether they are within their rate.
+"""API keys: the credential of a request, the keys in force, and the rate limit of each key.
 
-A request's credential is looked up in an immutable keyring that holds SHA-256 digests only: one dict access, which
-costs the same for one key and for 10,000, and whose timing tells nothing about any key. A reload builds a new keyring
-and swaps one reference; the rates live beside it, by key id, and so outlast it. Nothing here logs, counts or does
-network I/O.
+A request may carry several secrets, since tools send their own beside ours; the keyring decides which one is a key. A
+secret is looked up in an immutable keyring that holds SHA-256 digests only. A lookup is one dict access: it costs
+the same for one key and for 10,000, and its timing reveals nothing about any key. A reload builds a new keyring and
+replaces one reference. The rate limiter is separate and counts by key id, so its counts survive a reload. Nothing in
+this module logs, updates metrics or does network I/O.
 """
 
 import math
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import keyfile
-from errors import INVALID_API_KEY, KEY_SUSPENDED, RATE_LIMIT_EXCEEDED, Fields, GatewayError
+from core.addresses import Network, is_within, parse_address
+from core.errors import (
+    FIELDS_SEARCHED,
+    INVALID_API_KEY,
+    KEY_SUSPENDED,
+    LOADING,
+    RATE_LIMIT_EXCEEDED,
+    Fields,
+    GatewayError,
+)
+from core.sliding_window import BUCKET_S, WINDOW_S, SlidingWindow, WindowTable
 
-WINDOW_S = 60.0
-# Requests that come within this time are counted as one group and leave the window together, with the last of them.
-GROUP_S = 1.0
-
-NO_KEY = "-"  # no key's id can be this
+NO_KEY = "-"  # not a valid key id
 CHALLENGE: Fields = ((b"WWW-Authenticate", b"Bearer"),)
 
-# RFC 9110 §11.4 puts one or more spaces behind the scheme. A key alone is what some tools send; no key is as short as a
-# scheme's name, and none holds a space, so that the two cannot be confused.
+# RFC 9110 section 11.4 requires one or more spaces after the scheme. Some tools send the key without a scheme. The two
+# forms cannot be confused: a key contains no space and is longer than any scheme name.
 _AUTHORIZATION = re.compile(rb"(?:[Bb][Ee][Aa][Rr][Ee][Rr] +)?(" + keyfile.SECRET.encode() + rb")").fullmatch
 _BARE = re.compile(rb"(" + keyfile.SECRET.encode() + rb")").fullmatch
 _FIELDS = ((b"authorization", _AUTHORIZATION), (b"x-api-key", _BARE), (b"api-key", _BARE))
@@ -33,7 +40,7 @@ _FIELDS = ((b"authorization", _AUTHORIZATION), (b"x-api-key", _BARE), (b"api-key
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The holder of the key that a request carried. rate_limit counts requests a minute."""
+    """The identity and the limits of the key that a request carried. rate_limit is in requests per minute."""
 
     key_id: str
     role: str
@@ -41,14 +48,24 @@ class Caller:
     parallel: int | None = None
     priority: int = 0
     tokens_per_day: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_month: int | None = None
+    max_tokens: int | None = None  # of one choice
+    sources: tuple[Network, ...] = ()  # the networks from which it works; none: from everywhere
     expires_s: float | None = None  # since the epoch
+    models: tuple[str, ...] | None = None  # patterns of the models that it may use; None: all
+    limits_tokens: bool = field(init=False, compare=False, repr=False)  # one of the four limits on tokens is set
+
+    def __post_init__(self) -> None:
+        limits = (self.tokens_per_day, self.tokens_per_minute, self.tokens_per_month, self.max_tokens)
+        object.__setattr__(self, "limits_tokens", any(limit is not None for limit in limits))
 
     @property
     def is_operator(self) -> bool:
         return self.role == "operator"
 
 
-# With AUTH_ENABLED=false nobody is told apart, so that a rate for one would be a rate for all: there is none.
+# With AUTH_ENABLED=false all clients are one caller, so a rate limit would be shared by all of them: there is none.
 ANONYMOUS = Caller(NO_KEY, "infer", 10**9)
 ANONYMOUS_OPERATOR = Caller(NO_KEY, "operator", 10**9)
 
@@ -61,33 +78,30 @@ def unauthorized(detail: str = "") -> GatewayError:
     return GatewayError(INVALID_API_KEY, detail, fields=CHALLENGE)
 
 
-def credential(known: Mapping[bytes, Sequence[bytes]]) -> bytes | None:
-    """Return the one secret that a request offers, None where it offers nothing.
+class ForeignSource(GatewayError):
+    """A valid key came from an address that its `from=` does not allow. The client sees the one 401."""
 
-    known maps lower-case field names to their values in wire order. The same secret in several fields is one secret; a
-    field that comes twice, another scheme, a list and two different secrets raise GatewayError(INVALID_API_KEY).
+    def __init__(self, key_id: str) -> None:
+        super().__init__(INVALID_API_KEY, fields=CHALLENGE)
+        self.key_id = key_id
+
+
+def candidates(known: Mapping[bytes, Sequence[bytes]]) -> tuple[bytes, ...]:
+    """Return the different secrets that a request carries: none to three, in the order of `_FIELDS`.
+
+    known maps lower-case field names to their values in the order received. A value that cannot be a key, such as
+    another scheme, another tool's token or a list, is no secret: a key in another field counts. A repeated field
+    raises GatewayError(INVALID_API_KEY).
     """
-    values = known.get(b"authorization")
-    if values is None or b"x-api-key" in known or b"api-key" in known:
-        return _credential_of_several(known)
-    match = _AUTHORIZATION(values[0])
-    if match is None or len(values) > 1:
-        raise unauthorized()
-    return match[1]
-
-
-def _credential_of_several(known: Mapping[bytes, Sequence[bytes]]) -> bytes | None:
-    secrets = set()
+    secrets: dict[bytes, None] = {}
     for name, grammar in _FIELDS:
         values = known.get(name, ())
+        if len(values) > 1:
+            raise unauthorized(f"A field for the API key is repeated. {FIELDS_SEARCHED}")
         match = grammar(values[0]) if values else None
-        if len(values) > 1 or (values and match is None):
-            raise unauthorized()
         if match is not None:
-            secrets.add(match[1])
-    if len(secrets) > 1:
-        raise unauthorized("The request carries two different API keys.")
-    return secrets.pop() if secrets else None
+            secrets[match[1]] = None
+    return tuple(secrets)
 
 
 # The keyring
@@ -103,34 +117,113 @@ class Keyring:
 
     @classmethod
     def of(cls, entries: Iterable[keyfile.Entry], default_rate: int = 100) -> "Keyring":
-        """Build a keyring; default_rate, in requests a minute, is for the entries that name none."""
+        """Build a keyring. default_rate, in requests per minute, is for entries without a rate limit."""
         return cls({entry.digest: _caller(entry, default_rate) for entry in entries})
 
     def __len__(self) -> int:
         return len(self._callers)
 
-    def find(self, digest: bytes, clock: Callable[[], float]) -> Caller:
-        """Return whose secret has this digest; the clock tells seconds since the epoch.
+    def __iter__(self) -> Iterator[Caller]:
+        """Yield the callers of all keys, those of expired ones included."""
+        return iter(self._callers.values())
 
-        Raises GatewayError(INVALID_API_KEY or KEY_SUSPENDED).
+    def find(self, digest: bytes, clock: Callable[[], float], addresses: Sequence[str] = ()) -> Caller:
+        """Return the caller whose secret has this SHA-256 digest. clock returns seconds since the epoch.
+
+        addresses are all that the client's may be: a key with `from=` works only if it allows each of them.
+
+        Raises GatewayError(INVALID_API_KEY) for an unknown or expired key, ForeignSource, and
+        GatewayError(KEY_SUSPENDED).
         """
         caller = self._callers.get(digest)
         if caller is None or (caller.expires_s is not None and caller.expires_s <= clock()):
+            _all_within(addresses, _NOWHERE)  # it takes as long as for a key that does not work from here
             raise unauthorized()
+        if caller.sources and not _all_within(addresses, caller.sources):
+            raise ForeignSource(caller.key_id)
         if caller.rate_limit == 0:
             raise GatewayError(KEY_SUSPENDED)
         return caller
+
+    def find_one(self, digests: Sequence[bytes], clock: Callable[[], float], addresses: Sequence[str] = ()) -> Caller:
+        """Return the caller of the one key in force among several digests; the others are another system's.
+
+        Raises as `find` does, and GatewayError(INVALID_API_KEY) if two of them are keys that work from these addresses.
+        """
+        in_force = [digest for digest in digests if self._is_in_force(digest, clock)]
+        allowed = [digest for digest in in_force if self._is_allowed(digest, addresses)]
+        if len(allowed) > 1:
+            raise unauthorized(f"The request carries two different API keys. {FIELDS_SEARCHED}")
+        if not in_force:
+            raise unauthorized()
+        return self.find((allowed or in_force)[0], clock, addresses)
+
+    def _is_in_force(self, digest: bytes, clock: Callable[[], float]) -> bool:
+        caller = self._callers.get(digest)
+        return caller is not None and (caller.expires_s is None or caller.expires_s > clock())
+
+    def _is_allowed(self, digest: bytes, addresses: Sequence[str]) -> bool:
+        sources = self._callers[digest].sources
+        return not sources or _all_within(addresses, sources)
+
+
+_NOWHERE = keyfile.parse_networks("0.0.0.0,::")
+
+
+def _all_within(addresses: Sequence[str], networks: Sequence[Network]) -> bool:
+    """Whether there is an address, and each one is in one of the networks."""
+    return bool(addresses) and all(is_within(parse_address(address), networks) for address in addresses)
+
+
+class _UnreadKeyring(Keyring):
+    """The given keys, until the keys file has been read for the first time: another key may be right."""
+
+    __slots__ = ()
+
+    def find(self, digest: bytes, clock: Callable[[], float], addresses: Sequence[str] = ()) -> Caller:
+        with _not_read_yet():
+            return super().find(digest, clock, addresses)
+
+    def find_one(self, digests: Sequence[bytes], clock: Callable[[], float], addresses: Sequence[str] = ()) -> Caller:
+        with _not_read_yet():
+            return super().find_one(digests, clock, addresses)
+
+
+@contextmanager
+def _not_read_yet() -> Iterator[None]:
+    """Raise LOADING in place of INVALID_API_KEY."""
+    try:
+        yield
+    except GatewayError as error:
+        if error.kind is not INVALID_API_KEY:
+            raise
+        raise GatewayError(LOADING, "The keys have not been read yet.") from None
 
 
 def _caller(entry: keyfile.Entry, default_rate: int) -> Caller:
     rate_limit = default_rate if entry.rate_limit is None else entry.rate_limit
     expires_s = None if entry.expires_at is None else entry.expires_at.timestamp()
-    return Caller(entry.key_id, entry.role, rate_limit, entry.parallel, entry.priority, entry.tokens_per_day, expires_s)
+    limits = (entry.tokens_per_day, entry.tokens_per_minute, entry.tokens_per_month, entry.max_tokens)
+    return Caller(
+        entry.key_id,
+        entry.role,
+        rate_limit,
+        entry.parallel,
+        entry.priority,
+        *limits,
+        entry.sources,
+        expires_s,
+        entry.models,
+    )
 
 
 @dataclass(frozen=True)
 class Reload:
-    """What became of a reload. keys counts those in force now; a complaint is for a line, reason for the whole file."""
+    """The result of a reload.
+
+    keys is the number of keys now in force. Each complaint concerns one line of the file, or the file's mount. reason
+    is why the whole file was rejected, or empty.
+    """
 
     ok: bool
     keys: int
@@ -139,42 +232,61 @@ class Reload:
 
 
 class KeyStore:
-    """The keys file's current keyring; empty, which lets nobody in, until a reload succeeds."""
+    """The keyring of the keys file and of the given keys (API_KEYS).
 
-    def __init__(self, path: Path, default_rate: int) -> None:
-        self.keyring = Keyring({})
+    Before the first reload the given keys are in force, and requests with others are refused with 503. All methods read
+    the file, so they may block. The gateway calls them off its loop, one at a time.
+    """
+
+    def __init__(self, path: Path, default_rate: int, given: tuple[keyfile.Entry, ...] = ()) -> None:
+        self.keyring: Keyring = _UnreadKeyring.of(given, default_rate)
         self._path = path
         self._default_rate = default_rate
+        self._given = given
+        self._file_was_read = False
         self._loaded: keyfile.Stamp | None = None
         self._seen: keyfile.Stamp | None = None
 
     def reload(self) -> Reload:
-        """Read the file and put its keys in force, or keep the last good ones and say why. Never raises."""
+        """Read the file and put its keys in force. On failure keep the current keys and return why. Never raises."""
         self._seen = self._loaded = self._stamp()
         try:
-            data, self._loaded = keyfile.read(self._path)
+            data, detached = keyfile.read(self._path), keyfile.detached(self._path.stat())
         except (OSError, ValueError) as error:
-            return self._kept(f"the keys file {self._path} (AUTH_KEYS_FILE) cannot be read: {_reason(error)}")
+            if not self._needs_no_file(error):
+                return self._keep(f"the keys file {self._path} (AUTH_KEYS_FILE) cannot be read: {_reason(error)}")
+            data, detached = b"", ""
+        else:
+            self._file_was_read = True
         parsed = keyfile.parse(data)
-        if parsed.distrust:
-            return self._kept(parsed.distrust, parsed.complaints)
-        self.keyring = Keyring.of(parsed.entries, self._default_rate)
-        return Reload(True, len(self.keyring), parsed.complaints)
+        complaints = (*parsed.complaints, *([detached] if detached else []))
+        if parsed.error:
+            return self._keep(parsed.error, complaints)
+        entries, clashes = keyfile.merge(parsed.entries, self._given)
+        self.keyring = Keyring.of(entries, self._default_rate)
+        complaints = (*complaints, *[f"API_KEYS: {clash}" for clash in clashes])
+        return Reload(True, len(self.keyring), complaints)
 
-    def _kept(self, reason: str, complaints: tuple[str, ...] = ()) -> Reload:
+    def _needs_no_file(self, error: OSError | ValueError) -> bool:
+        """Whether a file that cannot be read counts as empty: there has been none, and there are given keys."""
+        return isinstance(error, FileNotFoundError) and bool(self._given) and not self._file_was_read
+
+    def _keep(self, reason: str, complaints: tuple[str, ...] = ()) -> Reload:
+        if isinstance(self.keyring, _UnreadKeyring):
+            self.keyring = Keyring.of(self._given, self._default_rate)
         return Reload(False, len(self.keyring), complaints, reason)
 
     def changed(self) -> bool:
-        """Whether the file differs from what was last loaded and has been the same for two calls in a row.
+        """Return whether the file differs from the one last loaded and has not changed since the previous call.
 
-        Call it twice an interval: somebody may be in the middle of writing when the first sees the change.
+        Call it twice per interval. At the first call that sees a change, the file may be only half written.
         """
         before, self._seen = self._seen, self._stamp()
         return self._seen != self._loaded and self._seen == before
 
     def _stamp(self) -> keyfile.Stamp | None:
         try:
-            return keyfile.stamp_of(self._path.stat())
+            return keyfile.stamp(self._path)
         except (OSError, ValueError):
             return None
 
@@ -183,11 +295,11 @@ def _reason(error: OSError | ValueError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-# The rates
+# Rate limits
 
 
 def serialize_duration(duration_s: float) -> bytes:
-    """Write a duration as OpenAI does: 350ms, 1s, 6m0s. Rounded up, so that it is never too early."""
+    """Format a duration as OpenAI does: 350ms, 1s, 6m0s. Rounded up, so that it is never too short."""
     if duration_s < 1:
         return b"%dms" % math.ceil(max(duration_s, 0) * 1000)
     minutes, seconds = divmod(math.ceil(duration_s), 60)
@@ -195,7 +307,7 @@ def serialize_duration(duration_s: float) -> bytes:
 
 
 def allowance(limit: int, remaining: int, reset_s: float) -> Fields:
-    """Tell a client where its key stands; reset_s is the time until nothing that it did counts any more."""
+    """Return the x-ratelimit fields. reset_s is the time until no request of the key counts any more."""
     return (
         (b"x-ratelimit-limit-requests", b"%d" % limit),
         (b"x-ratelimit-remaining-requests", b"%d" % remaining),
@@ -204,7 +316,7 @@ def allowance(limit: int, remaining: int, reset_s: float) -> Fields:
 
 
 def allowance_lines(limit: int, remaining: int) -> bytes:
-    """The same as field lines, behind a request that was accepted just now."""
+    """Return the same fields as field lines, for a request that was accepted just now."""
     return _ALLOWANCE % (limit, remaining)
 
 
@@ -213,128 +325,63 @@ _ALLOWANCE = b"".join(
 )
 
 
-class _Group:
-    """Requests of one key that came within GROUP_S."""
+class RateLimiter:
+    """Counts the requests of each key in a sliding window of 60 s and refuses those above the key's limit.
 
-    __slots__ = ("count", "last_s")
-
-    def __init__(self) -> None:
-        self.last_s = 0.0
-        self.count = 0
-
-
-class _Window:
-    """The groups of one key. `last` is the one that began at `began_s`; before `due_s` none is a whole window old."""
-
-    __slots__ = ("began_s", "due_s", "groups", "last", "total")
-
-    last: _Group
-
-    def __init__(self) -> None:
-        self.groups: deque[_Group] = deque()
-        self.total = 0
-        self.began_s = -math.inf
-        self.due_s = math.inf
-
-    def begin_group(self, now_s: float) -> None:
-        self.last = _Group()
-        self.began_s = now_s
-        self.groups.append(self.last)
-        self.due_s = min(self.due_s, now_s + WINDOW_S)
-
-    def take_away(self) -> None:
-        """Uncount the newest request."""
-        if self.groups:
-            self.total -= 1
-            self.groups[-1].count -= 1
-            if self.groups[-1].count == 0:
-                self.groups.pop()
-                self.began_s = -math.inf
-
-    def age(self, now_s: float) -> None:
-        """Drop what is a whole window old."""
-        groups = self.groups
-        while groups and groups[0].last_s + WINDOW_S <= now_s:
-            self.total -= groups.popleft().count
-        self.due_s = groups[0].last_s + WINDOW_S if groups else math.inf
-
-    def wait_s(self, limit: int, now_s: float) -> float:
-        """Seconds until fewer than limit requests count, if none is added; at least limit count now."""
-        groups = iter(self.groups)
-        left = self.total
-        while left >= limit:
-            group = next(groups)
-            left -= group.count
-        return group.last_s + WINDOW_S - now_s
-
-
-class Rates:
-    """How many requests each key made in the last minute: a sliding window.
-
-    No 60 s hold more requests of a key than its limit. The window is a row of at most 61 groups, whatever the limit is;
-    a group counts until its last request is 60 s old, so that one request may count for up to a second longer than 60 s
-    and none for less. What is promised holds: after Retry-After has passed the next request is accepted, unless
-    others of the same key came first.
+    No period of 60 s contains more accepted requests of a key than its limit. A window has at most 61 buckets, whatever
+    the limit. Because a bucket expires with its last request, a request counts for 60 to 61 s, never for less than 60.
+    Retry-After is exact: after that time the next request is accepted, unless another of the same key arrived first.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._windows: dict[str, _Window] = {}
-        self._sweep_s = clock() + WINDOW_S
+        self._windows = WindowTable(clock())
 
     def __len__(self) -> int:
         return len(self._windows)
 
-    def take(self, caller: Caller) -> int:
-        """Count a request, and return how many more would be accepted now.
+    def acquire(self, caller: Caller) -> int:
+        """Count a request and return how many more would be accepted now.
 
-        Raises GatewayError(RATE_LIMIT_EXCEEDED), and then counts nothing.
+        Raises GatewayError(RATE_LIMIT_EXCEEDED) if the caller is at its limit. The request is not counted then.
         """
+        # Every request runs this. It makes no call that can be avoided.
         now_s = self._clock()
-        window = self._windows.get(caller.key_id) or self._begin(caller.key_id, now_s)
-        if window.due_s <= now_s:
-            window.age(now_s)
+        window = self._windows.get(caller.key_id) or self._windows.add_key(caller.key_id, now_s)
+        if window.next_expiry_s <= now_s:
+            window.expire(now_s)
         limit, total = caller.rate_limit, window.total
         if total >= limit:
             _refuse(window, limit, now_s)
-        if now_s - window.began_s >= GROUP_S:
-            window.begin_group(now_s)
-        group = window.last
-        group.last_s = now_s
-        group.count += 1
+        bucket = window.newest
+        if now_s - bucket.started_s >= BUCKET_S:
+            bucket = window.add_bucket(now_s)
+        bucket.last_s = now_s
+        bucket.count += 1
         window.total = total = total + 1
         return limit - total
 
-    def give_back(self, caller: Caller) -> None:
-        """Uncount a request that the gateway itself refused later. One that no longer counts changes nothing.
+    def used(self, key_id: str) -> tuple[int, float]:
+        """Return how many requests of a key count now, and the seconds until none does."""
+        return self._windows.used(key_id, self._clock())
 
-        It is the newest place that goes back, which is the caller's own wherever the refusal came soon.
+    def refund(self, caller: Caller, acquired_s: float) -> None:
+        """Uncount a request that the gateway itself refused after `acquire`, unless it has expired.
+
+        `acquired_s` is the clock's time when it was acquired, or just before that. Exactly this request's place is
+        returned: a later one counts for longer, and without it the key would exceed its limit when this one expires.
         """
         window = self._windows.get(caller.key_id)
-        if window is not None:
-            window.take_away()
-
-    def _begin(self, key_id: str, now_s: float) -> _Window:
-        if now_s >= self._sweep_s:
-            self._sweep(now_s)
-        window = self._windows[key_id] = _Window()
-        return window
-
-    def _sweep(self, now_s: float) -> None:
-        """Forget the keys that idle. At most once a window, and only when the table is about to grow."""
-        self._sweep_s = now_s + WINDOW_S
-        for key_id, window in list(self._windows.items()):
-            window.age(now_s)
-            if not window.groups:
-                del self._windows[key_id]
+        if window is not None and self._clock() - acquired_s < WINDOW_S:
+            window.remove(acquired_s, 1)
 
 
-def _refuse(window: _Window, limit: int, now_s: float) -> NoReturn:
-    # Rounded to microseconds: what the addition of floats leaves over must not become a second.
-    reset_s = round(window.groups[-1].last_s + WINDOW_S - now_s, 6)
+def _refuse(window: SlidingWindow, limit: int, now_s: float) -> NoReturn:
+    # Rounded to microseconds, so that a floating-point error is not rounded up to a whole second.
+    reset_s = round(window.reset_s(now_s), 6)
     raise GatewayError(
         RATE_LIMIT_EXCEEDED,
-        f"This API key is limited to {limit} requests a minute.",
+        f"This API key is limited to {limit} requests per minute.",
         fields=allowance(limit, 0, reset_s),
         retry_after_s=math.ceil(round(window.wait_s(limit, now_s), 6)),
     )

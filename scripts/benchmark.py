@@ -3,10 +3,10 @@
 
     GATEWAY_API_KEY=… python3 benchmark.py --direct http://127.0.0.1:8080 --gateway http://127.0.0.1:8000 --html r.html
 
-With both addresses the two take turns within each round, so that the difference is the gateway's own. Keys come from
-files or from the environment (GATEWAY_API_KEY, BACKEND_API_KEY), never from the command line. Figures go to stdout,
-progress to stderr. Exit status: 0 measured, 1 nothing could be measured, some requests failed or a file could
-not be written, 2 wrong usage.
+With both addresses, each round measures both targets, so that the difference is caused by the gateway. Keys are read
+from files or from the environment (GATEWAY_API_KEY, BACKEND_API_KEY), never from the command line. Figures go to
+stdout, progress to stderr. Exit status: 0 success, 1 nothing was measured, requests failed or a file could not be
+written, 2 wrong usage.
 """
 
 import argparse
@@ -26,23 +26,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-import bench_html
-import bench_report
-from bench_client import PATHS, Connection, Sample, Target
-from bench_stats import Result, Turn, overheads, summarize
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python3 -P` leaves a script's own folder out
 
-SENTENCE = "The quick brown fox jumps over the lazy dog, and nobody has ever asked it why. "
-# The options that name a file, and what is written to it.
-FORMS: dict[str, Callable[[Result], str]] = {
-    "json": bench_report.to_json,
-    "csv": bench_report.to_csv,
-    "html": bench_html.to_html,
+from bench import html_report, report
+from bench.client import PATHS, Sample, Target, TargetConnection
+from bench.stats import Result, Run, overheads, summarize
+from core.installation import add_version, shown
+
+SENTENCE = "The quick brown fox jumps over the lazy dog, and the lazy dog goes on sleeping. "
+# The options that name a report file, and the format of each.
+FORMATS: dict[str, Callable[[Result], str]] = {
+    "json": report.to_json,
+    "csv": report.to_csv,
+    "html": html_report.to_html,
 }
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be measured, and when to give up."""
+class BenchmarkPlan:
+    """What to measure, and the time limits. `concurrency` is measured for each value; `requests` are per run."""
 
     targets: tuple[Target, ...]
     kinds: tuple[str, ...] = ("chat",)
@@ -55,8 +57,8 @@ class Plan:
     timeout_s: float = 120.0
     max_s: float = 600.0
 
-    def turns(self) -> Iterator[tuple[str, int, int, Target]]:
-        """Yield kind, concurrency, round and target in order; who goes first changes with every round."""
+    def runs(self) -> Iterator[tuple[str, int, int, Target]]:
+        """Yield (kind, concurrency, round, target) of each run. The order of the targets alternates between rounds."""
         for kind in self.kinds:
             for concurrency in self.concurrency:
                 for number in range(1, self.rounds + 1):
@@ -64,131 +66,134 @@ class Plan:
                         yield kind, concurrency, number, target
 
     @property
-    def turn_count(self) -> int:
+    def run_count(self) -> int:
         return len(self.kinds) * len(self.concurrency) * self.rounds * len(self.targets)
 
 
 # Requests
 
 
-def prompt_of(serial: int, chars: int) -> str:
-    """Make a prompt whose beginning no other has, so that no target profits from what another left in the cache."""
+def make_prompt(serial: int, chars: int) -> str:
+    """Return a prompt with a unique beginning, so that no target can reuse the prompt cache that another one filled."""
     text = f"Request {serial}. " + SENTENCE * (chars // len(SENTENCE) + 1)
     return text[: max(chars, 20)]
 
 
-def body_of(kind: str, prompt: str, plan: Plan) -> dict[str, object]:
-    """Ask for an answer of a known length: `ignore_eos` is llama-server's."""
+def make_body(kind: str, prompt: str, plan: BenchmarkPlan) -> dict[str, object]:
+    """Return a request body whose answer has a fixed length. `ignore_eos` is an option of llama-server."""
     if kind == "embeddings":
         return {"model": plan.model, "input": prompt}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     length = {"max_tokens": plan.max_tokens, "ignore_eos": True, "temperature": 0}
-    asked = {"messages": [{"role": "user", "content": prompt}]} if kind == "chat" else {"prompt": prompt}
-    return {"model": plan.model, **asked, **length, **stream}
+    content = {"messages": [{"role": "user", "content": prompt}]} if kind == "chat" else {"prompt": prompt}
+    return {"model": plan.model, **content, **length, **stream}
 
 
-# Turns
+# Runs
 
 
 class Progress:
-    """One line on stderr: rewritten in place on a terminal, a line a turn elsewhere."""
+    """Shows the progress: on a terminal as one line that is rewritten, otherwise as one line per run."""
 
     def __init__(self, total: int, out: TextIO, quiet: bool) -> None:
         self._total = total
         self._done = 0
         self._out = out
         self._quiet = quiet
-        self._began_s = time.monotonic()
+        self._started_s = time.monotonic()
 
-    def step(self, what: str) -> None:
+    def step(self, description: str) -> None:
         self._done += 1
         if self._quiet:
             return
-        spent_s = time.monotonic() - self._began_s
-        left_s = spent_s / self._done * (self._total - self._done)
-        line = f"[{self._done}/{self._total}] {what}, about {left_s:.0f} s left"
+        elapsed_s = time.monotonic() - self._started_s
+        remaining_s = elapsed_s / self._done * (self._total - self._done)
+        line = f"[{self._done}/{self._total}] {description}, about {remaining_s:.0f} s remaining"
         terminal = self._out.isatty()
         self._out.write(f"\r\x1b[K{line}" if terminal and self._done < self._total else f"{line}\n")
         self._out.flush()
 
 
 class Runner:
-    """Runs a plan's turns one after the other, and keeps to its time."""
+    """Executes the runs of a plan in order and stops at its time limit."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
+    def __init__(self, plan: BenchmarkPlan, progress: Progress) -> None:
         self._plan = plan
         self._progress = progress
         self._serial = 0
         self._deadline_s = time.monotonic() + plan.max_s
         self.stopped_early = False
 
-    async def run(self) -> list[Turn]:
-        turns: list[Turn] = []
+    async def execute(self) -> list[Run]:
+        runs: list[Run] = []
         warm: set[tuple[str, str]] = set()
-        for kind, concurrency, number, target in self._plan.turns():
+        for kind, concurrency, number, target in self._plan.runs():
             if time.monotonic() >= self._deadline_s:
                 self.stopped_early = True
                 break
             if (kind, target.name) not in warm:
                 warm.add((kind, target.name))
                 await self._clients(kind, 1, 1, target)
-            turn = await self._turn(kind, concurrency, number, target)
-            self.stopped_early |= turn.cut
-            turns += [turn] * bool(turn.samples)
-            self._progress.step(f"{kind}, {concurrency} at once, round {number}, {target.name}")
-        return turns
+            run = await self._run(kind, concurrency, number, target)
+            self.stopped_early |= run.incomplete
+            runs += [run] * bool(run.samples)
+            self._progress.step(f"{kind}, concurrency {concurrency}, round {number}, {target.name}")
+        return runs
 
-    async def _turn(self, kind: str, concurrency: int, number: int, target: Target) -> Turn:
-        each = math.ceil(self._plan.requests / concurrency)
-        wall_s, samples = await self._clients(kind, concurrency, each, target)
-        cut = len(samples) < concurrency * each
-        return Turn(kind, concurrency, number, target.name, wall_s, tuple(samples), cut)
+    async def _run(self, kind: str, concurrency: int, number: int, target: Target) -> Run:
+        per_client = math.ceil(self._plan.requests / concurrency)
+        wall_s, samples = await self._clients(kind, concurrency, per_client, target)
+        incomplete = len(samples) < concurrency * per_client
+        return Run(kind, concurrency, number, target.name, wall_s, tuple(samples), incomplete)
 
-    async def _clients(self, kind: str, concurrency: int, each: int, target: Target) -> tuple[float, list[Sample]]:
-        """Let so many clients at once send so many requests each, over connections opened beforehand.
+    async def _clients(
+        self, kind: str, concurrency: int, per_client: int, target: Target
+    ) -> tuple[float, list[Sample]]:
+        """Run concurrent clients that send per_client requests each, on connections opened beforehand.
 
-        Returns what came to its end, well or not, before the time was up.
+        Returns the elapsed seconds and the samples of the requests that finished, with or without an error, before the
+        time limit.
         """
-        connections = [Connection(target, self._plan.timeout_s) for _ in range(concurrency)]
-        requests = [[self._request(kind, target) for _ in range(each)] for _ in connections]
+        connections = [TargetConnection(target, self._plan.timeout_s) for _ in range(concurrency)]
+        requests = [[self._request(kind, target) for _ in range(per_client)] for _ in connections]
         samples: list[Sample] = []
         try:
             opened = (connection.open() for connection in connections)
-            await self._in_time(asyncio.gather(*opened, return_exceptions=True))
-            began_s = time.perf_counter()
+            await self._until_deadline(asyncio.gather(*opened, return_exceptions=True))
+            started_s = time.perf_counter()
             clients = (self._client(*pair, samples) for pair in zip(connections, requests, strict=True))
-            await self._in_time(asyncio.gather(*clients))
-            return time.perf_counter() - began_s, samples
+            await self._until_deadline(asyncio.gather(*clients))
+            return time.perf_counter() - started_s, samples
         finally:
             for connection in connections:
                 connection.close()
 
-    async def _client(self, connection: Connection, requests: Sequence[bytes], samples: list[Sample]) -> None:
+    async def _client(self, connection: TargetConnection, requests: Sequence[bytes], samples: list[Sample]) -> None:
         for request in requests:
-            # asyncio.wait_for may lose a cancellation that comes together with what it waits for.
-            if self._left_s() <= 0:
+            # asyncio.wait_for may lose a cancellation that happens together with the completion of its task.
+            if self._remaining_s() <= 0:
                 return
             samples.append(await connection.measure(request))
 
-    async def _in_time(self, work: "asyncio.Future[Any]") -> None:
-        """Wait for the work until the time is up; what is not done by then is cancelled."""
+    async def _until_deadline(self, work: "asyncio.Future[Any]") -> None:
+        """Wait for the work until the time limit, then cancel it."""
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(work, self._left_s())
+            await asyncio.wait_for(work, self._remaining_s())
 
-    def _left_s(self) -> float:
+    def _remaining_s(self) -> float:
         return max(0.0, self._deadline_s - time.monotonic())
 
     def _request(self, kind: str, target: Target) -> bytes:
         self._serial += 1
-        prompt = prompt_of(self._serial, self._plan.prompt_chars)
-        return target.request("POST", PATHS[kind], body_of(kind, prompt, self._plan))
+        prompt = make_prompt(self._serial, self._plan.prompt_chars)
+        return target.request("POST", PATHS[kind], make_body(kind, prompt, self._plan))
 
 
-async def look_up(plan: Plan) -> dict[str, object]:
-    """Ask what is being measured: the model's name and, where the backend is reached directly, its slots."""
+async def fetch_facts(plan: BenchmarkPlan) -> dict[str, object]:
+    """Ask the targets for the name of the model and, if llama-server is measured directly, the number of its slots."""
     facts: dict[str, object] = {}
     for target in plan.targets:
-        connection = Connection(target, min(10.0, plan.timeout_s))
+        connection = TargetConnection(target, min(10.0, plan.timeout_s))
         try:
             models = (await connection.fetch("/v1/models")).get("data") or [{}]
             facts.setdefault("model", models[0].get("id"))
@@ -199,65 +204,77 @@ async def look_up(plan: Plan) -> dict[str, object]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def notes_of(turns: Sequence[Turn], plan: Plan, stopped_early: bool) -> list[str]:
-    """Say what an operator should know before trusting the figures."""
+def make_notes(runs: Sequence[Run], plan: BenchmarkPlan, stopped_early: bool) -> list[str]:
+    """Return what limits the meaning of the figures."""
     notes = []
-    errors = {sample.error for turn in turns for sample in turn.samples if sample.error}
+    errors = {sample.error for run in runs for sample in run.samples if sample.error}
     if stopped_early:
         notes.append(
-            f"stopped after {plan.max_s:g} s; what was under way then is left out, and the rest of the plan was not"
-            " measured (--max-seconds)"
+            f"stopped after {plan.max_s:g} s (--max-seconds); unfinished requests are left out, and the rest was not"
+            " measured"
         )
     if errors:
         notes.append(
-            "failed requests are in no percentile and in no rate, and their rounds not in what the gateway adds"
+            "failed requests are in no percentile and in no rate, and their rounds are not in what the gateway adds"
         )
     if any(error.startswith("429") for error in errors):
-        notes.append("429: the key's rate limit is in the way; measure with a key whose limit is far above the load")
+        notes.append("429: the rate limit of the key was exceeded; use a key whose limit is far above the load")
     if any(error.startswith(("401", "403")) for error in errors):
         notes.append("401 or 403: set GATEWAY_API_KEY or BACKEND_API_KEY, or give --key-file or --backend-key-file")
-    if any(len(turn.good) < 100 for turn in turns) and turns:
-        notes.append("a p99 of fewer than 100 requests is little more than the slowest one")
+    if any(len(run.successful) < 100 for run in runs) and runs:
+        notes.append("a p99 of fewer than 100 requests is little more than the slowest request")
     return notes
 
 
 # The command line
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--direct", metavar="URL", help="llama-server itself")
-    made.add_argument("--gateway", metavar="URL", help="the gateway in front of it")
-    made.add_argument("--key-file", metavar="FILE", type=Path, help="the gateway's API key (else GATEWAY_API_KEY)")
-    made.add_argument("--backend-key-file", metavar="FILE", type=Path, help="llama-server's (else BACKEND_API_KEY)")
-    plan = made.add_argument_group("what to measure")
-    plan.add_argument("--kinds", metavar="LIST", type=kinds, default=Plan.kinds, help=f"of {', '.join(PATHS)} (chat)")
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=shown("benchmark"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--direct", metavar="URL", help="address of llama-server")
+    parser.add_argument("--gateway", metavar="URL", help="address of the gateway")
+    parser.add_argument("--key-file", metavar="FILE", type=Path, help="the gateway's API key (else GATEWAY_API_KEY)")
+    parser.add_argument(
+        "--backend-key-file", metavar="FILE", type=Path, help="llama-server's API key (else BACKEND_API_KEY)"
+    )
+    plan = parser.add_argument_group("what to measure")
+    defaults = BenchmarkPlan
     plan.add_argument(
-        "--concurrency", metavar="LIST", type=counts, default=Plan.concurrency, help="clients at once (1,2,4)"
+        "--kinds", metavar="LIST", type=kinds, default=defaults.kinds, help=f"of {', '.join(PATHS)} (default: chat)"
     )
     plan.add_argument(
-        "--rounds", metavar="N", type=count, default=Plan.rounds, help="turns of each target (%(default)s)"
+        "--concurrency",
+        metavar="LIST",
+        type=counts,
+        default=defaults.concurrency,
+        help="concurrent clients (default: 1,2,4)",
     )
-    plan.add_argument(
-        "--requests", metavar="N", type=count, default=Plan.requests, help="requests a turn (%(default)s)"
-    )
-    plan.add_argument("--max-tokens", metavar="N", type=count, default=Plan.max_tokens, help="an answer (%(default)s)")
-    plan.add_argument(
-        "--prompt-chars", metavar="N", type=count, default=Plan.prompt_chars, help="a prompt (%(default)s)"
-    )
-    plan.add_argument("--model", metavar="NAME", default=Plan.model, help="as the request names it (%(default)s)")
-    plan.add_argument("--timeout", metavar="S", type=seconds, default=Plan.timeout_s, help="a request (%(default)s)")
-    plan.add_argument("--max-seconds", metavar="S", type=seconds, default=Plan.max_s, help="in all (%(default)s)")
-    out = made.add_argument_group("what to write (stdout has the tables)")
-    out.add_argument("--json", metavar="FILE", type=Path, help="everything, but for single gaps")
-    out.add_argument("--csv", metavar="FILE", type=Path, help="one line a kind, concurrency and target")
-    out.add_argument("--html", metavar="FILE", type=Path, help="a page with plots that needs nothing but itself")
-    out.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    return made
+    for name, default, meaning in (
+        ("--rounds", defaults.rounds, "runs of each target"),
+        ("--requests", defaults.requests, "requests per run"),
+        ("--max-tokens", defaults.max_tokens, "tokens per answer"),
+        ("--prompt-chars", defaults.prompt_chars, "characters per prompt"),
+    ):
+        plan.add_argument(name, metavar="N", type=count, default=default, help=f"{meaning} (default: %(default)s)")
+    plan.add_argument("--model", metavar="NAME", default=defaults.model, help="model (default: %(default)s)")
+    for name, limit_s, meaning in (
+        ("--timeout", defaults.timeout_s, "seconds per request"),
+        ("--max-seconds", defaults.max_s, "seconds in total"),
+    ):
+        plan.add_argument(name, metavar="S", type=seconds, default=limit_s, help=f"{meaning} (default: %(default)g)")
+    add_version(parser)
+    output = parser.add_argument_group("reports (the tables are always printed to stdout)")
+    output.add_argument("--json", metavar="FILE", type=Path, help="everything except the gaps of each request")
+    output.add_argument("--csv", metavar="FILE", type=Path, help="one line per kind, concurrency and target")
+    output.add_argument("--html", metavar="FILE", type=Path, help="a self-contained page with charts")
+    output.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
 
 
 def count(text: str) -> int:
-    """Convert a whole number from 1 to 100,000."""
+    """Convert an integer from 1 to 100,000."""
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 100_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 100000")
     return int(text)
@@ -268,10 +285,10 @@ def counts(text: str) -> tuple[int, ...]:
 
 
 def kinds(text: str) -> tuple[str, ...]:
-    asked = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if unknown := [kind for kind in asked if kind not in PATHS]:
+    chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [kind for kind in chosen if kind not in PATHS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PATHS)}")
-    return asked
+    return chosen
 
 
 def seconds(text: str) -> float:
@@ -284,19 +301,19 @@ def seconds(text: str) -> float:
     return value
 
 
-def plan_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
-    """Turn the options into a plan. Raises ValueError with words for the operator."""
+def make_plan(options: argparse.Namespace, environ: Mapping[str, str]) -> BenchmarkPlan:
+    """Convert the options to a plan. Raises ValueError with a message for the user."""
     keys = {
-        "direct": key_of("--backend-key-file", options.backend_key_file, environ.get("BACKEND_API_KEY", "")),
-        "gateway": key_of("--key-file", options.key_file, environ.get("GATEWAY_API_KEY", "")),
+        "direct": read_key("--backend-key-file", options.backend_key_file, environ.get("BACKEND_API_KEY", "")),
+        "gateway": read_key("--key-file", options.key_file, environ.get("GATEWAY_API_KEY", "")),
     }
-    given = {"direct": options.direct, "gateway": options.gateway}
-    targets = tuple(Target(name, base_of(url), keys[name]) for name, url in given.items() if url)
+    urls = {"direct": options.direct, "gateway": options.gateway}
+    targets = tuple(Target(name, base_url(url), keys[name]) for name, url in urls.items() if url)
     if not targets:
         raise ValueError("give --direct, --gateway or both")
     for target in targets:
-        target.check()
-    return Plan(
+        target.validate()
+    return BenchmarkPlan(
         targets,
         options.kinds,
         options.concurrency,
@@ -310,9 +327,9 @@ def plan_of(options: argparse.Namespace, environ: Mapping[str, str]) -> Plan:
     )
 
 
-def key_of(option: str, file: Path | None, inherited: str) -> str:
+def read_key(option: str, file: Path | None, default: str) -> str:
     if file is None:
-        return inherited
+        return default
     try:
         return file.read_text("utf-8").strip()
     except OSError as error:
@@ -321,38 +338,41 @@ def key_of(option: str, file: Path | None, inherited: str) -> str:
         raise ValueError(f"{option}: {file} is not UTF-8 text") from None
 
 
-def base_of(url: str) -> str:
-    """The address without the /v1 at its end, which OpenAI clients are given and `make run` prints."""
+def base_url(url: str) -> str:
+    """Return the URL without a final /v1. OpenAI clients need it, and `make run` prints it."""
     return re.sub(r"(?<=[^/])/v1/?$", "", url)
 
 
-def facts_of(plan: Plan, found: Mapping[str, object]) -> dict[str, object]:
+def all_facts(plan: BenchmarkPlan, fetched: Mapping[str, object]) -> dict[str, object]:
     urls = {target.name: target.url for target in plan.targets}
-    sizes = f"{plan.prompt_chars} characters in, {plan.max_tokens} tokens out"
-    turns = f"{plan.rounds} rounds, {plan.requests} requests a turn"
+    requests = f"{plan.prompt_chars} characters in, {plan.max_tokens} tokens out"
+    rounds = f"{plan.rounds} rounds, {plan.requests} requests per run"
     when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    about = {"plan": turns, "requests": sizes, "when": when, "client": f"Python {platform.python_version()}"}
-    return {**urls, **found, **about}
+    about = {"plan": rounds, "requests": requests, "when": when, "client": f"Python {platform.python_version()}"}
+    return {**urls, **fetched, **about}
 
 
-async def measure(plan: Plan, progress: Progress) -> Result:
-    found = await look_up(plan)
+async def measure(plan: BenchmarkPlan, progress: Progress) -> Result:
+    fetched = await fetch_facts(plan)
     runner = Runner(plan, progress)
-    turns = await runner.run()
-    notes = notes_of(turns, plan, runner.stopped_early)
-    summaries, added = tuple(summarize(turns)), tuple(overheads(turns))
-    return Result(facts_of(plan, found), tuple(turns), summaries, added, tuple(notes))
+    runs = await runner.execute()
+    notes = make_notes(runs, plan, runner.stopped_early)
+    summaries, added = tuple(summarize(runs)), tuple(overheads(runs))
+    return Result(all_facts(plan, fetched), tuple(runs), summaries, added, tuple(notes))
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Look before minutes of measuring whether what comes of them can be written. Raises ValueError."""
-    for name in FORMS:
-        if (file := getattr(options, name)) and (reason := why_not_writable(file)):
+    """Check, before minutes of measuring, that the report files are writable. Raises ValueError."""
+    for name in FORMATS:
+        if (file := getattr(options, name)) and (reason := write_obstacle(file)):
             raise ValueError(f"--{name}: {file} cannot be written: {reason}")
 
 
-def why_not_writable(file: Path) -> str:
-    """Say what is in the way, without making the file; what this cannot see is told when it is written."""
+def write_obstacle(file: Path) -> str:
+    """Return why the file cannot be written, or an empty string. The file is not created.
+
+    Some errors, such as a full disk, are only found when the file is written.
+    """
     try:
         if stat.S_ISDIR(file.stat().st_mode):
             return os.strerror(errno.EISDIR)
@@ -366,36 +386,36 @@ def why_not_writable(file: Path) -> str:
 
 
 def write(result: Result, options: argparse.Namespace) -> bool:
-    """Print the tables and write each file that was asked for, whatever becomes of the others; False if one failed."""
-    sys.stdout.write(bench_report.to_text(result))
+    """Print the tables and write the report files. If one fails, write the others and return False."""
+    sys.stdout.write(report.to_text(result))
     sys.stdout.flush()
-    whole = True
-    for name, form in FORMS.items():
+    complete = True
+    for name, serialize in FORMATS.items():
         file = getattr(options, name)
         try:
             if file:
-                file.write_text(form(result), "utf-8")
+                file.write_text(serialize(result), "utf-8")
         except OSError as error:
-            print(f"benchmark: --{name}: {file} cannot be written: {error.strerror}", file=sys.stderr)
-            whole = False
-    return whole
+            print(f"benchmark: error: --{name}: {file} cannot be written: {error.strerror}", file=sys.stderr)
+            complete = False
+    return complete
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    options = parser().parse_args(argv)
+    options = make_parser().parse_args(argv)
     try:
-        plan = plan_of(options, environ)
+        plan = make_plan(options, environ)
         check_outputs(options)
     except ValueError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
+        print(f"benchmark: error: {error}", file=sys.stderr)
         return 2
     try:
-        result = asyncio.run(measure(plan, Progress(plan.turn_count, sys.stderr, options.quiet)))
+        result = asyncio.run(measure(plan, Progress(plan.run_count, sys.stderr, options.quiet)))
     except KeyboardInterrupt:
         return 130
     written = write(result, options)
     failed = any(summary.errors for summary in result.summaries)
-    return 1 if failed or not written or not result.turns else 0
+    return 1 if failed or not written or not result.runs else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Make, list, change, rotate and remove API keys.
+"""Generate, list, change, rotate and remove API keys.
 
-The command line of the keys file. It needs keyfile.py beside it and nothing else (`usage` needs accept.py, usage.py and
-meter.py too), talks to no gateway and restarts nothing: a running gateway sees the changed file by itself. Data goes to
-stdout, talk to stderr. The exit status is 0 when it is done, 1 when the state of things forbids it and 2 when the
-command is wrong.
+This program edits the keys file. It needs only keyfile.py in its folder; the command `usage` also needs accounting/,
+config/ and core/, and `--version` core/. It connects to no gateway and restarts nothing: a running gateway notices the
+changed file. Data goes to stdout, messages to stderr. Exit status: 0 success, 1 the command failed, 2 wrong usage.
 """
 
 import argparse
@@ -19,10 +18,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python3 -P` leaves a script's own folder out
+
 import keyfile
-from keyfile import Document, Entry
+from keyfile import Document, Entry, ParsedFile
+
+_HOME = os.path.dirname(os.path.realpath(__file__))  # a .pyz file has this program under the name of a command
+PROGRAM = f"{os.path.basename(_HOME)} keys" if os.path.isfile(_HOME) else "key_mgmt.py"
 
 HELP = """\
 examples:
@@ -31,80 +36,89 @@ examples:
   python3 key_mgmt.py list
   python3 key_mgmt.py set --name alice --parallel 2 --tokens-per-day 2000000
   python3 key_mgmt.py set --name alice --rate-limit 0             # suspend: 403 key_suspended
-  python3 key_mgmt.py set --name alice --rate-limit default       # and back
-  python3 key_mgmt.py rotate --name alice --overlap 24h           # the old key works until then
+  python3 key_mgmt.py set --name alice --rate-limit default       # resume
+  python3 key_mgmt.py set --name alice --models 'chat-*,embed'     # others are 403 model_not_allowed
+  python3 key_mgmt.py set --name alice --from 10.0.0.0/8           # elsewhere it is an unknown key
+  python3 key_mgmt.py rotate --name alice --overlap 24h           # the old key works for 24 hours more
   python3 key_mgmt.py --quiet remove --name alice
   python3 key_mgmt.py check
-  python3 key_mgmt.py generate --name bob --file ./team.txt       # --file, --json and --quiet
-  python3 key_mgmt.py --file ./team.txt list --json               # stand before the command or behind it
-  printf %s "$KEY" | python3 key_mgmt.py hash                     # a key of your own, as the file wants it
+  python3 key_mgmt.py generate --name bob --file ./team.txt       # --file, --json and --quiet may come
+  python3 key_mgmt.py --file ./team.txt list --json               # before or after the command
+  printf %s "$KEY" | python3 key_mgmt.py hash                     # your own key in the format of the file
+  printf %s "$KEY" | python3 key_mgmt.py hash --line --name bob   # a line for API_KEYS
   python3 key_mgmt.py usage --since 7d --by day --csv
+  python3 key_mgmt.py usage --quotas --key alice                  # limits, what is left, when it resets
 
-The keys file is --file, else AUTH_KEYS_FILE, else api_keys.txt in DATA_DIR. Without DATA_DIR it is the gateway's own
-choice: the first of /runpod-volume, /workspace and /data that is mounted and writable, else /data if that is writable,
-else ./data. A key is shown once, when it is made; the file holds its SHA-256 (with --plain the key itself).
+The keys file is --file, else AUTH_KEYS_FILE, else api_keys.txt in DATA_DIR. Without DATA_DIR the folder is the one that
+the gateway uses: the first of /runpod-volume, /workspace and /data that is mounted and writable, else /data if it is
+writable, else ./data. A key is shown only once, when it is generated. The file contains its SHA-256 digest, or with
+--plain the key itself.
 """
 
+# Of a line that `hash` prints without a name.
+FIRST_NAME = "first"
 VOLUMES = ("/runpod-volume", "/workspace", "/data")
-# 99999 days are within the calendar, whichever way they are counted.
+# 99999 days from now is still a valid date.
 DURATION = re.compile(r"([0-9]{1,5})([dhm])")
 UNITS = {"d": "days", "h": "hours", "m": "minutes"}
-# The fields of an entry that options set, in the order in which they are shown.
-LIMITS = ("rate_limit", "expires_at", "role", "parallel", "priority", "tokens_per_day")
+# The fields of an entry that options set, in the order of the output.
+QUOTAS = ("tokens_per_day", "tokens_per_minute", "tokens_per_month", "max_tokens")
+LIMITS = ("rate_limit", "expires_at", "role", "parallel", "priority", *QUOTAS, "models", "sources")
 
 
-class Refused(Exception):
-    """What is asked for does not go with what is there."""
+class CommandError(Exception):
+    """The command cannot be carried out, for example because the key does not exist."""
 
     status = 1
 
 
-class Misused(Refused):
-    """What is asked for makes no sense."""
+class UsageError(CommandError):
+    """The arguments or the environment are wrong."""
 
     status = 2
 
 
-# Words to values
+# Settings and arguments
 
 
 def probe_folder(path: str) -> tuple[bool, bool]:
-    """Tell whether a folder is a mount point and whether it can be written to."""
+    """Return whether a folder is a mount point and whether it is writable."""
     return os.path.ismount(path), os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK)
 
 
 def data_dir(environ: Mapping[str, str], probe: Callable[[str], tuple[bool, bool]] = probe_folder) -> str:
-    """Find the folder that the gateway would choose, where nobody names one."""
+    """Return DATA_DIR, or the folder that the gateway uses if it is unset."""
     if environ.get("DATA_DIR"):
         return environ["DATA_DIR"]
     mounted = [volume for volume in VOLUMES if all(probe(volume))]
     return mounted[0] if mounted else "/data" if probe("/data")[1] else "./data"
 
 
-def chosen_file(given: str | None, setting: str, name: str) -> Path:
+def resolve_file(given: str | None, setting: str, name: str) -> Path:
+    """Return the file that an option gives, else the one that a setting names, else the default in DATA_DIR."""
     if given is not None:
         return Path(given)
     return Path(os.environ.get(setting) or os.path.join(data_dir(os.environ), name))
 
 
 def keys_file(arguments: argparse.Namespace) -> Path:
-    return chosen_file(arguments.file, "AUTH_KEYS_FILE", "api_keys.txt")
+    return resolve_file(arguments.file, "AUTH_KEYS_FILE", "api_keys.txt")
 
 
 def ledger_file(arguments: argparse.Namespace) -> Path:
-    # To the gateway an empty USAGE_FILE is not an unset one.
+    # The gateway distinguishes an empty USAGE_FILE from an unset one.
     if arguments.usage_file is None and os.environ.get("USAGE_FILE") == "":
-        raise Refused("USAGE_FILE is empty, so that usage is in the gateway's memory only: ask GET /usage")
-    return chosen_file(arguments.usage_file, "USAGE_FILE", "usage.db")
+        raise CommandError("USAGE_FILE is empty: usage is only in the memory of the gateway; request GET /usage")
+    return resolve_file(arguments.usage_file, "USAGE_FILE", "usage.db")
 
 
 def setting(name: str, accepts: str, parse: Callable[[str], Any]) -> Any:
-    """Read a setting of the gateway's as the gateway does; None where it is unset."""
+    """Parse a setting from the environment as the gateway does. Returns None if it is unset or empty."""
     text = os.environ.get(name)
     try:
         return parse(text) if text else None
     except ValueError as problem:
-        raise Misused(f"{name}: the value {text!a} {problem}; accepted: {accepts}") from None
+        raise UsageError(f"{name}: the value {text!a} {problem}; accepted: {accepts}") from None
 
 
 def now() -> datetime:
@@ -114,7 +128,7 @@ def now() -> datetime:
 def parse_duration(text: str) -> timedelta:
     match = DURATION.fullmatch(text)
     if not match:
-        raise keyfile.Invalid("a duration is 1 to 5 digits and d, h or m, like 30d, 24h or 60m")
+        raise keyfile.KeyFileError("a duration is 1 to 5 digits and d, h or m, like 30d, 24h or 60m")
     return timedelta(**{UNITS[match[2]]: int(match[1])})
 
 
@@ -131,146 +145,235 @@ def generate(arguments: argparse.Namespace) -> int:
 
     def add(document: Document) -> None:
         if document.find(entry.key_id):
-            raise Refused(f"{entry.key_id} has a key: rotate gives it a new one, set changes what it may do")
+            raise CommandError(
+                f"{entry.key_id} already has a key: use rotate to replace it or set to change its limits"
+            )
         document.lines.append(keyfile.serialize_entry(entry, secret if arguments.plain else ""))
 
-    return _hand_out(arguments, _rewrite(arguments, add, create=True), secret)
+    return _show_key(arguments, _rewrite(arguments, add, create=True), secret)
 
 
 def list_keys(arguments: argparse.Namespace) -> int:
     path = keys_file(arguments)
-    with _refusing(path):
-        document = Document(keyfile.read(path)[0])
+    with _file_errors(path):
+        document = Document(keyfile.read(path))
     records = [
-        {**_record(line.found), "stored": "hashed" if line.secret.startswith("sha256$") else "plain"}
+        {**_record(line.parsed), "stored": "hashed" if line.secret.startswith("sha256$") else "plain"}
         for line in document.lines
-        if isinstance(line.found, Entry)
+        if isinstance(line.parsed, Entry)
     ]
-    _complain(arguments, document)
+    _warn_of_invalid_lines(arguments, document)
     return _print_json(records) if arguments.json else _print_table(records)
 
 
 def remove(arguments: argparse.Namespace) -> int:
-    def cut(document: Document) -> None:
-        for index, _ in reversed(_found(document, arguments.name)):
+    def delete(document: Document) -> None:
+        for index, _ in reversed(_find(document, arguments)):
             del document.lines[index]
 
-    _rewrite(arguments, cut)
-    _say(f"removed {arguments.name}", arguments.quiet)
+    _rewrite(arguments, delete)
+    _report(f"removed {arguments.name}", arguments.quiet)
     return _print_json({"key_id": arguments.name, "removed": True}) if arguments.json else 0
 
 
 def rotate(arguments: argparse.Namespace) -> int:
     secret, limits = _new_key(arguments)
 
-    def turn(document: Document) -> None:
-        found = _found(document, arguments.name)
-        newest, last = found[-1]
+    def add_and_retire(document: Document) -> None:
+        old_lines = _find(document, arguments)
+        newest, last = old_lines[-1]
         entry = replace(last, digest=keyfile.parse_secret(secret), **limits)
         if _state(entry) == "expired":
-            raise Refused(f"{arguments.name} has expired: --expires gives the new key another end")
+            raise CommandError(f"{arguments.name} has expired: give the new key an expiration with --expires")
         document.lines.insert(newest + 1, keyfile.serialize_entry(entry, secret if arguments.plain else ""))
-        for index, old in reversed(found):
-            _end(document, index, old, arguments.overlap)
+        for index, old in reversed(old_lines):
+            _retire(document, index, old, arguments.overlap)
 
-    return _hand_out(arguments, _rewrite(arguments, turn), secret)
+    return _show_key(arguments, _rewrite(arguments, add_and_retire), secret)
 
 
-def _end(document: Document, index: int, entry: Entry, overlap: timedelta) -> None:
-    """Let an old key end after the overlap, or sooner where it would have ended sooner; without one, now."""
+def _retire(document: Document, index: int, entry: Entry, overlap: timedelta) -> None:
+    """Delete the line of an old key, or let it expire after the overlap, or earlier if it already expires earlier."""
     if not overlap:
         del document.lines[index]
         return
-    _change(document, index, entry, {"expires_at": _sooner(entry.expires_at, now() + overlap)})
+    _change(document, index, entry, {"expires_at": _earlier(entry.expires_at, now() + overlap)})
 
 
 def _change(document: Document, index: int, entry: Entry, limits: Mapping[str, Any]) -> None:
-    """Write a line anew; its key stands as it stood, plain or hashed."""
+    """Rewrite a line with other limits. Its secret is kept as it is, plain or hashed."""
     document.lines[index] = keyfile.serialize_entry(replace(entry, **limits), document.lines[index].secret)
 
 
 def set_limits(arguments: argparse.Namespace) -> int:
     limits = _limits(arguments)
     if not limits:
-        raise Misused("set changes something: give at least one of its options")
+        raise UsageError("give at least one option that set can change")
 
     def change(document: Document) -> None:
-        (*older, newest) = _found(document, arguments.name)
+        (*older, newest) = _find(document, arguments)
         for index, entry in older:
-            # An old key that a rotation lets live for a while may end sooner by this, never later.
-            ends_at = _sooner(entry.expires_at, limits.get("expires_at"))
-            _change(document, index, entry, {**limits, "expires_at": ends_at})
+            # An old key in its overlap may expire earlier because of this, never later.
+            expires_at = _earlier(entry.expires_at, limits.get("expires_at"))
+            _change(document, index, entry, {**limits, "expires_at": expires_at})
         _change(document, *newest, limits)
 
     entries = [entry for _, entry in _rewrite(arguments, change).find(arguments.name)]
-    _say(f"changed {arguments.name}, which is {_state(entries[-1])}", arguments.quiet)
+    _report(f"changed {arguments.name} (now {_state(entries[-1])})", arguments.quiet)
     return _print_json([_record(entry) for entry in entries]) if arguments.json else 0
 
 
 def check(arguments: argparse.Namespace) -> int:
-    path = keys_file(arguments)
-    with _refusing(path):
-        parsed = keyfile.parse(keyfile.read(path)[0])
-    complaints = [*parsed.complaints, *([parsed.distrust] if parsed.distrust else [])]
+    path, given = keys_file(arguments), given_keys()
+    with _file_errors(path):
+        parsed = keyfile.parse(_read_if_needed(path, given))
+    entries, clashes = keyfile.merge(parsed.entries, given.entries)
+    of_given = [*given.complaints, *([given.error] if given.error else []), *clashes]
+    complaints = [*parsed.complaints, *([parsed.error] if parsed.error else []), *[f"API_KEYS: {c}" for c in of_given]]
     if arguments.json:
-        _print_json({"ok": not complaints, "keys": len(parsed.entries), "complaints": complaints})
+        _print_json({"ok": not complaints, "keys": len(entries), "complaints": complaints})
     else:
         _print("".join(complaint + "\n" for complaint in complaints))
-    _say(f"{path}: {len(parsed.entries)} keys, {len(complaints)} complaints", arguments.quiet)
+    more = f" and {len(entries) - len(parsed.entries)} of API_KEYS" if given.entries else ""
+    _report(f"{path}: {_count(parsed.entries, 'key')}{more}, {_count(complaints, 'complaint')}", arguments.quiet)
     return 1 if complaints else 0
 
 
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def given_keys() -> ParsedFile:
+    """Return the keys of API_KEYS or API_KEYS_FILE; none if neither is set."""
+    text, path = os.environ.get("API_KEYS"), os.environ.get("API_KEYS_FILE")
+    if text and path:
+        raise UsageError("API_KEYS and API_KEYS_FILE contradict each other: set one of them")
+    if path:
+        try:
+            text = keyfile.read(Path(path)).decode(errors="replace")
+        except OSError as error:
+            raise CommandError(f"API_KEYS_FILE: the file cannot be read: {error.strerror}") from None
+    return keyfile.parse_list(text or "")
+
+
+def _read_if_needed(path: Path, given: ParsedFile) -> bytes:
+    """Return the keys file's bytes. With given keys there need not be one."""
+    try:
+        return keyfile.read(path)
+    except FileNotFoundError:
+        if not given.entries:
+            raise
+        return b""
+
+
 def hash_key(arguments: argparse.Namespace) -> int:
+    limits = _limits(arguments)
+    if not arguments.line and (limits or hasattr(arguments, "name")):
+        raise UsageError("a name and limits are part of a line: give --line")
     if sys.stdin is None:
-        raise Refused("there is no stdin to read the key from")
+        raise CommandError("stdin is closed: there is no key to read")
     text = sys.stdin.buffer.read(4096).decode("ascii", "replace").rstrip("\r\n")
-    hashed = "sha256$" + keyfile.parse_secret(text).hex()
+    digest = keyfile.parse_secret(text)
+    if arguments.line:
+        line = keyfile.serialize_entry(Entry(getattr(arguments, "name", FIRST_NAME), digest, **limits)).text
+        _report("put the line in single quotes: a shell would replace what follows the $", arguments.quiet)
+        return _print_json({"line": line}) if arguments.json else _print(line + "\n")
+    hashed = "sha256$" + digest.hex()
     return _print_json({"api_key": hashed}) if arguments.json else _print(hashed + "\n")
 
 
 def show_usage(arguments: argparse.Namespace) -> int:
     if arguments.json and arguments.csv:
-        raise Misused("--json and --csv exclude each other: give one of them")
+        raise UsageError("--json and --csv cannot be used together")
     try:
-        import accept  # noqa: PLC0415 - nothing but this command needs the two
-        import usage  # noqa: PLC0415
+        from accounting import ledger, ledger_files  # noqa: PLC0415
+        from config import converters  # noqa: PLC0415 - only this command needs these modules
     except ModuleNotFoundError as error:
-        raise Refused(f"usage needs {error.name}.py beside key_mgmt.py") from None
-    path, price = ledger_file(arguments), setting("GPU_COST_PER_HOUR", accept.PRICE.accepts, accept.PRICE.parse)
+        room = (error.name or "").partition(".")[0]
+        raise CommandError(f"the command usage needs {room}/ in the folder of key_mgmt.py") from None
+    if arguments.quotas:
+        return _show_quotas(arguments, ledger)
+    path, price = ledger_file(arguments), setting("GPU_COST_PER_HOUR", converters.PRICE.accepts, converters.PRICE.parse)
     try:
-        since = usage.first_day(arguments.since, time.time()) if arguments.since else ""
-        rows = usage.query(path, since, arguments.by)
+        since = ledger.first_day(arguments.since, time.time()) if arguments.since else ""
+        rows = ledger.query(path, since, arguments.by, arguments.key or "")
     except ValueError as error:
-        raise Misused(f"--{error}") from None
-    except usage.LedgerUnreadable as error:
-        raise Refused(f"{path}: {error}") from None
-    costs = [{} if price is None else {"cost": round(usage.cost(row.gpu_s, price), 4)} for row in rows]
-    told = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
-    records = [{name: value for name, value in record.items() if value != ""} for record in told]
+        raise UsageError(f"--{error}") from None
+    except ledger_files.LedgerUnreadable as error:
+        raise CommandError(str(error)) from None
+    costs = [{} if price is None else {"cost": round(ledger.cost(row.gpu_s, price), 4)} for row in rows]
+    full = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
+    records = [{name: value for name, value in record.items() if value != ""} for record in full]
     return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
 
 
-# What the commands share
+def _show_quotas(arguments: argparse.Namespace, ledger: ModuleType) -> int:
+    """Show the quotas of each key, what is used of them and left, and when they reset."""
+    path, file = ledger_file(arguments), keys_file(arguments)
+    with _file_errors(file):
+        entries = keyfile.parse(keyfile.read(file)).entries
+    at = now()
+    today, midnight = str(at.date()), datetime(at.year, at.month, at.day, tzinfo=timezone.utc)
+    try:
+        rows = ledger.query(path, today[:8] + "01", "key-day")
+    except ledger.LedgerUnreadable as error:
+        raise CommandError(f"{path}: {error}") from None
+    spent: dict[str, list[int]] = {}
+    for row in rows:
+        of_key = spent.setdefault(row.key_id, [0, 0])
+        of_key[0] += (row.prompt + row.completion) * (row.day == today)
+        of_key[1] += row.prompt + row.completion
+    next_month = (midnight.replace(day=1) + timedelta(days=31)).replace(day=1)
+    resets = (keyfile.serialize_time(midnight + timedelta(days=1)), keyfile.serialize_time(next_month))
+    chosen = {entry.key_id: entry for entry in entries if arguments.key in (None, entry.key_id)}
+    records = [_quota_record(entry, spent.get(key_id, [0, 0]), resets) for key_id, entry in chosen.items()]
+    return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
+
+
+def _quota_record(entry: Entry, spent: Sequence[int], resets: Sequence[str]) -> dict[str, Any]:
+    """Return the quotas of a key. `spent` and `resets` are those of the day and of the month."""
+    record: dict[str, Any] = {"key_id": entry.key_id}
+    limits = (entry.tokens_per_day, entry.tokens_per_month)
+    for period, limit, used, reset in zip(("day", "month"), limits, spent, resets, strict=True):
+        left = None if limit is None else max(limit - used, 0)
+        record |= {
+            f"tokens_per_{period}": limit,
+            f"{period}_used": used,
+            f"{period}_left": left,
+            f"{period}_ends": reset,
+        }
+    return record | {"tokens_per_minute": entry.tokens_per_minute, "max_tokens": entry.max_tokens}
+
+
+# Shared by the commands
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Turn what is wrong with a file into a sentence that names it."""
+def _file_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the keys file into CommandError with the path in the message."""
     try:
         yield
     except OSError as error:
-        raise Refused(f"{path}: {error.strerror}") from None
-    except keyfile.Invalid as error:
-        raise Refused(f"{path}: {error}") from None
+        raise CommandError(f"{path}: {error.strerror}") from None
+    except keyfile.KeyFileError as error:
+        raise CommandError(f"{path}: {error}") from None
 
 
 def _rewrite(arguments: argparse.Namespace, change: Callable[[Document], None], *, create: bool = False) -> Document:
-    path = keys_file(arguments)
-    with _refusing(path):
+    path, warned = keys_file(arguments), set[str]()
+
+    def warn(message: str) -> None:
+        if message not in warned:
+            _report(f"warning: {path}: {message}", arguments.quiet)
+        warned.add(message)
+
+    with _file_errors(path):
         if create:
             _make_folder(path.parent)
-        document = keyfile.rewrite(path, change, create=create)
-    _complain(arguments, document)
+        document = keyfile.rewrite(path, change, create=create, warn=warn)
+        if message := keyfile.detached(path.stat()):
+            warn(message)
+    _warn_of_invalid_lines(arguments, document)
     return document
 
 
@@ -278,49 +381,49 @@ def _make_folder(folder: Path) -> None:
     if not folder.exists():
         folder.mkdir(mode=0o700)
         owner = folder.parent.stat()
-        with suppress(PermissionError):
+        with suppress(OSError):  # not root, or a volume without owners
             os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 def _limits(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those limits that were given; None takes one away."""
+    """Return the limits that were given as options. None removes a limit."""
     return {name: getattr(arguments, name) for name in LIMITS if hasattr(arguments, name)}
 
 
 def _new_key(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     limits = _limits(arguments)
     if limits.get("expires_at") is not None and limits["expires_at"] <= now():
-        raise Misused("--expires is a time that has passed: such a key would be of no use")
-    # A closed stdout would make a key that nobody ever sees.
+        raise UsageError("--expires is in the past: the new key would be expired already")
+    # With stdout closed the new key would be lost.
     if sys.stdout is None:
-        raise Refused("there is no stdout to show the key on")
-    # 32 random bytes are 43 characters, behind the prefix that clients and secret scanners know.
+        raise CommandError("stdout is closed: the key could not be shown")
+    # 32 random bytes are 43 characters. Clients and secret scanners know the prefix.
     return "sk-" + secrets.token_urlsafe(32), limits
 
 
-def _found(document: Document, key_id: str) -> list[tuple[int, Entry]]:
-    found = document.find(key_id)
-    if not found:
-        raise Refused(f"there is no key of the name {key_id}")
-    return found
+def _find(document: Document, arguments: argparse.Namespace) -> list[tuple[int, Entry]]:
+    lines = document.find(arguments.name)
+    if not lines:
+        raise CommandError(f"there is no key named {arguments.name} in {keys_file(arguments)}")
+    return lines
 
 
-def _sooner(first: datetime | None, second: datetime | None) -> datetime | None:
-    """The sooner of two ends; None never comes."""
-    return min((end for end in (first, second) if end is not None), default=None)
+def _earlier(first: datetime | None, second: datetime | None) -> datetime | None:
+    """Return the earlier of two expirations; None is never."""
+    return min((at for at in (first, second) if at is not None), default=None)
 
 
-def _hand_out(arguments: argparse.Namespace, document: Document, secret: str) -> int:
+def _show_key(arguments: argparse.Namespace, document: Document, secret: str) -> int:
     name = arguments.name
     entry = document.find(name)[-1][1]
     record = {**_record(entry), "api_key": secret}
     try:
         _print(json.dumps(record, indent=2) + "\n" if arguments.json else secret + "\n")
     except OSError as error:
-        reason = f"the key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
-        raise Refused(reason) from None
-    end = f" and ends at {record['expires_at']}" if entry.expires_at is not None else ""
-    _say(f"{name} is in {keys_file(arguments)}; its key is shown this once{end}", arguments.quiet)
+        message = f"the new key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
+        raise CommandError(message) from None
+    expiration = f"; it expires at {record['expires_at']}" if entry.expires_at is not None else ""
+    _report(f"added {name} to {keys_file(arguments)}; the key is shown only once{expiration}", arguments.quiet)
     return 0
 
 
@@ -331,15 +434,17 @@ def _state(entry: Entry) -> str:
 
 
 def _record(entry: Entry) -> dict[str, Any]:
-    """An entry as it is shown: all but the digest."""
+    """Return an entry as it is shown: everything except the digest."""
     record = {"key_id": entry.key_id, "state": _state(entry), **{name: getattr(entry, name) for name in LIMITS}}
     if entry.expires_at is not None:
         record["expires_at"] = keyfile.serialize_time(entry.expires_at)
+    record["models"] = None if entry.models is None else ",".join(entry.models)
+    record["from"] = keyfile.serialize_networks(record.pop("sources")) or None
     return record
 
 
 def _print(text: str) -> int:
-    # Flushed here, where a failure can be told; at the interpreter's end it would be a traceback.
+    # Flushed here, where an error can be reported. At interpreter exit it would be a traceback.
     print(text, end="", flush=True)
     return 0
 
@@ -349,7 +454,7 @@ def _print_json(value: object) -> int:
 
 
 def _print_table(records: Sequence[Mapping[str, object]], *, comma: bool = False) -> int:
-    """Print a header and a line a record: in columns, or as CSV (no value holds a comma or a quote)."""
+    """Print a header and one line per record, in columns or as CSV. No value contains a comma or a quote."""
     if not records:
         return _print("")
     absent = "" if comma else "-"
@@ -361,16 +466,16 @@ def _print_table(records: Sequence[Mapping[str, object]], *, comma: bool = False
     return _print("".join(line + "\n" for line in lines))
 
 
-def _complain(arguments: argparse.Namespace, document: Document) -> None:
+def _warn_of_invalid_lines(arguments: argparse.Namespace, document: Document) -> None:
     for complaint in document.complaints:
-        _say(f"warning: {complaint} (the gateway skips it)", arguments.quiet)
+        _report(f"warning: {complaint} (the gateway ignores this line)", arguments.quiet)
 
 
-def _say(text: str, quiet: bool = False) -> None:
-    # print(file=None) would write to stdout.
+def _report(message: str, quiet: bool = False) -> None:
+    # print(file=None) writes to stdout.
     if sys.stderr is not None and not quiet:
         with suppress(OSError):
-            print(f"key_mgmt: {text}", file=sys.stderr, flush=True)
+            print(f"key_mgmt: {message}", file=sys.stderr, flush=True)
 
 
 # The command line
@@ -382,24 +487,25 @@ def main(argv: list[str] | None = None) -> int:
         return int(arguments.run(arguments))
     except SystemExit as stop:
         return int(stop.code or 0)
-    except (Refused, keyfile.Invalid) as error:
-        _say(str(error))
+    except (CommandError, keyfile.KeyFileError) as error:
+        _report(f"error: {error}")
         return getattr(error, "status", 1)
     except OSError as error:
-        _say(f"stdout: {error.strerror}")
+        _report(f"error: stdout: {error.strerror}")
     except KeyboardInterrupt:
-        _say("interrupted")
+        _report("interrupted")
     return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="key_mgmt.py",
-        description="Make, list, change, rotate and remove API keys. COMMAND --help tells a command's options.",
-        epilog=HELP,
+        prog=PROGRAM,
+        description="Generate, list, change, rotate and remove API keys. COMMAND --help shows a command's options.",
+        epilog=HELP.replace("key_mgmt.py", PROGRAM),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     _add(parser, COMMON)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, options, sentence) in COMMANDS.items():
@@ -409,56 +515,117 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _ShowVersion(argparse.Action):
+    """Imports what it needs when it is used: the other commands need only keyfile.py."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from core.installation import version_line  # noqa: PLC0415
+
+        print(version_line(PROGRAM))
+        parser.exit()
+
+
 def _add(parser: argparse.ArgumentParser, options: Sequence[str]) -> None:
-    # What is not given is not there: a default behind the command would undo what stands before it.
+    # Without SUPPRESS the default of an option after the command would overwrite a value given before the command.
+    # An option in brackets is not required.
     for option in options:
-        parser.add_argument(option, **{"default": argparse.SUPPRESS, **OPTIONS[option]})
+        name = option.strip("[]")
+        optional = {"required": False} if option != name else {}
+        parser.add_argument(name, **{"default": argparse.SUPPRESS, **OPTIONS[name], **optional})
 
 
 def _value(metavar: str, parse: Callable[[str], object], sentence: str, **more: Any) -> dict[str, Any]:
-    """Describe an option with a value; the word `blank` stands for none. A complaint never repeats what was given."""
+    """Describe an option with a value. The text `blank` means None. Error messages never repeat the given value."""
     blank = more.pop("blank", None)
 
     def convert(text: str) -> object:
         try:
             return None if text == blank else parse(text)
-        except keyfile.Invalid as error:
+        except keyfile.KeyFileError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return {"metavar": metavar, "type": convert, "help": sentence, **more}
 
 
-SWITCH = {"action": "store_true"}
-ENDS = "2026-12-31, 2026-12-31T23:59:59+02:00 (UTC without an offset), 30d, 24h, 60m, or never"
+FLAG = {"action": "store_true"}
+EXPIRATION_HELP = "2026-12-31, 2026-12-31T23:59:59+02:00 (UTC without an offset), 30d, 24h, 60m, or never"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--name": _value("ID", keyfile.parse_key_id, "whose key", required=True),
-    "--expires": _value("WHEN", parse_when, ENDS, blank="never", dest="expires_at"),
-    "--rate-limit": _value("N", keyfile.parse_rate_limit, "a minute; 0 suspends; or default", blank="default"),
-    "--role": {"choices": keyfile.ROLES, "help": "an operator may also reload, and read slots, props and metrics"},
-    "--parallel": _value("N", keyfile.parse_parallel, "requests at a time, more wait; or none", blank="none"),
-    "--priority": _value("N", keyfile.parse_priority, "0 unless given; higher is served sooner"),
-    "--tokens-per-day": _value("N", keyfile.parse_tokens_per_day, "from midnight UTC on; or none", blank="none"),
-    "--plain": {**SWITCH, "default": False, "help": "put the key itself in the file, not its SHA-256"},
-    "--overlap": _value("TIME", parse_duration, "let the old key work for so long (24h, 7d)", default=timedelta(0)),
-    "--usage-file": _value("PATH", str, "else USAGE_FILE, else usage.db in DATA_DIR", default=None),
-    "--since": _value("WHEN", str, "7d (today is one of them) or a date; else all", default=None),
-    "--by": {"choices": ("key", "day", "key-day"), "default": "key", "help": "what a line stands for (key)"},
-    "--csv": {**SWITCH, "default": False, "help": "print CSV"},
+    "--name": _value("ID", keyfile.parse_key_id, "the key id", required=True),
+    "--expires": _value("WHEN", parse_when, EXPIRATION_HELP, blank="never", dest="expires_at"),
+    "--rate-limit": _value(
+        "N", keyfile.parse_rate_limit, "requests per minute; 0 suspends the key; or default", blank="default"
+    ),
+    "--role": {
+        "choices": keyfile.ROLES,
+        "help": "operator may also reload, drain, and read slots, props, usage, metrics",
+    },
+    "--parallel": _value("N", keyfile.parse_parallel, "concurrent requests, more wait; or none", blank="none"),
+    "--priority": _value("N", keyfile.parse_priority, "higher is served first (default: 0)"),
+    "--tokens-per-day": _value(
+        "N", keyfile.parse_tokens_per_day, "prompt and completion tokens per UTC day; or none", blank="none"
+    ),
+    "--tokens-per-minute": _value(
+        "N", keyfile.parse_tokens_per_minute, "prompt and completion tokens in any 60 s; or none", blank="none"
+    ),
+    "--tokens-per-month": _value(
+        "N", keyfile.parse_tokens_per_month, "prompt and completion tokens per UTC month; or none", blank="none"
+    ),
+    "--max-tokens": _value("N", keyfile.parse_max_tokens, "generated tokens of one choice; or none", blank="none"),
+    "--models": _value(
+        "LIST", keyfile.parse_models, "the models that it may use, like 'chat-*,embed'; or all", blank="all"
+    ),
+    "--from": _value(
+        "LIST",
+        lambda text: () if text == "none" else keyfile.parse_networks(text),
+        "networks from which alone the key works, like 10.0.0.0/8,2001:db8::/32; or none",
+        dest="sources",
+    ),
+    "--plain": {**FLAG, "default": False, "help": "store the key itself instead of its SHA-256 digest"},
+    "--line": {**FLAG, "default": False, "help": "print a whole line, for the file or for API_KEYS"},
+    "--overlap": _value("TIME", parse_duration, "how long the old key keeps working (24h, 7d)", default=timedelta(0)),
+    "--usage-file": _value("PATH", str, "default: USAGE_FILE, else usage.db in DATA_DIR", default=None),
+    "--since": _value("WHEN", str, "a date, or a number of days with today, such as 7d", default=None),
+    "--by": {
+        "choices": ("key", "day", "key-day", "model"),
+        "default": "key",
+        "help": "what each line sums up (default: key)",
+    },
+    "--key": _value("ID", keyfile.parse_key_id, "show this key alone", default=None),
+    "--quotas": {**FLAG, "default": False, "help": "show the quotas of the keys, what is left, and when they reset"},
+    "--csv": {**FLAG, "default": False, "help": "print CSV"},
     "--file": _value("PATH", str, "the keys file"),
-    "--json": {**SWITCH, "help": "print JSON"},
-    "--quiet": {**SWITCH, "help": "print data and errors only"},
+    "--json": {**FLAG, "help": "print JSON"},
+    "--quiet": {**FLAG, "help": "print only data and errors"},
 }
 COMMON = ("--file", "--json", "--quiet")
-LIMIT_OPTIONS = ("--expires", "--rate-limit", "--role", "--parallel", "--priority", "--tokens-per-day")
+TOKEN_OPTIONS = ("--tokens-per-day", "--tokens-per-minute", "--tokens-per-month", "--max-tokens")
+LIMIT_OPTIONS = (
+    "--expires",
+    "--rate-limit",
+    "--role",
+    "--parallel",
+    "--priority",
+    *TOKEN_OPTIONS,
+    "--models",
+    "--from",
+)
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...], str]] = {
-    "generate": (generate, ("--name", *LIMIT_OPTIONS, "--plain"), "make a key and show it, this once"),
-    "list": (list_keys, (), "show whose keys there are and what they may do, never the keys"),
-    "remove": (remove, ("--name",), "revoke the keys of a name, all of them"),
+    "generate": (generate, ("--name", *LIMIT_OPTIONS, "--plain"), "generate a key and show it, only this once"),
+    "list": (list_keys, (), "show the key ids with their limits, never the keys"),
+    "remove": (remove, ("--name",), "revoke all keys of a name"),
     "rotate": (rotate, ("--name", "--overlap", "--expires", "--plain"), "give a name a new key with the same limits"),
-    "set": (set_limits, ("--name", *LIMIT_OPTIONS), "change limits; the key stays"),
-    "check": (check, (), "say what is wrong with the file; exit status 1 if anything is"),
-    "usage": (show_usage, ("--usage-file", "--since", "--by", "--csv"), "show what the keys have used"),
-    "hash": (hash_key, (), "read a key from stdin and print it as the file wants it"),
+    "set": (set_limits, ("--name", *LIMIT_OPTIONS), "change limits and keep the key"),
+    "check": (check, (), "report errors in the file and in API_KEYS; exit status 1 if there are any"),
+    "usage": (
+        show_usage,
+        ("--usage-file", "--since", "--by", "--key", "--quotas", "--csv"),
+        "show the usage of the keys",
+    ),
+    "hash": (
+        hash_key,
+        ("--line", "[--name]", *LIMIT_OPTIONS),
+        "read a key from stdin and print its digest in the format of the file",
+    ),
 }
 
 

@@ -1,10 +1,10 @@
-"""The keys file: its grammar, and the locked, atomic way to change it.
+"""The keys file: its grammar, and locked, atomic changes to it.
 
     key_id:api_key[:rate_limit[:expiration]] [name=value ...]
 
-One key a line; `#` begins a comment line. This module is the only place that knows the colons: the gateway reads
-through `read` and `parse`, the command line changes through `rewrite`. It decides nothing about who may do what, and no
-message of its own holds any part of a line: a mistyped line may have the secret anywhere.
+One key per line; `#` begins a comment line. Only this module knows the grammar: the gateway reads the file with `read`
+and `parse`, and key_mgmt.py changes it with `rewrite`. It makes no authorization decision. No error message contains
+any part of a line, because a mistyped line may have the secret anywhere.
 """
 
 import errno
@@ -18,27 +18,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
 ROLES = ("infer", "operator")
-# 16 characters keep a guessable word from being a key; 128 keep a field line of the request short.
+# At least 16 characters, so that a guessable word is not a key; at most 128, so that the request's field line is short.
 SECRET = "[A-Za-z0-9_-]{16,128}"
-# 10,000 lines are about 1.5 MB; anything beyond this is not a keys file.
+# 10,000 lines are about 1.5 MB. A larger file is not a keys file.
 FILE_BYTES = 16 << 20
-# A change takes milliseconds; whoever holds the lock for longer has stopped.
+# A change takes milliseconds. A process that holds the lock for longer has hung.
 LOCK_WAIT_S = 30.0
-# What keeps a file from being replaced, though it may be written: it is a mount point of its own, its folder is
-# read-only or somebody else's, or its owner could not be given to the new file.
-_NO_REPLACE = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
+# If a new file cannot take the place of the old one for one of these reasons, the old file stays as it is: the disk is
+# full or failing, or another program has changed the file. All other reasons (the file is itself a mount point, its
+# folder is read-only, the volume cannot rename or has no owners …) do not keep a writable file from being overwritten.
+_FINAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ENOENT, errno.ENOMEM})
+# What fsync reports on a file system that has none.
+_NO_SYNC = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP})
+
+Warn = Callable[[str], None]
+# Each request with the key is compared with all of them.
+MAX_NETWORKS = 64
+MAX_PATTERNS = 64
 
 _HASHED = re.compile(r"sha256\$([0-9A-Fa-f]{64})")
 _PLAIN = re.compile(SECRET)
 _KEY_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
 _NUMBER = re.compile(r"[0-9]{1,15}|-[1-9][0-9]{0,14}")
 _BLANKS = re.compile(r"[ \t]+")
-# RFC 3339 with the offset, the seconds and the time of day left out at will. Spelled out, because what
-# datetime.fromisoformat accepts differs between Python 3.10 and 3.11.
+_PATTERN = re.compile(r"[!-+\--:<-~]{1,255}")  # visible ASCII without a comma, and without the ; between lines
+_NETWORK = re.compile(r"[0-9A-Fa-f:.]+(?:/[0-9]{1,3})?")
+# RFC 3339, with the offset, the seconds and the time of day optional. datetime.fromisoformat is not used, because it
+# accepts different forms in Python 3.10 and 3.11.
 _EXPIRATION = re.compile(
     r"([0-9]{4})-([0-9]{2})-([0-9]{2})"
     r"(?:[Tt]([0-9]{2}):([0-9]{2})(?::([0-9]{2})(?:\.([0-9]{1,6}))?)?"
@@ -46,15 +57,20 @@ _EXPIRATION = re.compile(
 )
 
 
-class Invalid(ValueError):
-    """A field that breaks the grammar. The text says which rule, never what stood there."""
+Network = IPv4Network | IPv6Network
+
+
+class KeyFileError(ValueError):
+    """A field, a line or a whole file is invalid. The message names the rule and never contains the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One key: the SHA-256 digest of its secret and what its holder may do.
+    """One key: the SHA-256 digest of its secret, its role and its limits.
 
-    rate_limit counts requests a minute: None is the gateway's default, 0 suspends the key. expires_at is aware UTC.
+    rate_limit is in requests per minute: None is the gateway's default, 0 suspends the key. expires_at is aware UTC.
+    sources are the networks from which the key works; none means from everywhere. models are patterns (`*`, `?` and
+    `[…]`, as in a shell) of the models that it may use; None means all.
     """
 
     key_id: str
@@ -65,15 +81,20 @@ class Entry:
     parallel: int | None = None
     priority: int = 0
     tokens_per_day: int | None = None
+    sources: tuple[Network, ...] = ()
+    tokens_per_minute: int | None = None
+    tokens_per_month: int | None = None
+    max_tokens: int | None = None
+    models: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
-class Parsed:
-    """What a keys file says. `distrust` is the reason why the file as a whole must not take effect, or empty."""
+class ParsedFile:
+    """The contents of a keys file. `error` is why the file as a whole must not take effect, or empty."""
 
     entries: tuple[Entry, ...]
-    complaints: tuple[str, ...]
-    distrust: str = ""
+    complaints: tuple[str, ...]  # one for each invalid line
+    error: str = ""
 
 
 # Fields and lines
@@ -81,25 +102,25 @@ class Parsed:
 
 def parse_key_id(text: str) -> str:
     if not _KEY_ID.fullmatch(text):
-        raise Invalid("a key id is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter, a digit or _")
+        raise KeyFileError("a key id is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter, a digit or _")
     return text
 
 
 def parse_secret(text: str) -> bytes:
-    """Return the digest of a secret as it stands in the file: plain, or `sha256$` and 64 hex digits."""
+    """Return the SHA-256 digest of a secret as the file has it: plain, or `sha256$` and 64 hex digits."""
     hashed = _HASHED.fullmatch(text)
     if hashed:
         return bytes.fromhex(hashed[1])
     if not _PLAIN.fullmatch(text):
-        raise Invalid("a key is 16 to 128 of A-Z a-z 0-9 - _, or sha256$ and 64 hex digits")
+        raise KeyFileError("a key is 16 to 128 of A-Z a-z 0-9 - _, or sha256$ and 64 hex digits")
     return hashlib.sha256(text.encode()).digest()
 
 
 def parse_expiration(text: str) -> datetime:
-    """ISO 8601 to aware UTC; a time without an offset is UTC, a date alone is its first moment."""
+    """Convert ISO 8601 to aware UTC. A time without an offset is UTC; a date alone is its midnight."""
     match = _EXPIRATION.fullmatch(text)
     if not match:
-        raise Invalid("an expiration is like 2026-12-31, 2026-12-31T23:59:59Z or 2026-12-31T23:59:59+02:00")
+        raise KeyFileError("an expiration is like 2026-12-31, 2026-12-31T23:59:59Z or 2026-12-31T23:59:59+02:00")
     *wall, fraction, sign, hours, minutes = match.groups(default="0")
     try:
         offset = timedelta(hours=int(hours), minutes=int(minutes))
@@ -107,21 +128,55 @@ def parse_expiration(text: str) -> datetime:
         at = datetime(year, month, day, hour, minute, second, int(fraction.ljust(6, "0")), timezone.utc)
         return at + offset if sign == "-" else at - offset
     except (ValueError, OverflowError):
-        raise Invalid("the expiration is no date of the calendar") from None
+        raise KeyFileError("the expiration is not a valid date") from None
 
 
 def parse_role(text: str) -> str:
     if text not in ROLES:
-        raise Invalid("the role is infer or operator")
+        raise KeyFileError("the role is infer or operator")
     return text
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Parse addresses and networks, comma-separated. IPv4-mapped IPv6 networks become IPv4 networks."""
+    networks = tuple(dict.fromkeys(map(_parse_network, text.split(","))))
+    if len(networks) > MAX_NETWORKS:
+        raise KeyFileError(f"there are more than {MAX_NETWORKS} networks")
+    return networks
+
+
+def _parse_network(text: str) -> Network:
+    try:
+        # ip_network alone also accepts netmasks and zones.
+        network = ip_network(text if _NETWORK.fullmatch(text) else "")
+    except ValueError:
+        raise KeyFileError(
+            "a network is like 10.0.0.0/8, 2001:db8::/32 or 192.0.2.7, with no bit set after the prefix"
+        ) from None
+    mapped = network.network_address.ipv4_mapped if isinstance(network, IPv6Network) else None
+    return IPv4Network((mapped, network.prefixlen - 96)) if mapped and network.prefixlen >= 96 else network
+
+
+def serialize_networks(networks: tuple[Network, ...]) -> str:
+    return ",".join(str(each).removesuffix(f"/{each.max_prefixlen}") for each in networks)
+
+
+def parse_models(text: str) -> tuple[str, ...]:
+    """Parse patterns of model names, comma-separated. Case counts."""
+    patterns = tuple(dict.fromkeys(text.split(",")))
+    if not all(map(_PATTERN.fullmatch, patterns)):
+        raise KeyFileError("models is a list of names and patterns like chat-*,embed, without blanks and ;")
+    if len(patterns) > MAX_PATTERNS:
+        raise KeyFileError(f"there are more than {MAX_PATTERNS} patterns of models")
+    return patterns
 
 
 def _whole(what: str, low: int, high: int) -> Callable[[str], int]:
     def convert(text: str) -> int:
-        # int() alone reads +5, 5_0 and the digits of every script.
+        # int() alone accepts +5, 5_0 and non-ASCII digits.
         value = int(text) if _NUMBER.fullmatch(text) else low - 1
         if not low <= value <= high:
-            raise Invalid(f"{what} is a whole number from {low} to {high}")
+            raise KeyFileError(f"{what} is a whole number from {low} to {high}")
         return value
 
     return convert
@@ -131,43 +186,55 @@ parse_rate_limit = _whole("the rate limit", 0, 10**9)
 parse_parallel = _whole("parallel", 1, 10**6)
 parse_priority = _whole("priority", -1000, 1000)
 parse_tokens_per_day = _whole("tokens_per_day", 1, 10**15 - 1)
+parse_tokens_per_minute = _whole("tokens_per_minute", 1, 10**15 - 1)
+parse_tokens_per_month = _whole("tokens_per_month", 1, 10**15 - 1)
+# llama-server reads a signed number of 32 bits.
+parse_max_tokens = _whole("max_tokens", 1, 2**31 - 1)
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {
     "role": parse_role,
     "parallel": parse_parallel,
     "priority": parse_priority,
     "tokens_per_day": parse_tokens_per_day,
+    "tokens_per_minute": parse_tokens_per_minute,
+    "tokens_per_month": parse_tokens_per_month,
+    "max_tokens": parse_max_tokens,
+    "models": parse_models,
+    "from": parse_networks,
 }
+# The fields of Entry whose names are not those of their options.
+FIELDS = {"from": "sources"}
 
 
 def parse_line(line: str) -> Entry | None:
-    """Parse one line without its newline; None is a comment or a blank line. Raises Invalid."""
+    """Parse one line without its newline. Returns None for a comment or a blank line. Raises KeyFileError."""
     line = line.strip(" \t\r")
     if not line or line.startswith("#"):
         return None
-    head, *words = _BLANKS.split(line)
+    head, *options = _BLANKS.split(line)
     if ":" not in head:
-        raise Invalid("a line is key_id:api_key[:rate_limit[:expiration]], then name=value words")
+        raise KeyFileError("a line is key_id:api_key[:rate_limit[:expiration]] followed by name=value options")
     key_id, secret, limit, expiration = (*head.split(":", 3), "", "")[:4]
     return Entry(
         parse_key_id(key_id),
         parse_secret(secret),
         parse_rate_limit(limit) if limit else None,
         parse_expiration(expiration) if expiration else None,
-        **_parse_options(words),
+        **_parse_options(options),
     )
 
 
-def _parse_options(words: list[str]) -> dict[str, Any]:
+def _parse_options(texts: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
+    for text in texts:
+        name, _, value = text.partition("=")
         convert = _OPTIONS.get(name)
         if convert is None:
-            raise Invalid(f"the options are {', '.join(_OPTIONS)}, each as name=value")
-        if name in options:
-            raise Invalid(f"{name} is given twice")
-        options[name] = convert(value)
+            raise KeyFileError(f"the options are {', '.join(_OPTIONS)}, each as name=value")
+        field = FIELDS.get(name, name)
+        if field in options:
+            raise KeyFileError(f"{name} is given twice")
+        options[field] = convert(value)
     return options
 
 
@@ -176,61 +243,84 @@ def _parse_options(words: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """One line as it stands, without its newline, and what it means; None is a comment or a blank line."""
+    """One line without its newline, and what it was parsed to: None for a comment or a blank line."""
 
     text: str
-    found: Entry | Invalid | None
+    parsed: Entry | KeyFileError | None
 
     @property
     def secret(self) -> str:
-        """A key line's key as it stands there, plain or hashed."""
+        """The secret of a key line as the line has it, plain or hashed."""
         return _BLANKS.split(self.text.strip(" \t\r"))[0].split(":")[1]
 
 
-def parse(data: bytes) -> Parsed:
-    """Parse a whole file. Nothing that is kept holds a secret in plain text."""
+def parse(data: bytes) -> ParsedFile:
+    """Parse a whole file. The result contains no secret in plain text. Never raises."""
     try:
-        return _judge(_scan(data))
-    except Invalid as error:
-        return Parsed((), (), str(error))
+        return _summarize(_parse_lines(data))
+    except KeyFileError as error:
+        return ParsedFile((), (), str(error))
 
 
-def _scan(data: bytes) -> list[Line]:
-    """Parse every line, the part behind the last newline included, which is empty in a whole file."""
+def _parse_lines(data: bytes) -> list[Line]:
+    """Parse every line, including the text after the last newline, which is empty in a complete file."""
     lines: list[Line] = []
-    first: dict[bytes, int] = {}
+    line_numbers: dict[bytes, int] = {}
     for number, text in enumerate(_decode(data).split("\n"), 1):
-        found = _found(text)
-        if isinstance(found, Entry) and first.setdefault(found.digest, number) != number:
-            found = Invalid(f"the same key stands in line {first[found.digest]}")
-        lines.append(Line(text, found))
+        parsed = _parse_or_error(text)
+        if isinstance(parsed, Entry) and line_numbers.setdefault(parsed.digest, number) != number:
+            parsed = KeyFileError(f"line {line_numbers[parsed.digest]} has the same key")
+        lines.append(Line(text, parsed))
     return lines
 
 
-def _found(text: str) -> Entry | Invalid | None:
+def _parse_or_error(text: str) -> Entry | KeyFileError | None:
     try:
         return parse_line(text)
-    except Invalid as error:
+    except KeyFileError as error:
         return error
 
 
 def _decode(data: bytes) -> str:
     try:
-        # Some editors begin a file with a byte order mark; it is no part of the first key's id.
+        # Some editors begin a file with a byte order mark. It is not part of the first key id.
         text = data.removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError:
-        raise Invalid("the file is not UTF-8 text") from None
+        raise KeyFileError("the file is not UTF-8 text") from None
     if "\0" in text:
-        raise Invalid("the file is not text: it holds NUL")
+        raise KeyFileError("the file is not text: it contains NUL")
     return text
 
 
-def _judge(lines: list[Line]) -> Parsed:
-    entries = tuple(line.found for line in lines if isinstance(line.found, Entry))
-    complaints = tuple(f"line {n}: {line.found}" for n, line in enumerate(lines, 1) if isinstance(line.found, Invalid))
-    if isinstance(lines[-1].found, Invalid):
-        return Parsed(entries, complaints, "the last line is torn: it lacks its newline and does not parse")
-    return Parsed(entries, complaints, "not one key line is valid" if complaints and not entries else "")
+def _summarize(lines: list[Line]) -> ParsedFile:
+    entries = tuple(line.parsed for line in lines if isinstance(line.parsed, Entry))
+    errors = ((number, line.parsed) for number, line in enumerate(lines, 1) if isinstance(line.parsed, KeyFileError))
+    complaints = tuple(f"line {number}: {error}" for number, error in errors)
+    if isinstance(lines[-1].parsed, KeyFileError):
+        return ParsedFile(entries, complaints, "the last line is incomplete: it has no newline and is invalid")
+    return ParsedFile(entries, complaints, "no key line is valid" if complaints and not entries else "")
+
+
+# Keys that are given in a setting
+
+
+def parse_list(text: str) -> ParsedFile:
+    """Parse key lines that newlines or `;` separate. Never raises."""
+    return parse(text.replace(";", "\n").encode(errors="replace") + b"\n")
+
+
+def merge(entries: tuple[Entry, ...], given: tuple[Entry, ...]) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """Add given keys to those of the file; return all, and a complaint about each that is not added.
+
+    The file takes precedence: a name or a key that it has is not added, so a change of the file revokes a given key.
+    """
+    names, digests = {entry.key_id for entry in entries}, {entry.digest for entry in entries}
+    clashing = {entry for entry in given if entry.key_id in names or entry.digest in digests}
+    added = tuple(entry for entry in given if entry not in clashing)
+    reported = [entry.key_id for entry in given if entry in clashing and entry not in entries]
+    return entries + added, tuple(
+        f"the keys file has the name or the key of {key_id}, and counts" for key_id in reported
+    )
 
 
 # Reading
@@ -239,19 +329,34 @@ Stamp = tuple[int, ...]
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """What changes when a file changes: another inode, another size, another time."""
+    """Return a value that changes when the file changes: device, inode, size and times."""
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-def read(path: Path) -> tuple[bytes, Stamp]:
-    """Read the file whole, with the stamp it had before. Raises OSError, also for what is no regular file."""
+def stamp(path: Path) -> Stamp:
+    """Return the stamp of the file at a path, without the inode on a volume where that changes by itself.
+
+    Raises OSError.
+    """
+    one, other = path.stat(), path.stat()
+    return stamp_of(one) if os.path.samestat(one, other) else stamp_of(one)[2:]
+
+
+def read(path: Path) -> bytes:
+    """Return the file's bytes. Raises OSError, also if it is not a regular file or is larger than FILE_BYTES."""
     # O_NONBLOCK: opening a FIFO must not wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        status = os.fstat(descriptor)
-        return _read_regular(descriptor, status), stamp_of(status)
+        return _read_regular(descriptor, os.fstat(descriptor))
     finally:
         os.close(descriptor)
+
+
+def detached(status: os.stat_result) -> str:
+    """Return what is wrong if a file has no name any more: it is mounted alone, and was replaced outside. Else ""."""
+    if status.st_nlink:
+        return ""
+    return "the file was replaced outside of this mount, which still shows the old one: mount its folder, not the file"
 
 
 def _read_regular(descriptor: int, status: os.stat_result) -> bytes:
@@ -261,7 +366,7 @@ def _read_regular(descriptor: int, status: os.stat_result) -> bytes:
     while chunk := os.pread(descriptor, 1 << 20, len(data)):
         data += chunk
         if len(data) > FILE_BYTES:
-            raise OSError(errno.EFBIG, f"larger than {FILE_BYTES} octets")
+            raise OSError(errno.EFBIG, f"larger than {FILE_BYTES} bytes")
     return bytes(data)
 
 
@@ -269,16 +374,16 @@ def _read_regular(descriptor: int, status: os.stat_result) -> bytes:
 
 
 class Document:
-    """A keys file to be changed: every line in its order, and those that nobody touches as they stand."""
+    """A keys file that is being edited. Lines that are not edited keep their exact text."""
 
     def __init__(self, data: bytes) -> None:
-        """Raises Invalid where the file as a whole cannot be trusted: a change could bury what is wrong with it."""
-        self.lines = _scan(data)
-        parsed = _judge(self.lines)
-        if parsed.distrust:
-            raise Invalid(parsed.distrust)
-        self.complaints = parsed.complaints
-        # What follows the last newline is a line only where it holds something.
+        """Raises KeyFileError if the file as a whole is invalid: a change could hide what is wrong with it."""
+        self.lines = _parse_lines(data)
+        summary = _summarize(self.lines)
+        if summary.error:
+            raise KeyFileError(summary.error)
+        self.complaints = summary.complaints
+        # The text after the last newline is a line only if it is not empty.
         if not self.lines[-1].text:
             self.lines.pop()
 
@@ -286,20 +391,34 @@ class Document:
         return "".join(line.text + "\n" for line in self.lines).encode()
 
     def find(self, key_id: str) -> list[tuple[int, Entry]]:
-        """Where the lines of a key are, and what they say, in the order of the file."""
-        found = ((index, line.found) for index, line in enumerate(self.lines))
-        return [(index, entry) for index, entry in found if isinstance(entry, Entry) and entry.key_id == key_id]
+        """Return (index in `lines`, entry) for each line of the key id, in file order."""
+        numbered = ((index, line.parsed) for index, line in enumerate(self.lines))
+        return [(index, entry) for index, entry in numbered if isinstance(entry, Entry) and entry.key_id == key_id]
 
 
 def serialize_entry(entry: Entry, secret: str = "") -> Line:
-    """Write a key line; secret is the key as it shall stand there, hashed unless it is given."""
+    """Make the line of an entry. secret is written as given, plain or hashed; without one the digest is written."""
     limit = "" if entry.rate_limit is None else str(entry.rate_limit)
     expiration = "" if entry.expires_at is None else serialize_time(entry.expires_at)
     head = ":".join([entry.key_id, secret or "sha256$" + entry.digest.hex(), limit, expiration]).rstrip(":")
-    bare = Entry(entry.key_id, entry.digest)
-    words = [f"{name}={getattr(entry, name)}" for name in _OPTIONS if getattr(entry, name) != getattr(bare, name)]
-    text = " ".join([head, *words])
+    text = " ".join([head, *_serialize_options(entry)])
     return Line(text, parse_line(text))
+
+
+def _serialize_options(entry: Entry) -> Iterator[str]:
+    """Yield name=value for each option that is not the default."""
+    default = Entry(entry.key_id, entry.digest)
+    for name in _OPTIONS:
+        field = FIELDS.get(name, name)
+        value = getattr(entry, field)
+        if value != getattr(default, field):
+            yield f"{name}={_serialize_value(field, value)}"
+
+
+def _serialize_value(field: str, value: Any) -> str:
+    if field == "models":
+        return ",".join(value)
+    return serialize_networks(value) if field == "sources" else str(value)
 
 
 def serialize_time(at: datetime) -> str:
@@ -314,18 +433,25 @@ def rewrite(
     change: Callable[[Document], None],
     *,
     create: bool = False,
+    warn: Warn = lambda message: None,
     replace: Callable[[str, str], None] = os.replace,
     wait_s: float = LOCK_WAIT_S,
 ) -> Document:
-    """Let `change` edit the file, alone, and return what it then is; what `change` raises leaves it as it was.
+    """Edit the file with `change` under an exclusive lock, and return the new document.
 
-    Whoever is killed meanwhile leaves the old file or the new one. Owner and mode stay, a symlink too. create begins an
-    empty file where there is none. Raises OSError, and Invalid where the file cannot be trusted.
+    If `change` raises, the file stays as it was. If the process is killed, the file is the old one or the new one.
+    Owner and mode are kept, and a symlink stays a symlink. With create, a missing file is created first. wait_s is how
+    long to wait for the lock. Raises OSError, and KeyFileError if the file as a whole is invalid.
+
+    Volumes may lack locks, rename, fsync or lasting inode numbers. `warn` gets one sentence for each guarantee that is
+    lost because of that; a key can be revoked on all of them.
     """
     target = os.path.realpath(path)
     if create and not os.path.exists(target):
         _create(target)
-    with _locked(target, wait_s) as descriptor:
+    with _locked(target, wait_s, warn) as descriptor:
+        if create and not os.fstat(descriptor).st_size:
+            _give_away(descriptor, os.path.dirname(target))
         status = os.fstat(descriptor)
         before = _read_regular(descriptor, status)
         document = Document(before)
@@ -334,36 +460,42 @@ def rewrite(
         if after == before:
             return document
         try:
-            _replace(target, status, after, replace)
+            _replace(target, status, after, replace, warn)
         except OSError as error:
-            if error.errno not in _NO_REPLACE:
+            if error.errno in _FINAL:
                 raise
-            _write_in_place(descriptor, len(before), after)
+            warn(f"the file cannot be replaced ({error.strerror}) and is changed in place, which is not atomic")
+            _write_in_place(descriptor, len(before), after, warn)
     return document
 
 
 def _create(target: str) -> None:
     with suppress(FileExistsError):
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb"):
-            # What root makes is for whom the folder belongs to: the gateway that must read it is seldom root.
-            owner = os.stat(os.path.dirname(target))
-            with suppress(PermissionError):
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _give_away(descriptor: int, folder: str) -> None:
+    """Give a file the owner of its folder: the gateway must read it, and seldom runs as root.
+
+    The caller holds the lock: for any other writer a change of the owner would be one by another program.
+    """
+    owner = os.stat(folder)
+    with suppress(OSError):  # not root, or a volume without owners
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 @contextmanager
-def _locked(target: str, wait_s: float) -> Iterator[int]:
-    """Hold the lock of the file that has this name, and lend its descriptor.
+def _locked(target: str, wait_s: float, warn: Warn) -> Iterator[int]:
+    """Hold the lock of the file at this path, and yield its descriptor.
 
-    The lock is on the file itself, so that it holds across mounts. Who has waited for one that was then replaced holds
-    a file that has lost its name, and begins again.
+    The lock is on the file itself, so that it also works across mounts. If the file was replaced while this waited, the
+    descriptor is that of the old file: it is closed, and the new file is opened.
     """
     deadline_s = time.monotonic() + wait_s
     while True:
         descriptor = os.open(target, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if _is_mine(descriptor, target):
+            if try_lock(descriptor, target, warn):
                 yield descriptor
                 return
         finally:
@@ -373,23 +505,38 @@ def _locked(target: str, wait_s: float) -> Iterator[int]:
         time.sleep(0.01)
 
 
-def _is_mine(descriptor: int, target: str) -> bool:
-    """Try to lock the file; it also has to be the one that bears the name by then."""
-    with suppress(BlockingIOError, FileNotFoundError):
+def try_lock(descriptor: int, target: str, warn: Warn = lambda message: None) -> bool:
+    """Lock an open file without waiting. Returns False if it is locked, or if target is no longer the same file.
+
+    On a volume without locks, go on without one.
+    """
+    try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.stat(target))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        warn(f"the volume has no file locks ({error.strerror}): make one change at a time")
+    with suppress(FileNotFoundError):
+        return _same_file(os.fstat(descriptor), os.stat(target))
     return False
 
 
-def _replace(target: str, status: os.stat_result, data: bytes, replace: Callable[[str, str], None]) -> None:
+def _same_file(one: os.stat_result, other: os.stat_result) -> bool:
+    """Compare inodes, or sizes, times and links, for volumes that give one file several inodes."""
+    same_times = stamp_of(one)[2:] == stamp_of(other)[2:]
+    return os.path.samestat(one, other) or (same_times and one.st_nlink == other.st_nlink)
+
+
+def _replace(target: str, status: os.stat_result, data: bytes, replace: Callable[[str, str], None], warn: Warn) -> None:
     folder, name = os.path.split(target)
-    _sweep(folder, name)
+    _remove_leftovers(folder, name)
     temporary = os.path.join(folder, f".{name}.{os.urandom(8).hex()}.tmp")
     try:
-        _write_new(temporary, status, data)
-        # The lock keeps out only those who ask for it; an editor does not.
-        if stamp_of(os.stat(target)) != stamp_of(status):
-            raise OSError(errno.ESTALE, "changed by another program meanwhile")
+        _write_new(temporary, status, data, warn)
+        # The lock is advisory: a text editor does not take it.
+        now = os.stat(target)
+        if not _same_file(now, status) or stamp_of(now)[2:] != stamp_of(status)[2:]:
+            raise OSError(errno.ESTALE, "changed by another program in the meantime")
         replace(temporary, target)
     finally:
         with suppress(OSError):
@@ -397,27 +544,40 @@ def _replace(target: str, status: os.stat_result, data: bytes, replace: Callable
     _sync_folder(folder)
 
 
-def _sweep(folder: str, name: str) -> None:
-    """Remove what a writer who was killed left behind. The lock says that none is at work."""
-    litter = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
-    for other in filter(litter.fullmatch, os.listdir(folder)):
+def _remove_leftovers(folder: str, name: str) -> None:
+    """Remove the temporary files of killed writers. The caller holds the lock, so no other writer is active."""
+    leftover = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp")
+    for other in filter(leftover.fullmatch, os.listdir(folder)):
         with suppress(OSError):
             os.unlink(os.path.join(folder, other))
 
 
-def _write_new(path: str, like: os.stat_result, data: bytes) -> None:
+def _write_new(path: str, like: os.stat_result, data: bytes, warn: Warn) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         _write_at(descriptor, data, 0)
-        os.fchown(descriptor, like.st_uid, like.st_gid)
-        os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
-        os.fsync(descriptor)
+        made = os.fstat(descriptor)
+        # Only if they differ: some volumes have one owner and one mode for all files, and refuse both calls.
+        if (made.st_uid, made.st_gid) != (like.st_uid, like.st_gid):  # pragma: no cover - only root gives files away
+            os.fchown(descriptor, like.st_uid, like.st_gid)
+        if stat.S_IMODE(made.st_mode) != stat.S_IMODE(like.st_mode):
+            os.fchmod(descriptor, stat.S_IMODE(like.st_mode))
+        _sync(descriptor, warn)
     finally:
         os.close(descriptor)
 
 
+def _sync(descriptor: int, warn: Warn) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        warn(f"the volume cannot sync a file ({error.strerror}): a power failure may undo the change")
+
+
 def _sync_folder(folder: str) -> None:
-    # The new file is in force by now. Some network file systems cannot sync a folder.
+    # The new file is already in place. Some network file systems cannot sync a folder.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -426,10 +586,10 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def _write_in_place(descriptor: int, old_bytes: int, data: bytes) -> None:
-    """Overwrite the file in steps between which it is whole: grow by blank lines, overwrite at one go, cut the rest.
+def _write_in_place(descriptor: int, old_bytes: int, data: bytes, warn: Warn) -> None:
+    """Overwrite the file in three steps: append blank lines, overwrite with one write, truncate.
 
-    A full disk is noticed at the first step, which can be taken back.
+    Between the steps the file is valid. A full disk is noticed in the first step, which can be undone.
     """
     padding = len(data) - old_bytes
     if padding > 0:
@@ -439,8 +599,12 @@ def _write_in_place(descriptor: int, old_bytes: int, data: bytes) -> None:
             os.ftruncate(descriptor, old_bytes)
             raise
     _write_at(descriptor, data + b"\n" * -padding, 0)
-    os.ftruncate(descriptor, len(data))
-    os.fsync(descriptor)
+    if padding < 0:
+        try:
+            os.ftruncate(descriptor, len(data))
+        except OSError as error:
+            warn(f"the volume cannot shorten a file ({error.strerror}): blank lines remain at its end")
+    _sync(descriptor, warn)
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:

@@ -1,7 +1,8 @@
 """Counters, gauges and histograms, and their exposition as a pure function: Prometheus text, OpenMetrics or JSON.
 
-Metrics are made and registered once, counted by the event loop's thread alone, and know nothing of HTTP. Labels are
-tuples of values in the order of the metric's label names. What a metric holds is bounded by MAX_SERIES.
+Metrics are created and registered once and updated by the event loop's thread only. They know nothing of HTTP. Labels
+are tuples of values in the order of the metric's label names. A metric has at most MAX_SERIES series, and one more for
+all further labels.
 """
 
 import json
@@ -21,7 +22,7 @@ CONTENT_TYPES = {
     OPENMETRICS: b"application/openmetrics-text; version=1.0.0; charset=utf-8",
     JSON: b"application/json",
 }
-# The versions that a format may be asked for by; none named is any.
+# The versions of each media type that fit a format. A request without a version accepts any.
 MEDIA_TYPES = {
     TEXT: ("text/plain", ("", "0.0.4")),
     JSON: ("application/json", ("",)),
@@ -32,7 +33,7 @@ OVERFLOW = "other"
 NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
 UNITS = ("seconds", "bytes", "ratio")
 INFINITY = math.inf
-# Prometheus text, as far as Borrowed understands it.
+# The part of the Prometheus text format that ScrapedFamilies parses.
 HEAD_LINE = re.compile("# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*) (.*)")
 LABEL = r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"'
 SAMPLE_LINE = re.compile(
@@ -42,7 +43,7 @@ SAMPLE_LINE = re.compile(
 
 
 class Distribution(NamedTuple):
-    """What a histogram saw: counts are those of each bucket alone, the last one of all above the highest bound."""
+    """A histogram's values. `counts` are per bucket, not cumulative; the last one counts values above all bounds."""
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -50,21 +51,22 @@ class Distribution(NamedTuple):
 
 
 class Family(NamedTuple):
-    """One metric as it is now; a counter's name ends in _total."""
+    """One metric with its current values. A counter's name ends in _total."""
 
     name: str
     kind: str
     help: str
     unit: str
     series: Sequence[tuple[Pairs, float | Distribution]]
+    labels: Labels = ()
 
 
 class Metric(Protocol):
-    """Whatever a registry can hold."""
+    """What a registry can contain."""
 
     @property
     def names(self) -> frozenset[str]:
-        """Every name that the metric takes in an exposition."""
+        """All names that the metric uses in an exposition."""
         ...
 
     def families(self) -> Iterable[Family]: ...
@@ -73,14 +75,14 @@ class Metric(Protocol):
 M = TypeVar("M", bound=Metric)
 
 
-def check_names(kind: str, name: str, words: str, labels: Labels) -> None:
-    """Raise ValueError for what Prometheus or its linter would refuse: a mistake of the program, not of its users."""
+def check_names(kind: str, name: str, help: str, labels: Labels) -> None:
+    """Raise ValueError if Prometheus or its linter would refuse the names: a programming error."""
     if not NAME.fullmatch(name) or (kind == "counter") != name.endswith("_total"):
-        raise ValueError(f"{name} is no name for a {kind}")
+        raise ValueError(f"{name} is not a valid name for a {kind}")
     if name.endswith(("_bucket", "_count", "_sum", "_info", "_created")):
-        raise ValueError(f"{name} ends in a suffix that has a meaning")
-    if not words:
-        raise ValueError(f"{name} says not what it is")
+        raise ValueError(f"{name} ends in a reserved suffix")
+    if not help:
+        raise ValueError(f"{name} has no help text")
     for label in labels:
         if not NAME.fullmatch(label) or label.startswith("__") or label in ("le", "quantile"):
             raise ValueError(f"{name} cannot have the label {label}")
@@ -89,17 +91,17 @@ def check_names(kind: str, name: str, words: str, labels: Labels) -> None:
 
 
 class Scalar:
-    """What counters and gauges share: one number a series, held here or read when somebody looks."""
+    """Base of counters and gauges: one number per series, stored here or returned by `read` on each exposition."""
 
     kind = ""
 
     def __init__(
-        self, name: str, words: str, labels: Labels = (), *, read: Callable[[], Readings] | None = None
+        self, name: str, help: str, labels: Labels = (), *, read: Callable[[], Readings] | None = None
     ) -> None:
-        """`read` returns the number, or numbers by label values; then nothing else may change them."""
-        check_names(self.kind, name, words, labels)
+        """`read` returns the number, or numbers by label values. Do not change a metric that has `read`."""
+        check_names(self.kind, name, help, labels)
         self.name = name
-        self._words = words
+        self._help = help
         self._labels = labels
         self._read = read
         self._values: dict[Labels, float] = {} if labels else {(): 0}
@@ -109,12 +111,12 @@ class Scalar:
         return frozenset((self.name, self.name.removesuffix("_total")))
 
     def value(self, labels: Labels = ()) -> float:
-        """The number now; 0 for a series that is not there yet."""
+        """The current number; 0 for a series that does not exist yet."""
         return self._readings().get(labels, 0)
 
     def families(self) -> Iterable[Family]:
         series = [(name_labels(self._labels, labels), value) for labels, value in self._readings().items()]
-        yield Family(self.name, self.kind, self._words, unit_of(self.name), series)
+        yield Family(self.name, self.kind, self._help, unit_of(self.name), series, self._labels)
 
     def _readings(self) -> Mapping[Labels, float]:
         if self._read is None:
@@ -134,7 +136,7 @@ class Counter(Scalar):
         try:
             self._values[labels] += amount
         except KeyError:
-            key = admit(self._values, labels, self._labels)
+            key = bound_cardinality(self._values, labels, self._labels)
             self._values[key] = self._values.get(key, 0) + amount
 
 
@@ -144,23 +146,23 @@ class Gauge(Scalar):
     kind = "gauge"
 
     def set(self, value: float, labels: Labels = ()) -> None:
-        self._values[admit(self._values, labels, self._labels)] = value
+        self._values[bound_cardinality(self._values, labels, self._labels)] = value
 
 
 class Histogram:
-    """Counts values by upper bounds, which ascend and are part of their buckets."""
+    """Counts values by bucket. Buckets are given by ascending upper bounds, which are inclusive."""
 
     kind = "histogram"
 
-    def __init__(self, name: str, words: str, buckets: Sequence[float], labels: Labels = ()) -> None:
-        check_names(self.kind, name, words, labels)
+    def __init__(self, name: str, help: str, buckets: Sequence[float], labels: Labels = ()) -> None:
+        check_names(self.kind, name, help, labels)
         self._bounds = tuple(float(bound) for bound in buckets)
         if not self._bounds or sorted({*self._bounds} - {INFINITY}) != [*self._bounds]:
-            raise ValueError(f"{name}: buckets are finite and ascend")
+            raise ValueError(f"{name}: buckets must be finite and ascending")
         self.name = name
-        self._words = words
+        self._help = help
         self._labels = labels
-        # A cell is the counts of the buckets, that of the values above them, and the sum of all values.
+        # A cell has the count of each bucket, the count of the values above them, and the sum of all values.
         self._cells: dict[Labels, list[float]] = {}
         if not labels:
             self._cells[()] = self._empty()
@@ -173,24 +175,24 @@ class Histogram:
         return [0] * (len(self._bounds) + 2)
 
     def observe(self, value: float, labels: Labels = ()) -> None:
-        """Count a value. One that is not finite is left out, as it would spoil the sum for ever."""
+        """Count a value. Ignores values that are not finite: they would make the sum useless for ever."""
         if not -INFINITY < value < INFINITY:
             return
-        try:
-            cell = self._cells[labels]
-        except KeyError:
-            cell = self._cells.setdefault(admit(self._cells, labels, self._labels), self._empty())
+        cell = self._cells.get(labels) or self._new_cell(labels)
         cell[bisect_left(self._bounds, value)] += 1
         cell[-1] += value
 
-    def observe_all(self, values: Sequence[float]) -> None:
-        """Count many values of a histogram without labels: sorted once, they cost a third of as many single ones."""
+    def _new_cell(self, labels: Labels) -> list[float]:
+        return self._cells.setdefault(bound_cardinality(self._cells, labels, self._labels), self._empty())
+
+    def observe_all(self, values: Sequence[float], labels: Labels = ()) -> None:
+        """Count many values with the same labels, in a third of the time of single calls."""
         total = sum(values)
         if not -INFINITY < total < INFINITY:
             for value in values:
-                self.observe(value)
+                self.observe(value, labels)
             return
-        cell = self._cells[()]
+        cell = self._cells.get(labels) or self._new_cell(labels)
         cell[-1] += total
         ordered = sorted(values)
         counted = 0
@@ -206,21 +208,24 @@ class Histogram:
         for labels, (*counts, total) in self._cells.items():
             distribution = Distribution(self._bounds, tuple(int(count) for count in counts), total)
             series.append((name_labels(self._labels, labels), distribution))
-        yield Family(self.name, self.kind, self._words, unit_of(self.name), series)
+        yield Family(self.name, self.kind, self._help, unit_of(self.name), series, self._labels)
 
 
-def admit(known: Mapping[Labels, object], labels: Labels, names: Labels) -> Labels:
-    """The labels to count under, all of them `other` once there are MAX_SERIES. Raises ValueError: a wrong number."""
+def bound_cardinality(known: Mapping[Labels, object], labels: Labels, names: Labels) -> Labels:
+    """Return the labels to count under: the given ones, or `other` for each once there are MAX_SERIES series.
+
+    Raises ValueError if the number of labels is wrong.
+    """
     if len(labels) != len(names):
-        raise ValueError(f"{labels} are no values for {names}")
+        raise ValueError(f"{labels} do not match the labels {names}")
     return labels if labels in known or len(known) < MAX_SERIES else (OVERFLOW,) * len(names)
 
 
-class Borrowed:
-    """Counters and gauges of somebody else's page under a prefix, as they were when it was last read.
+class ScrapedFamilies:
+    """Counters and gauges from another exporter's page, with a prefix, as of the last `replace`.
 
-    Whoever reads the page calls `replace`. Lines that are not understood are left out, as are all other types and
-    whatever exceeds MAX_SERIES. A `:` in a name, which recording rules own, becomes `_`.
+    Ignored are lines that cannot be parsed, all other types, and what exceeds MAX_SERIES. A `:` in a name becomes `_`,
+    because `:` is reserved for recording rules.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -232,7 +237,7 @@ class Borrowed:
         return frozenset((self._prefix,))
 
     def replace(self, page: str) -> None:
-        """Take over a page of Prometheus text; an empty one takes all away."""
+        """Replace all families by those of a page in Prometheus text format. An empty page removes them."""
         heads: dict[str, dict[str, str]] = {"HELP": {}, "TYPE": {}}
         samples: dict[str, dict[Pairs, float]] = {}
         for line in page.split("\n")[: 3 * MAX_SERIES]:
@@ -250,11 +255,11 @@ class Borrowed:
         kind = heads["TYPE"].get(name)
         if kind not in ("counter", "gauge"):
             return None
-        own = name.replace(":", "_")
-        own = own if own.startswith(self._prefix) else self._prefix + own
-        if kind == "counter" and not own.endswith("_total"):
-            kind = "untyped"  # OpenMetrics knows a counter by its name
-        return Family(own, kind, _unescape(heads["HELP"].get(name, "")) or name, "", list(series.items()))
+        full_name = name.replace(":", "_")
+        full_name = full_name if full_name.startswith(self._prefix) else self._prefix + full_name
+        if kind == "counter" and not full_name.endswith("_total"):
+            kind = "untyped"  # OpenMetrics requires a counter's name to end in _total
+        return Family(full_name, kind, _unescape(heads["HELP"].get(name, "")) or name, "", list(series.items()))
 
     def families(self) -> Iterable[Family]:
         return self._families
@@ -265,7 +270,7 @@ def name_labels(names: Labels, labels: Labels) -> Pairs:
 
 
 def unit_of(name: str) -> str:
-    """The base unit that a name ends in, as OpenMetrics spells it; empty if there is none."""
+    """The base unit that a name ends in, as in OpenMetrics; empty if there is none."""
     unit = name.removesuffix("_total").rpartition("_")[2]
     return unit if unit in UNITS else ""
 
@@ -279,7 +284,7 @@ class Registry:
         self._names: set[str] = set()
 
     def register(self, metric: M) -> M:
-        """Raises ValueError if a name is taken already, by whichever part of another metric."""
+        """Add a metric and return it. Raises ValueError if another metric already uses one of its names."""
         if any(self._has(name) for name in metric.names):
             raise ValueError(f"{min(metric.names)} is registered already")
         self._names |= metric.names
@@ -296,11 +301,11 @@ class Registry:
             yield from metric.families()
 
 
-# Exposition
+# --- Exposition ---
 
 
 def render(registry: Registry, fmt: str) -> bytes:
-    """The whole page in one of CONTENT_TYPES."""
+    """Return the page in one of the formats of CONTENT_TYPES."""
     families = registry.families()
     if fmt == JSON:
         return json.dumps({family.name: _json_family(family) for family in families}).encode() + b"\n"
@@ -314,12 +319,12 @@ def render(registry: Registry, fmt: str) -> bytes:
 
 
 def _text_head(family: Family) -> list[str]:
-    words = family.help.replace("\\", "\\\\").replace("\n", "\\n")
-    return [f"# HELP {family.name} {words}", f"# TYPE {family.name} {family.kind}"]
+    text = family.help.replace("\\", "\\\\").replace("\n", "\\n")
+    return [f"# HELP {family.name} {text}", f"# TYPE {family.name} {family.kind}"]
 
 
 def _openmetrics_head(family: Family) -> list[str]:
-    """A counter's family is named without _total, and what has no type is unknown."""
+    """In OpenMetrics a counter's family has no _total in its name, and `untyped` is called `unknown`."""
     name = family.name.removesuffix("_total") if family.kind == "counter" else family.name
     lines = [f"# HELP {name} {_escape(family.help)}", f"# TYPE {name} {family.kind.replace('untyped', 'unknown')}"]
     return [*lines, f"# UNIT {name} {family.unit}"] if family.unit else lines
@@ -355,7 +360,7 @@ def _unescape(text: str) -> str:
 
 def _number(value: float) -> str:
     if -INFINITY < value < INFINITY:
-        return repr(+value)  # the sign makes a number of a bool
+        return repr(+value)  # the sign converts a bool to a number
     return "NaN" if math.isnan(value) else "+Inf" if value > 0 else "-Inf"
 
 
@@ -365,14 +370,14 @@ def _json_family(family: Family) -> dict[str, object]:
 
 
 def _json_value(value: float | Distribution) -> dict[str, object]:
-    """JSON knows finite numbers only; null stands for the others."""
+    """JSON has finite numbers only: others become null."""
     if not isinstance(value, Distribution):
         return {"value": value if -INFINITY < value < INFINITY else None}
     buckets = {_number(bound): sum(value.counts[: at + 1]) for at, bound in enumerate((*value.bounds, INFINITY))}
     return {"count": sum(value.counts), "sum": value.sum, "buckets": buckets}
 
 
-# Content negotiation
+# --- Content negotiation ---
 
 
 class MediaRange(NamedTuple):
@@ -384,9 +389,9 @@ class MediaRange(NamedTuple):
 
 
 def negotiate(accept: bytes | None) -> str:
-    """Choose the format: the highest q, then the one that is named rather than meant by *, then the first named.
+    """Choose a format from an Accept field: by q, then by how specific the media range is, then by order.
 
-    Plain text where nothing is asked for or nothing fits, as other exporters have it: a scraper is never refused.
+    Prometheus text if there is no Accept field or no range fits: like other exporters, this never refuses a scraper.
     """
     parts = (accept or b"").decode("latin-1").lower().split(",")
     ranges = [media_range for part in parts if (media_range := _parse_range(part)) is not None]
@@ -395,7 +400,7 @@ def negotiate(accept: bytes | None) -> str:
 
 
 def _rank(media: str, versions: Sequence[str], ranges: Sequence[MediaRange]) -> tuple[float, int, int]:
-    """Order formats by q, specificity and place; the most specific range that matches a format decides its q."""
+    """Rank a format by q, specificity and order. The most specific range that matches determines q."""
     matches = [(_specificity(media, versions, each), each.quality, -at) for at, each in enumerate(ranges)]
     specificity, quality, place = max(matches, default=(0, 0.0, 0))
     return (quality, specificity, place) if specificity and quality else (0.0, 0, 0)
@@ -408,7 +413,7 @@ def _specificity(media: str, versions: Sequence[str], asked: MediaRange) -> int:
 
 
 def _parse_range(text: str) -> MediaRange | None:
-    """None for what is no media range, or has a q that is none."""
+    """Return None if the text is not a media range, or its q is malformed."""
     kind, *parameters = (part.strip(" \t") for part in text.split(";"))
     values = dict(parameter.split("=", 1) for parameter in parameters if "=" in parameter)
     quality = values.get("q", "1")

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Start everything: find Python and llama-server, report the GPU, then become the supervisor.
+# Find Python, report the GPU in the background, then exec the supervisor.
 #
-#   start.sh                serve; the settings come by environment (docs/CONFIGURATION.md)
-#   start.sh --quickstart   the same for a first try on one's own machine: a local data folder, a first key, a curl
-#   start.sh --help         this, in short
+#   start.sh                serve; settings are environment variables (docs/CONFIGURATION.md)
+#   start.sh --quickstart   a first start on this machine: a local data folder, a first key, a curl command
+#   start.sh --check        print the settings, and all for which a start would end, with which status; start nothing
+#   start.sh --help         a summary of this
+#   start.sh --version      the version
 #
-# No setting is judged here but where to find programs: supervisor.py reads them all, and complains about all at once.
+# The only setting that is read here is DEBUG_SHELL. supervisor.py checks all settings and reports every wrong one at once.
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  trap '' HUP USR1 USR2 # first of all: log rotation or a reload must not end the start; what is execed ignores them, too
+  trap 'exit 0' TERM INT
+fi
 set -Eeuo pipefail
 
 readonly EXIT_USAGE=2
@@ -14,21 +20,27 @@ scripts=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 readonly scripts
 
 say() { printf 'start: %s\n' "$*"; }
-fail() { printf 'start: %s\n' "$*" >&2; }
+fail() { printf 'start: error: %s\n' "$*" >&2; }
 
 usage() {
-  printf '%s\n' 'usage: start.sh [-h] [--quickstart]' '' \
-    'Start everything; the settings come by environment (docs/CONFIGURATION.md).' '' \
-    '  -h, --help    show this and exit' \
-    '  --quickstart  a first try on this machine: a local data folder, a first key, a curl that works'
+  printf '%s\n' 'usage: start.sh [-h] [--version] [--check] [--quickstart]' '' \
+    'Start everything. Settings are environment variables (docs/CONFIGURATION.md).' '' \
+    '  -h, --help    show this help message and exit' \
+    '  --version     show the version and exit' \
+    '  --check       check the settings and what a start needs, and exit' \
+    '  --quickstart  a first start on this machine: a local data folder, a first key, a curl command that works'
 }
 
-# Leave unless the words are ones to start with; a mistyped one must not open a port.
+# Exit with an error for unknown arguments: a mistyped one must not start a server.
 check_arguments() {
   case "$*" in
-    '' | --quickstart) ;;
+    '' | --quickstart | --check) ;;
     -h | --help)
       usage
+      exit 0
+      ;;
+    --version)
+      printf 'start.sh (llama-gguf-inference) %s\n' "$(cat "$scripts/../VERSION" || printf unknown)"
       exit 0
       ;;
     *)
@@ -39,7 +51,7 @@ check_arguments() {
   esac
 }
 
-# Print the first Python that is new enough; one that is on the PATH may still not run (a version manager's shim).
+# Print the first Python that is new enough. A command on the PATH may still not run (a version manager's shim).
 find_python() {
   local name
   for name in python3 python3.13 python3.12 python3.11 python3.10; do
@@ -51,14 +63,15 @@ find_python() {
   return 1
 }
 
-# A shell in place of the services, for a container that will not start; without a terminal, the container just stays.
-# config.py is asked what the setting's word means, and only where the setting is there.
+# If DEBUG_SHELL is on, run a shell in place of the services, for a container that does not start. Without a terminal,
+# wait for a signal. supervisor.py parses the setting, and only if it is set, since Python takes time to start.
 debug_shell() {
   local python=$1
   [[ -n ${DEBUG_SHELL:-} ]] || return 0
   "$python" "$scripts/supervisor.py" --debug-shell || return 0
   say 'DEBUG_SHELL is on: no service is started'
   if [[ -t 0 ]]; then
+    trap - HUP USR1 USR2
     exec bash
   fi
   trap 'kill $(jobs -p) || true; exit 0' TERM INT
@@ -67,7 +80,6 @@ debug_shell() {
 }
 
 main() {
-  trap 'exit 0' TERM INT
   check_arguments "$@"
   local python
   if ! python=$(find_python); then
@@ -77,9 +89,12 @@ main() {
   if [[ ${1:-} == --quickstart ]]; then
     exec "$python" "$scripts/quickstart.py"
   fi
+  if [[ ${1:-} == --check ]]; then
+    exec "$python" "$scripts/supervisor.py" --check-config
+  fi
   debug_shell "$python"
-  # nvidia-smi may take seconds, and the GPU is only reported: nothing waits for it.
-  "$python" "$scripts/gpu.py" &
+  # In the background, since nvidia-smi may take seconds and nothing depends on the report.
+  env -u API_KEYS -u API_KEYS_FILE "$python" "$scripts/supervisor.py" --report-gpu &
   exec "$python" "$scripts/supervisor.py"
 }
 
