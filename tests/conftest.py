@@ -1,19 +1,29 @@
-"""Put the scripts and the test helpers on the import path, as an operator's `python3 scripts/x.py` would."""
+"""Put the scripts, the test helpers and the tools of docs/ and tools/ on the import path."""
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+gc.disable()  # until the tests are collected
 TESTS = Path(__file__).parent
-sys.path[:0] = [str(TESTS.parent / "scripts"), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent / "scripts"), str(TESTS), str(TESTS.parent / "docs"), str(TESTS.parent / "tools")]
 
-from support.together import errands, in_background  # noqa: E402
+from support.together import errands, put_last  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    in_background(items)
+    put_last(items)
+
+
+def pytest_collection_finish() -> None:
+    """What was collected lives as long as the session: the collector of garbage need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,9 @@
-"""Throw seeded random bytes at everything that reads what strangers send: what `make fuzz` runs.
+"""Feed seeded random bytes to everything that parses input from the network: what `make fuzz` runs.
 
     python3 tests/fuzz.py [--rounds 20000] [--seed 0]
 
-Round N uses the seed N, so that a failure is told with the one number that repeats it. test_fuzz.py runs the same
-checks for a moment. Whatever is found here becomes a corpus file.
+Round N uses the seed N, so that one number repeats a failure. test_fuzz.py runs the same checks for a few rounds. An
+input that fails becomes a corpus file.
 """
 
 import argparse
@@ -20,12 +20,14 @@ TESTS = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS.parent / "scripts")]
 
-import routes  # noqa: E402
-from bodies import ChunkedBody  # noqa: E402
-from cors import Cors  # noqa: E402
-from errors import CATALOGUE, Dialect, GatewayError, envelope, event  # noqa: E402
-from http1 import CRLF, Limits, RequestHead, parse_request_head  # noqa: E402
-from support.feeds import FEEDS, Relayed, read_requests, read_response  # noqa: E402
+from config.schema import Limits  # noqa: E402
+from core.dialects import DIALECTS  # noqa: E402
+from core.errors import CATALOGUE, GatewayError  # noqa: E402
+from http1.bodies import ChunkedBody  # noqa: E402
+from http1.grammar import CRLF, RequestHead, parse_request_head  # noqa: E402
+from policy import routes  # noqa: E402
+from policy.cors import Cors  # noqa: E402
+from support.feeds import FEEDS, ResponseReader, read_requests, read_response  # noqa: E402
 
 LIMITS = Limits(request_line_bytes=120, header_line_bytes=80, headers=6, body_bytes=40)
 CODES = {kind.code for kind in CATALOGUE if kind.status in (400, 413, 414, 417, 431, 505)}
@@ -37,7 +39,7 @@ FRAGMENTS = (
 )
 GET_HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
 TOKEN = b"!#$%&'*+-.^_`|~09AZaz"
-TEXT = bytes(octet for octet in range(256) if octet == 0x09 or (octet >= 0x20 and octet != 0x7F))
+TEXT = bytes(byte for byte in range(256) if byte == 0x09 or (byte >= 0x20 and byte != 0x7F))
 LABELS = {path for _, path, _ in routes.TABLE} | set(routes.BLOCKED_PATHS) | {"unknown", "other", "OPTIONS"}
 TABLES = [
     routes.Routes(allow_paths=allow, admin_routes=admin) for allow in ((), ("*",), ("/x/*",)) for admin in (False, True)
@@ -52,7 +54,7 @@ def corpus(folder: str) -> list[bytes]:
     return [path.read_bytes().partition(b"\n")[2] for path in sorted((TESTS / "corpus" / folder).glob("*.http"))]
 
 
-def some(choose: random.Random, alphabet: Sequence[int], most: int, least: int = 0) -> bytes:
+def sample(choose: random.Random, alphabet: Sequence[int], most: int, least: int = 0) -> bytes:
     return bytes(choose.choices(alphabet, k=choose.randint(least, most)))
 
 
@@ -60,12 +62,12 @@ def noise(choose: random.Random) -> bytes:
     return choose.randbytes(choose.randint(0, 100))
 
 
-def words(choose: random.Random) -> bytes:
+def fragments(choose: random.Random) -> bytes:
     return b"".join(choose.choices(FRAGMENTS, k=choose.randint(1, 30)))
 
 
 def mutated(choose: random.Random, *folders: str) -> bytes:
-    """A corpus file with a few octets changed, cut out, put in, doubled, or another file's end."""
+    """A corpus file with a few bytes changed, removed, inserted, doubled, or replaced by another file's end."""
     raw = bytearray(choose.choice(corpus(choose.choice(folders))))
     for _ in range(choose.randint(1, 4)):
         start = choose.randint(0, len(raw))
@@ -85,13 +87,13 @@ def torn(choose: random.Random, raw: bytes) -> list[bytes]:
 
 
 def check_requests(choose: random.Random, raw: bytes) -> None:
-    """Any bytes are requests, a refusal or unfinished, and the same ones however they come."""
+    """Any bytes are requests, an error or incomplete, and the same in whatever pieces they arrive."""
     seen = [read_requests(feed(raw), LIMITS) for feed in FEEDS.values()]
     seen.append(read_requests(torn(choose, raw), LIMITS))
     first = seen[0]
     for reader in seen:
         assert (reader.heads, reader.payloads) == (first.heads, first.payloads)
-        assert (reader.error is None, reader.waits) == (first.error is None, first.waits)
+        assert (reader.error is None, reader.incomplete) == (first.error is None, first.incomplete)
         assert reader.error is None or (reader.error.kind.code in CODES and reader.error.kind.closes)
     for head, payload in zip(first.heads, first.payloads, strict=True):
         check_head(head)
@@ -100,7 +102,7 @@ def check_requests(choose: random.Random, raw: bytes) -> None:
 
 
 def check_head(head: RequestHead) -> None:
-    """What was accepted can be passed on: no octet in it ends a line, and every limit was kept."""
+    """An accepted head can be relayed: no byte in it ends a line, and it is within every limit."""
     assert re.fullmatch(rb"[!-~]+", head.method + head.target)
     assert len(head.fields) == len(head.names) <= LIMITS.headers
     for (name, value), lower in zip(head.fields, head.names, strict=True):
@@ -117,26 +119,28 @@ def serialized(head: RequestHead) -> bytes:
 
 
 def check_response(choose: random.Random, raw: bytes) -> None:
-    """Any bytes are a response, malformed or unfinished, however they come; what is passed on carries the payload."""
+    """Any bytes are a response, malformed or incomplete, in whatever pieces; the relayed bytes carry the payload."""
     method = choose.choice((b"GET", b"HEAD"))
     whole = read_response([raw], method)
     for pieces in [*(feed(raw) for feed in FEEDS.values()), torn(choose, raw)]:
-        relayed = read_response(pieces, method)
-        assert relayed.told() == whole.told()
-        assert relayed.error is not None or relayed.payload == whole.payload
-        check_passed(relayed)
+        reader = read_response(pieces, method)
+        assert reader.summary() == whole.summary()
+        assert reader.error is not None or reader.payload == whole.payload
+        check_relayed(reader)
 
 
-def check_passed(relayed: Relayed) -> None:
-    if isinstance(relayed.body, ChunkedBody):
+def check_relayed(reader: ResponseReader) -> None:
+    if isinstance(reader.body, ChunkedBody):
         again = ChunkedBody()
-        assert again.feed(relayed.passed + CRLF if relayed.body.done else relayed.passed) == relayed.payload
-        assert again.done == relayed.body.done
+        assert again.feed(reader.relayed + CRLF if reader.body.done else reader.relayed) == reader.payload
+        assert again.done == reader.body.done
 
 
 def check_good_head(choose: random.Random, raw: bytes) -> None:
-    """Whatever fits the grammar is accepted, and comes out as it went in."""
-    fields = [(some(choose, TOKEN, 6, 1), some(choose, TEXT, 12).strip(b" \t")) for _ in range(choose.randint(0, 5))]
+    """A head that fits the grammar is accepted, and parsed without loss."""
+    fields = [
+        (sample(choose, TOKEN, 6, 1), sample(choose, TEXT, 12).strip(b" \t")) for _ in range(choose.randint(0, 5))
+    ]
     blanks = (b"", b" ", b"\t ", b"   ")
     lines = [b"%b:%b%b%b" % (name, choose.choice(blanks), value, choose.choice(blanks)) for name, value in fields]
     head = parse_request_head(CRLF.join([GET_HEAD[:-2], *lines, b"", b""]), LIMITS)
@@ -145,7 +149,7 @@ def check_good_head(choose: random.Random, raw: bytes) -> None:
 
 
 def check_good_chunks(choose: random.Random, raw: bytes) -> None:
-    """Whatever fits the grammar of chunked coding is taken, and its payload is the same however it comes."""
+    """A body that fits the grammar of chunked coding is accepted, with the same payload in whatever pieces."""
     pieces = [raw[at : at + 7] for at in range(0, len(raw), 7)]
     extensions = (b"", b";a", b' ;\ta="\\"\r;"'.replace(b"\r", b""), b";a = b;c")
     forms = (b"%x", b"%X", b"00%x")
@@ -153,19 +157,19 @@ def check_good_chunks(choose: random.Random, raw: bytes) -> None:
         b"%b%b\r\n%b\r\n" % (choose.choice(forms) % len(piece), choose.choice(extensions), piece) for piece in pieces
     )
     coded += choose.choice((b"0\r\n\r\n", b"000;a=b\r\n\r\n", b"0\r\nX-A: 1\r\nX-B:\r\n\r\n"))
-    relayed = Relayed(b"GET")
+    reader = ResponseReader(b"GET")
     for piece in torn(choose, b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + coded + b"more"):
-        relayed.feed(piece)
-    assert relayed.error is None
-    assert relayed.body is not None
-    assert relayed.body.done
-    assert (relayed.payload, relayed.body.surplus) == (raw, b"more")
-    check_passed(relayed)
+        reader.feed(piece)
+    assert reader.error is None
+    assert reader.body is not None
+    assert reader.body.done
+    assert (reader.payload, reader.body.trailing_data) == (raw, b"more")
+    check_relayed(reader)
 
 
 def check_route(choose: random.Random, raw: bytes) -> None:
-    """Any target has a route, with a label from the table; past the table only what ALLOW_PATHS names goes on."""
-    target = b"/" + bytes(octet for octet in raw if 0x21 <= octet <= 0x7E and octet != 0x23)
+    """Any target has a route, with a label from the table."""
+    target = b"/" + bytes(byte for byte in raw if 0x21 <= byte <= 0x7E and byte != 0x23)
     for table in TABLES:
         route = table.find(choose.choice((b"GET", b"POST", b"OPTIONS", b"TRACE")), target)
         assert route.label in LABELS
@@ -174,31 +178,32 @@ def check_route(choose: random.Random, raw: bytes) -> None:
 
 
 def check_cors(choose: random.Random, raw: bytes) -> None:
-    """Nothing is echoed that was not listed or is no token, and never a line end."""
-    value = raw.translate(None, bytes(range(32)) + b"\x7f")[:40]
+    """Only listed origins and tokens are echoed, and never a line end."""
+    text = raw.translate(None, bytes(range(32)) + b"\x7f")[:40]
     names = (b"Origin", b"Access-Control-Request-Method", b"Access-Control-Request-Headers")
-    lines = [b"%b: %b" % (name, choose.choice((value, b"https://a.example"))) for name in names]
+    lines = [b"%b: %b" % (name, choose.choice((text, b"https://a.example"))) for name in names]
     head = parse_request_head(CRLF.join([GET_HEAD[:-2], *lines, b"", b""]), LIMITS)
     for cors in (Cors(("https://a.example",)), Cors(("*",))):
-        for name, told in cors.fields(head) + cors.preflight(head):
-            assert name != b"Access-Control-Allow-Origin" or told in (b"*", b"https://a.example")
-            assert re.fullmatch(rb"[ \t!#$%&'*+,\-.^_`|~0-9A-Za-z:/]+", told)
+        for name, value in cors.fields(head) + cors.preflight(head):
+            assert name != b"Access-Control-Allow-Origin" or value in (b"*", b"https://a.example")
+            assert re.fullmatch(rb"[ \t!#$%&'*+,\-.^_`|~0-9A-Za-z:/]+", value)
 
 
 def check_envelope(choose: random.Random, raw: bytes) -> None:
-    """Any detail makes one JSON object and one event."""
+    """Any detail results in one JSON object and one event."""
     error = GatewayError(choose.choice(CATALOGUE), raw.decode("latin-1"))
-    for dialect in Dialect:
-        assert json.loads(envelope(error, dialect))["error"]["message"] == error.message
-        assert event(error, dialect).count(b"\n\n") == 1
-        assert b"\r" not in event(error, dialect)
+    for dialect in DIALECTS:
+        assert json.loads(dialect.envelope(error, "req-1"))["error"]["message"] == error.message
+        events = dialect.error_event(error, "req-1", 1)
+        assert events.count(b"\n\n") == 1 + dialect.ends_stream
+        assert b"\r" not in events
 
 
 SOURCES: tuple[Callable[[random.Random], bytes], ...] = (
     noise,
-    words,
-    lambda choose: GET_HEAD + words(choose),
-    lambda choose: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + words(choose),
+    fragments,
+    lambda choose: GET_HEAD + fragments(choose),
+    lambda choose: b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + fragments(choose),
     lambda choose: mutated(choose, "accepted", "refused"),
     lambda choose: mutated(choose, "responses"),
 )
@@ -214,7 +219,7 @@ CHECKS = (
 
 
 def run_round(seed: int) -> None:
-    """One input from each source through every check. An AssertionError, or any other, is a finding."""
+    """Run every check on one input from each source. Any exception is a finding."""
     choose = random.Random(seed)
     for source in SOURCES:
         raw = source(choose)
@@ -223,7 +228,7 @@ def run_round(seed: int) -> None:
 
 
 def finding(seed: int) -> str:
-    """What a round finds: nothing, or where it came from."""
+    """The traceback of a failing round and how to repeat it; empty if nothing fails."""
     try:
         run_round(seed)
     except Exception:
@@ -232,7 +237,7 @@ def finding(seed: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Throw seeded random bytes at the parsers.")
+    parser = argparse.ArgumentParser(description="Feed seeded random bytes to the parsers.")
     parser.add_argument("--rounds", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0, help="the first round's; one more for each further round")
     arguments = parser.parse_args(argv)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Load, cancel and break the gateway for five minutes at most; tell what was lost and what leaked (`make soak`).
+"""Load, cancel and break the gateway for at most five minutes, and report what was lost or leaked (`make soak`).
 
-    python3 tests/soak.py [--seconds 300] [--seed 1] [fair churn slow cold memory turn]
+    python3 tests/soak.py [--seconds 300] [--seed 1] [fair churn slow cold memory turn faults]
 
-A gateway and a mock backend, each a process of its own, on loopback; the Python standard library is all it needs. Each
-part has a stack of its own, and at its end gateway and backend must hold nothing that they did not hold at rest. With
-fewer seconds all parts shrink; the figures that count are those of 300. Exit status: 0 nothing was lost, nothing
-leaked and no target was missed; 1 something was; 2 wrong usage.
+It runs a gateway and a mock backend as processes on loopback, with the Python standard library only. Each part has its
+own stack. At its end, gateway and backend must hold nothing that they did not hold at rest. With fewer seconds all
+parts shrink, and targets are not checked. A part that has no time left has missed its target, and has lost nothing.
+`--seconds 600 faults` breaks the whole of start.sh for ten minutes. Exit status: 0 nothing was lost or leaked and no
+target was missed; 1 something was; 2 wrong usage.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.fault_soaking import DRAIN_S, Books, FaultSoak, Service
+from support.fault_soaking import Load as AskingLoad
 from support.soaking import LOST, WAYS, Client, Finding, Stack, chat
 
 ENDLESS = 1_000_000  # tokens
@@ -36,11 +39,12 @@ MOST_GROWTH_BYTES = 5 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything; all in proportion to the seconds that the whole may take."""
+    """The size of all parts, in proportion to the seconds that the whole may take."""
 
     folder: Path
     seconds: float = 300.0
     seed: int = 1
+    alone: bool = False  # one part has all the time
 
     def many(self, number: int, least: int) -> int:
         return max(least, round(number * self.seconds / 300))
@@ -49,12 +53,17 @@ class Plan:
         return random.Random(f"{self.seed} {part}")
 
     @property
+    def fault_seconds(self) -> float:
+        """How long new faults begin: the last one, the audit and the end take a while."""
+        return self.seconds - 60 if self.alone and self.seconds > 120 else self.seconds * 0.2
+
+    @property
     def whole(self) -> bool:
-        """Whether it is long enough for figures to mean something."""
+        """Whether it is long enough to check the targets."""
         return self.seconds >= 300
 
 
-# --- Fair: 20 keys want ten times what there is, one of them as much as all others together ---
+# --- Fair: 20 keys request ten times the capacity, one of them as much as all others together ---
 
 
 async def fair(plan: Plan, finding: Finding) -> None:
@@ -62,16 +71,16 @@ async def fair(plan: Plan, finding: Finding) -> None:
     seconds = plan.seconds / 5
     mock = {"MOCK_PROMPT_MS": "50", "MOCK_TOKENS_PER_SECOND": "20"}
     async with Stack(plan.folder / "fair", finding, keys=keys, slots=slots, mock=mock) as stack:
-        crowd = Crowd(stack, plan.random("fair"), rate=OVERLOAD * slots / service_s)
-        await crowd.press(seconds)
-        served = [crowd.served[key] for key in stack.keys]
-        await crowd.go_home()
+        load = Load(stack, plan.random("fair"), rate=OVERLOAD * slots / service_s)
+        await load.run(seconds)
+        served = [load.served[key] for key in stack.keys]
+        await load.finish()
         await stack.settle()
-    finding.lost += crowd.lost
+    finding.lost += load.lost
     share, jain = min(served) * keys / max(1, sum(served)), jain_index(served)
     finding.figures[:0] = [
-        f"{keys} keys for {seconds:g} s, {crowd.offered / seconds:.0f} requests a second for {slots} slots",
-        f"served {sum(served)} ({sum(served) / seconds:.0f} a second), told that the queue is full {crowd.refused}",
+        f"{keys} keys for {seconds:g} s, {load.offered / seconds:.0f} requests per second for {slots} slots",
+        f"served {sum(served)} ({sum(served) / seconds:.0f} per second), {load.refused} refused by a full queue",
         f"the greedy key got {served[0]}, the others {min(served[1:])} to {max(served[1:])}",
         f"least share {share:.1%} of the fair one, Jain's index {jain:.4f}",
     ]
@@ -80,13 +89,13 @@ async def fair(plan: Plan, finding: Finding) -> None:
 
 
 def jain_index(shares: Sequence[float]) -> float:
-    """1 where all are equal, 1/n where one has everything."""
+    """Return Jain's fairness index: 1 if all shares are equal, 1/n if one has everything."""
     squares = len(shares) * sum(share * share for share in shares)
     return sum(shares) ** 2 / squares if squares else 0.0
 
 
-class Crowd:
-    """Requests that come whether or not others have been answered; half of them are the first key's."""
+class Load:
+    """Requests that arrive at a fixed rate, whether or not others are answered. The first key sends half of them."""
 
     def __init__(self, stack: Stack, random_: random.Random, rate: float) -> None:
         self._stack = stack
@@ -100,7 +109,7 @@ class Crowd:
         self.refused = 0
         self.lost: list[str] = []
 
-    async def press(self, seconds: float) -> None:
+    async def run(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
         next_s = loop.time()
         end_s = next_s + seconds
@@ -128,14 +137,14 @@ class Crowd:
         else:
             self.lost.append(f"fair: request {number}: {status} {body!r}")
 
-    async def go_home(self) -> None:
+    async def finish(self) -> None:
         while self._tasks:
             await asyncio.wait(self._tasks)
         for client in self._idle:
             client.close()
 
 
-# --- Churn: half of the clients leave, each in a phase and in a way of its own ---
+# --- Churn: half of the clients leave, in different phases and ways ---
 
 
 async def churn(plan: Plan, finding: Finding) -> None:
@@ -149,21 +158,21 @@ async def churn(plan: Plan, finding: Finding) -> None:
     lines = stack.access_lines()
     gone = Counter(line["stage"] for line in lines if line["outcome"] == "cancelled")
     queued = {line["id"] for line in lines if line["outcome"] == "cancelled" and line["stage"] == "queued"}
-    finding.lost += [f"churn: {name} left while queued, and the backend saw it" for name in queued & set(stack.seen)]
+    finding.lost += [f"churn: {name} left while queued, but reached the backend" for name in queued & set(stack.seen)]
     phases = ", ".join(f"{stage} {number}" for stage, number in sorted(gone.items()))
     finding.figures[:0] = [
-        f"{clients} clients, {arrivals.whole} whole answers to {clients // 2} that stayed",
+        f"{clients} clients, {arrivals.whole} whole responses to {clients // 2} clients that stayed",
         f"{sum(arrivals.left.values())} left ({', '.join(f'{way} {n}' for way, n in sorted(arrivals.left.items()))})",
-        f"what the gateway saw of them: {phases}",
+        f"cancelled by phase: {phases}",
         f"{len(queued)} left while queued, {len(queued & set(stack.seen))} of them reached the backend",
     ]
     phases_wanted = {"reading_head", "reading_body", "queued", "awaiting_response", "streaming"}
     if plan.whole and phases_wanted - set(gone):
-        finding.missed.append(f"churn: nobody left while {', '.join(sorted(phases_wanted - set(gone)))}")
+        finding.missed.append(f"churn: no client left while {', '.join(sorted(phases_wanted - set(gone)))}")
 
 
 class Arrivals:
-    """Clients that come one by one; the odd ones leave before they have their answer."""
+    """Clients that arrive one after the other. Every second one leaves before its response is whole."""
 
     def __init__(self, stack: Stack, random_: random.Random, over_s: float) -> None:
         self._stack = stack
@@ -174,63 +183,63 @@ class Arrivals:
         self.lost: list[str] = []
 
     async def one(self, number: int) -> None:
-        own = random.Random(self._random.random())
-        await asyncio.sleep(own.uniform(0, self._over_s))
+        draw = random.Random(self._random.random())
+        await asyncio.sleep(draw.uniform(0, self._over_s))
         try:
             client = await self._stack.client()
-            await (self._leave(client, number, own) if number % 2 else self._stay(client, number, own))
+            await (self._leave(client, number, draw) if number % 2 else self._stay(client, number, draw))
             client.close()
         except LOST as error:
             self.lost.append(f"churn: client {number}: {error!r}")
 
-    async def _stay(self, client: Client, number: int, own: random.Random) -> None:
-        stream = own.random() < 0.5
-        request = chat(own.choice(self._stack.keys), f"churn-{number}", tokens=4, stream=stream)
+    async def _stay(self, client: Client, number: int, draw: random.Random) -> None:
+        stream = draw.random() < 0.5
+        request = chat(draw.choice(self._stack.keys), f"churn-{number}", tokens=4, stream=stream)
         status, body = await client.ask(request, stream=stream)
         assert status == 200, f"{status} {body!r}"
         self.whole += 1
 
-    async def _leave(self, client: Client, number: int, own: random.Random) -> None:
-        phase = own.choice(("head", "body", "any", "any", "stream"))
-        stream = phase == "stream" or own.random() < 0.5
-        request = chat(own.choice(self._stack.keys), f"churn-{number}", tokens=ENDLESS, stream=stream)
+    async def _leave(self, client: Client, number: int, draw: random.Random) -> None:
+        phase = draw.choice(("head", "body", "any", "any", "stream"))
+        stream = phase == "stream" or draw.random() < 0.5
+        request = chat(draw.choice(self._stack.keys), f"churn-{number}", tokens=ENDLESS, stream=stream)
         body_at = request.index(b"\r\n\r\n") + 4
         cut = {"head": (1, body_at - 1), "body": (body_at, len(request) - 1)}.get(phase)
-        client.send(request[: own.randint(*cut)] if cut else request)
+        client.send(request[: draw.randint(*cut)] if cut else request)
         if phase == "stream":
-            for _ in range(own.randrange(1, 6)):
+            for _ in range(draw.randrange(1, 6)):
                 await client.take_through(b"\n\n")
         else:
-            await asyncio.sleep(own.uniform(0, self._over_s * (2 if phase == "any" else 0.2)))
-        way = own.choice(WAYS)
+            await asyncio.sleep(draw.uniform(0, self._over_s * (2 if phase == "any" else 0.2)))
+        way = draw.choice(WAYS)
         self.left[way] += 1
         await client.leave(way)
 
 
-# --- Slow: heads, bodies and readers that crawl, and a crowd that does nothing ---
+# --- Slow: slow heads, bodies and readers, and many idle connections ---
 
 
 async def slow(plan: Plan, finding: Finding) -> None:
     idle, crawling, seconds = plan.many(2000, 100), plan.many(50, 5), max(2.0, plan.seconds / 15)
     settings = {"MAX_CONNECTIONS": "8192"}
-    mock = {"MOCK_TOKENS_PER_SECOND": "100"}  # each; as fast as it can, the mock would be what is slow
+    mock = {"MOCK_TOKENS_PER_SECOND": "100"}  # each; at full speed the mock would be the bottleneck
     async with Stack(plan.folder / "slow", finding, slots=crawling, settings=settings, mock=mock) as stack:
         alone = Pings(await ping(stack, seconds / 4))
-        crowd = [await stack.client() for _ in range(idle)]
+        others = [await stack.client() for _ in range(idle)]
         request = chat("k00", "slow", tokens=ENDLESS, stream=True)
-        crowd += [await drip(stack, request[:-1], 20) for _ in range(crawling)]
-        crowd += [await drip(stack, request[:-1], request.index(b"\r\n\r\n") + 4) for _ in range(crawling)]
+        others += [await drip(stack, request[:-1], 20) for _ in range(crawling)]
+        others += [await drip(stack, request[:-1], request.index(b"\r\n\r\n") + 4) for _ in range(crawling)]
         readers = [await slow_reader(stack, request) for _ in range(crawling)]
         crowded = Pings(await ping(stack, seconds))
         held = await stack.held()
-        for client in (*crowd, *readers):
+        for client in (*others, *readers):
             client.close()
         await stack.settle()
     finding.figures[:0] = [
         f"{idle} idle connections, {crawling} slow heads, {crawling} slow bodies, {crawling} slow readers",
-        f"{held['client connections']} connections at once, {held['exchanges']} of them served",
-        f"/ping in the crowd: {crowded}",
-        f"/ping alone before: {alone}",
+        f"{held['client connections']} connections at once, {held['requests']} of them served",
+        f"/ping meanwhile: {crowded}",
+        f"/ping before, alone: {alone}",
     ]
     if held["client connections"] < idle + 3 * crawling:
         finding.lost.append(f"slow: only {held['client connections']} connections stayed")
@@ -239,7 +248,7 @@ async def slow(plan: Plan, finding: Finding) -> None:
 
 
 class Pings:
-    """How long each took, in milliseconds."""
+    """Response times in milliseconds."""
 
     def __init__(self, took_ms: Sequence[float]) -> None:
         self._took_ms = sorted(took_ms)
@@ -253,15 +262,15 @@ class Pings:
 
 
 async def drip(stack: Stack, request: bytes, at_once: int) -> Client:
-    """A client that sends the first part at once and the rest an octet each half second, until it is closed."""
+    """Return a client that sends the first part at once, and then one byte every half second until it is closed."""
     client = await stack.client()
     client.send(request[:at_once])
     left = iter(request[at_once:])
 
     def more() -> None:
-        octet = next(left, None)
-        if octet is not None and not client.transport.is_closing():
-            client.send(bytes([octet]))
+        byte = next(left, None)
+        if byte is not None and not client.transport.is_closing():
+            client.send(bytes([byte]))
             asyncio.get_running_loop().call_later(0.5, more)
 
     more()
@@ -269,7 +278,7 @@ async def drip(stack: Stack, request: bytes, at_once: int) -> Client:
 
 
 async def slow_reader(stack: Stack, request: bytes) -> Client:
-    """A client that reads the beginning of an endless stream and then no more."""
+    """Return a client that reads the beginning of an endless stream and then nothing."""
     client = await stack.client(receive_buffer=4096)
     client.send(request)
     await client.take_through(b"\n\n")
@@ -278,7 +287,7 @@ async def slow_reader(stack: Stack, request: bytes) -> Client:
 
 
 async def ping(stack: Stack, seconds: float) -> list[float]:
-    """Ask for /ping by turns on a new connection, as a probe does, and on a kept one; milliseconds each."""
+    """Request /ping, alternately on a new connection, as a probe does, and on a kept one. Returns milliseconds."""
     loop = asyncio.get_running_loop()
     kept = await stack.client()
     took_ms: list[float] = []
@@ -295,7 +304,7 @@ async def ping(stack: Stack, seconds: float) -> list[float]:
     return took_ms
 
 
-# --- Cold: requests that come while the model loads ---
+# --- Cold: requests that arrive while the model loads ---
 
 
 async def cold(plan: Plan, finding: Finding) -> None:
@@ -330,11 +339,11 @@ async def cold(plan: Plan, finding: Finding) -> None:
     finding.figures[:0] = [
         f"{len(waits_s)} of {requests} requests answered, posted within 1 s of the start of a load of {load_s:g} s",
         f"they took {min(waits_s, default=0):.1f} to {max(waits_s, default=0):.1f} s;"
-        f" {min(beats, default=0)} to {max(beats, default=0)} heartbeats a stream (every {heartbeat_s:g} s)",
+        f" {min(beats, default=0)} to {max(beats, default=0)} heartbeats per stream (every {heartbeat_s:g} s)",
     ]
 
 
-# --- Memory: what ten thousand requests and a thousand cancelled streams leave behind ---
+# --- Memory: the growth after ten thousand requests and a thousand cancelled streams ---
 
 
 async def memory(plan: Plan, finding: Finding) -> None:
@@ -353,7 +362,7 @@ async def memory(plan: Plan, finding: Finding) -> None:
     finding.figures[:0] = [
         f"resident after 100 requests {early_bytes / 2**20:.1f} MiB, after {requests} more and {cancelled} cancelled"
         f" streams {late_bytes / 2**20:.1f} MiB: {grown / 2**20:+.2f} MiB",
-        f"{rate:.0f} requests a second, {cpu_ms:.2f} ms of the gateway's CPU each",
+        f"{rate:.0f} requests per second, {cpu_ms:.2f} ms of the gateway's CPU each",
     ]
     if plan.whole and grown > MOST_GROWTH_BYTES:
         finding.missed.append(f"memory: grew by {grown / 2**20:.1f} MiB (target {MOST_GROWTH_BYTES >> 20} MiB)")
@@ -395,7 +404,7 @@ async def cancel_streams(stack: Stack, finding: Finding, streams: int) -> None:
         finding.lost.append(f"memory: a cancelled stream: {error!r}")
 
 
-# --- Turn: one key has posted fifty long requests, another posts one ---
+# --- Turn: one key has sent fifty long requests, another one sends one ---
 
 
 async def turn(plan: Plan, finding: Finding) -> None:
@@ -426,41 +435,78 @@ async def held_is(stack: Stack, name: str, number: int) -> None:
         await asyncio.sleep(0.05)
 
 
+# --- Faults: start.sh while volumes hang, fail and fill up, and processes are stopped and killed ---
+
+
+async def faults(plan: Plan, finding: Finding) -> None:
+    folder = plan.folder / "faults"
+    folder.mkdir(parents=True)
+    books, service = Books(), Service(folder, [f"k{number:02}" for number in range(4)])
+    service.write_keys()
+    load = AskingLoad(service, books, clients=8)
+    play = FaultSoak(service, books, load, finding, plan.random("faults"))
+    await service.start()
+    try:
+        await service.stop()
+        await play.play(plan.fault_seconds)
+    finally:
+        await load.end()
+        if service.process.returncode is None:
+            service.process.kill()
+    known = {line["id"] for line in service.access_lines()}
+    lost = len(set(books.answered) - known)
+    output = (folder / "output.log").read_text(errors="replace")
+    finding.lost += [f"faults: {line}" for line in output.splitlines() if "Traceback" in line]
+    finding.figures[:0] = [
+        f"{len(books.answered)} requests answered whole, {books.broken} broken visibly, {len(known)} access lines",
+        f"{lost} lines lost at {len(books.excused)} kills and stops of hanging programs, none besides",
+        f"episodes: {', '.join(f'{name} {times}' for name, times in sorted(play.played.items()))}",
+        f"{len(play.stops_s)} stops took {min(play.stops_s, default=0):.1f} to {max(play.stops_s, default=0):.1f} s"
+        f" (DRAIN_TIMEOUT {DRAIN_S:g} s)",
+    ]
+    if service.faults is None:
+        finding.figures.append("no C compiler: without faults of volumes")
+
+
 # --- All of it ---
 
 Part = Callable[[Plan, Finding], Awaitable[None]]
-PARTS: dict[str, Part] = {"turn": turn, "fair": fair, "churn": churn, "slow": slow, "memory": memory, "cold": cold}
-BESIDE = "cold"  # it mostly waits, so the others run meanwhile
+PARTS: dict[str, Part] = {
+    **{"turn": turn, "fair": fair, "churn": churn, "slow": slow, "memory": memory, "cold": cold},
+    "faults": faults,
+}
+CONCURRENT = "cold"  # it mostly waits, so the others run meanwhile
 
 
 async def run_part(plan: Plan, name: str) -> Finding:
-    """Run one part; whatever ends it early is something lost."""
+    """Run one part. What ends it early counts as lost."""
     finding = Finding(name)
     try:
         await PARTS[name](plan, finding)
     except asyncio.CancelledError:
-        finding.lost.append(f"{name}: it was not over in time")
+        finding.missed.append(f"{name}: it did not finish in time")
     except (*LOST, RuntimeError, asyncio.TimeoutError) as error:
-        finding.lost.append(f"{name}: it could not go on: {error!r}")
+        finding.lost.append(f"{name}: it could not continue: {error!r}")
     return finding
 
 
-async def soak(plan: Plan, names: Sequence[str], say: Callable[[Finding], None]) -> list[Finding]:
-    """Run the parts, one after the other; no longer than the plan allows."""
+async def soak(plan: Plan, names: Sequence[str], report: Callable[[Finding], None]) -> list[Finding]:
+    """Run the parts one after the other, no longer than the plan allows."""
     findings: list[Finding] = []
 
     async def in_order(these: Sequence[str]) -> None:
         for name in these:
             findings.append(await run_part(plan, name))
-            say(findings[-1])
+            report(findings[-1])
 
-    beside = [name for name in names if name == BESIDE]
-    tasks = [asyncio.ensure_future(in_order(these)) for these in (beside, [n for n in names if n not in beside])]
+    concurrent = [name for name in names if name == CONCURRENT]
+    others = [name for name in names if name not in concurrent]
+    tasks = [asyncio.ensure_future(in_order(these)) for these in (concurrent, others)]
     _, late = await asyncio.wait(tasks, timeout=plan.seconds)
     for task in late:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    findings += [Finding(name, lost=[f"{name}: there was no time left"]) for name in missing(names, findings)]
+    findings += [Finding(name, missed=[f"{name}: there was no time left"]) for name in missing(names, findings)]
     return findings
 
 
@@ -468,19 +514,19 @@ def missing(names: Sequence[str], findings: Sequence[Finding]) -> list[str]:
     return [name for name in names if name not in {finding.name for finding in findings}]
 
 
-def say_figures(finding: Finding) -> None:
+def print_figures(finding: Finding) -> None:
     for number, figure in enumerate(finding.figures or ["-"]):
         print(f"{finding.name if not number else '':8}{figure}", flush=True)
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[str, int]:
-    """What was lost, leaked and missed, in words, and the exit status."""
-    words = []
+    """Return what was lost, leaked and missed, as text, and the exit status."""
+    lines = []
     for name in ("lost", "leaked", "missed"):
         items = [item for finding in findings for item in getattr(finding, name)]
         shown = [f"\n  {item}" for item in items[:20]] + [f"\n  … and {len(items) - 20} more"] * (len(items) > 20)
-        words.append(f"{name}: {len(items) or 'nothing'}{''.join(shown)}")
-    return "\n".join(words), int(any(finding.lost or finding.leaked or finding.missed for finding in findings))
+        lines.append(f"{name}: {len(items) or 'nothing'}{''.join(shown)}")
+    return "\n".join(lines), int(any(finding.lost or finding.leaked or finding.missed for finding in findings))
 
 
 def raise_descriptor_limit() -> None:
@@ -493,20 +539,21 @@ def raise_descriptor_limit() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=300.0, help="how long it may take at most (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is drawn by chance (%(default)s)")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="the time limit (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="the seed of all random choices (%(default)s)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"one of {', '.join(PARTS)} (default: all)")
     options = parser.parse_args(argv)
     if not 10 <= options.seconds <= 3600 or set(options.parts) - set(PARTS):
-        parser.error("--seconds goes from 10 to 3600" if not set(options.parts) - set(PARTS) else "no such part")
+        unknown = set(options.parts) - set(PARTS)
+        parser.error("there is no such part" if unknown else "--seconds must be from 10 to 3600")
     raise_descriptor_limit()
     names = [name for name in PARTS if name in (options.parts or PARTS)]
     print(f"soak    Python {platform.python_version()}, seed {options.seed}, {options.seconds:g} s at most", flush=True)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        plan = Plan(Path(folder), options.seconds, options.seed)
-        findings = asyncio.run(soak(plan, names, say_figures))
-    words, status = verdict(findings)
-    print(words)
+        plan = Plan(Path(folder), options.seconds, options.seed, alone=len(names) == 1)
+        findings = asyncio.run(soak(plan, names, print_figures))
+    text, status = verdict(findings)
+    print(text)
     return status
 
 

@@ -1,15 +1,16 @@
-"""Who is calling, and whether they are within their rate."""
+"""API keys: credentials, keyrings, reloads and rate limits."""
 
 import contextlib
+import gc
 import hashlib
-import itertools
 import os
 import random
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import FrozenInstanceError, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,8 +19,11 @@ import pytest
 
 import auth
 import keyfile
-from auth import Caller, Keyring, KeyStore, Rates, allowance, allowance_lines
-from errors import INVALID_API_KEY, KEY_SUSPENDED, RATE_LIMIT_EXCEEDED, GatewayError
+from auth import Caller, ForeignSource, Keyring, KeyStore, RateLimiter, allowance, allowance_lines, unauthorized
+from core.errors import FIELDS_SEARCHED, INVALID_API_KEY, KEY_SUSPENDED, LOADING, RATE_LIMIT_EXCEEDED, GatewayError
+from support.clock import Clock
+from support.faults import Fault, environment, make_faults
+from support.paths import SCRIPTS
 
 K = b"sk-plain-0123456789abcdef"
 L = b"sk-other-0123456789abcdef"
@@ -43,61 +47,88 @@ def refusal(call: Callable[[], object]) -> GatewayError:
     return caught.value
 
 
+def reachable(root: object) -> Iterator[object]:
+    """Yield each object that root refers to, directly or not, except code and classes."""
+    queue, seen = [root], {id(root)}
+    for item in queue:  # grows while it is iterated
+        yield item
+        for other in gc.get_referents(item):
+            if id(other) not in seen and not isinstance(other, type | types.ModuleType | types.FunctionType):
+                seen.add(id(other))
+                queue.append(other)
+
+
 # The credential
 
 
 @pytest.mark.parametrize(
-    ("known", "secret"),
+    ("known", "secrets"),
     [
-        ({}, None),
-        ({b"host": [b"x"]}, None),
-        ({b"authorization": [b"Bearer " + K]}, K),
-        ({b"authorization": [b"bearer " + K]}, K),
-        ({b"authorization": [b"BEARER " + K]}, K),
-        ({b"authorization": [b"Bearer   " + K]}, K),
-        ({b"authorization": [K]}, K),
-        ({b"x-api-key": [K]}, K),
-        ({b"api-key": [K]}, K),
-        ({b"authorization": [b"Bearer " + K], b"x-api-key": [K]}, K),
-        ({b"authorization": [K], b"x-api-key": [K], b"api-key": [K]}, K),
-        ({b"authorization": [b"Bearer " + b"A" * 16]}, b"A" * 16),
-        ({b"authorization": [b"Bearer " + b"z" * 128]}, b"z" * 128),
+        ({}, ()),
+        ({b"host": [b"x"]}, ()),
+        ({b"authorization": [b"Bearer " + K]}, (K,)),
+        ({b"authorization": [b"bearer " + K]}, (K,)),
+        ({b"authorization": [b"BEARER " + K]}, (K,)),
+        ({b"authorization": [b"Bearer   " + K]}, (K,)),
+        ({b"authorization": [K]}, (K,)),
+        ({b"x-api-key": [K]}, (K,)),
+        ({b"api-key": [K]}, (K,)),
+        ({b"authorization": [b"Bearer " + K], b"x-api-key": [K]}, (K,)),
+        ({b"authorization": [K], b"x-api-key": [K], b"api-key": [K]}, (K,)),
+        ({b"authorization": [b"Bearer " + b"A" * 16]}, (b"A" * 16,)),
+        ({b"authorization": [b"Bearer " + b"z" * 128]}, (b"z" * 128,)),
+        ({b"authorization": [b"Bearer " + K], b"x-api-key": [L]}, (K, L)),
+        ({b"x-api-key": [K], b"api-key": [L]}, (K, L)),
+        ({b"authorization": [L], b"x-api-key": [K], b"api-key": [L]}, (L, K)),
+        ({b"authorization": [K], b"x-api-key": [L], b"api-key": [b"M" * 16]}, (K, L, b"M" * 16)),
     ],
 )
-def test_the_credential_is(known: dict[bytes, list[bytes]], secret: bytes | None) -> None:
-    assert auth.credential(known) == secret
+def test_the_different_secrets_are_candidates(known: dict[bytes, list[bytes]], secrets: tuple[bytes, ...]) -> None:
+    assert auth.candidates(known) == secrets
 
 
-def test_pitfall_38_every_client_s_field_is_read() -> None:
+def test_the_fields_of_all_client_libraries_are_read() -> None:
     """OpenAI sends Authorization, Anthropic x-api-key, Azure api-key."""
     for name, value in [(b"authorization", b"Bearer " + K), (b"x-api-key", K), (b"api-key", K)]:
-        assert auth.credential({name: [value]}) == K
+        assert auth.candidates({name: [value]}) == (K,)
 
 
-MALFORMED = [
-    [b""],
-    [b"Bearer"],
-    [b"Bearer "],
-    [b"Bearer\t" + K],
-    [b"Bearer\xa0" + K],
-    [b"Bearer\xc2\xa0" + K],
-    [b" Bearer " + K],
-    [b"Bearer " + K + b" "],
-    [b"Bearer " + K + b"\n"],
-    [b"BearerX " + K],
-    [b"Bearer Bearer " + K],
-    [b"Bearer: " + K],
-    [b"Basic " + K],
-    [b"Basic eDp5"],
-    [b"Token " + K],
-    [b"Bearer " + K + b", Bearer " + K],
-    [b"Bearer " + K + b"," + K],
-    [b"Bearer " + K + b"\xe9"],
-    [b"Bearer " + K + b"="],
-    [b'Bearer "' + K + b'"'],
-    [b"Bearer " + b"k" * 15],
-    [b"Bearer " + b"k" * 129],
-    [b"Bearer " + b"k" * 8000],
+NO_KEY_OF_OURS = [
+    b"",
+    b"Bearer",
+    b"Bearer ",
+    b"Bearer\t" + K,
+    b"Bearer\xa0" + K,
+    b"Bearer\xc2\xa0" + K,
+    b" Bearer " + K,
+    b"Bearer " + K + b" ",
+    b"Bearer " + K + b"\n",
+    b"BearerX " + K,
+    b"Bearer Bearer " + K,
+    b"Bearer: " + K,
+    b"Basic " + K,
+    b"Basic eDp5",
+    b"Token " + K,
+    b"Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl",
+    b"Bearer " + K + b", Bearer " + K,
+    b"Bearer " + K + b"," + K,
+    b"Bearer " + K + b"\xe9",
+    b"Bearer " + K + b"=",
+    b'Bearer "' + K + b'"',
+    b"Bearer " + b"k" * 15,
+    b"Bearer " + b"k" * 129,
+    b"Bearer " + b"k" * 8000,
+]
+
+
+@pytest.mark.parametrize("value", NO_KEY_OF_OURS)
+def test_what_cannot_be_a_key_is_no_candidate_and_hides_none(value: bytes) -> None:
+    assert auth.candidates({b"authorization": [value]}) == ()
+    assert auth.candidates({b"authorization": [value], b"x-api-key": [K]}) == (K,)
+    assert auth.candidates({b"authorization": [value], b"api-key": [K]}) == (K,)
+
+
+REPEATED = [
     [K, K],
     [b"Bearer " + K, b"Bearer " + L],
     [b"Bearer " + L, b"Bearer " + K],
@@ -106,35 +137,22 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("values", MALFORMED)
-@pytest.mark.parametrize("beside", [{}, {b"x-api-key": [K]}], ids=["alone", "beside a good one"])
-def test_a_credential_is_refused(values: list[bytes], beside: dict[bytes, list[bytes]]) -> None:
-    error = refusal(lambda: auth.credential({b"authorization": values, **beside}))
-    assert (error.kind, error.fields, error.message) == (INVALID_API_KEY, CHALLENGE, INVALID_API_KEY.message)
+@pytest.mark.parametrize("name", [b"authorization", b"x-api-key", b"api-key"])
+@pytest.mark.parametrize("values", REPEATED)
+@pytest.mark.parametrize("other", [{}, {b"x-api-key": [K]}, {b"api-key": [K]}], ids=["alone", "x-api-key", "api-key"])
+def test_a_repeated_field_is_refused(name: bytes, values: list[bytes], other: dict[bytes, list[bytes]]) -> None:
+    error = refusal(lambda: auth.candidates({**other, name: values}))
+    assert (error.kind, error.fields) == (INVALID_API_KEY, CHALLENGE)
+    assert error.message == f"A field for the API key is repeated. {FIELDS_SEARCHED}"
 
 
 @pytest.mark.parametrize("name", [b"x-api-key", b"api-key"])
-@pytest.mark.parametrize("values", [[b"Bearer " + K], [b""], [K, K], [K + b"\xa0"], [K + b"," + K]])
-def test_a_field_without_scheme_takes_the_bare_key_only(name: bytes, values: list[bytes]) -> None:
-    assert refusal(lambda: auth.credential({name: values})).kind is INVALID_API_KEY
+@pytest.mark.parametrize("value", [b"Bearer " + K, b"", K + b"\xa0", K + b"," + K])
+def test_fields_without_a_scheme_accept_only_the_key_itself(name: bytes, value: bytes) -> None:
+    assert auth.candidates({name: [value]}) == ()
 
 
-@pytest.mark.parametrize(
-    "known",
-    [
-        {b"authorization": [b"Bearer " + K], b"x-api-key": [L]},
-        {b"x-api-key": [K], b"api-key": [L]},
-        {b"authorization": [K], b"api-key": [L]},
-        {b"authorization": [K], b"x-api-key": [K], b"api-key": [L]},
-    ],
-)
-def test_two_different_credentials_are_refused(known: dict[bytes, list[bytes]]) -> None:
-    error = refusal(lambda: auth.credential(known))
-    assert (error.kind, error.fields) == (INVALID_API_KEY, CHALLENGE)
-    assert error.message == "The request carries two different API keys."
-
-
-def test_whatever_the_fields_hold_a_credential_is_a_key_or_refused() -> None:
+def test_random_fields_give_keys_or_a_refusal() -> None:
     rng = random.Random(1)
     pieces = [b"Bearer", b" ", b"\t", b",", K, L, b"k", b"\xa0", b"\0", b"=", b"Basic"]
     names = [b"authorization", b"x-api-key", b"api-key"]
@@ -144,9 +162,10 @@ def test_whatever_the_fields_hold_a_credential_is_a_key_or_refused() -> None:
             for name in rng.sample(names, rng.randrange(4))
         }
         with contextlib.suppress(GatewayError):
-            secret = auth.credential(known)
-            assert (secret is None) == (not known)
-            assert all(len(values) == 1 and values[0].endswith(secret or b"?") for values in known.values())
+            secrets = auth.candidates(known)
+            assert len(set(secrets)) == len(secrets) <= len(known)
+            assert all(len(values) == 1 for values in known.values())
+            assert all(any(values[0].endswith(secret) for values in known.values()) for secret in secrets)
 
 
 # The keyring
@@ -156,21 +175,60 @@ def entry(secret: bytes = K, **fields: object) -> keyfile.Entry:
     return keyfile.Entry(**{"key_id": "a", "digest": hashlib.sha256(secret).digest(), **fields})  # type: ignore[arg-type]
 
 
-def test_the_holder_of_a_key_is_found() -> None:
+def test_a_key_is_found_with_its_limits() -> None:
     ring = Keyring.of(
-        [entry(), entry(L, key_id="b", rate_limit=7, role="operator", parallel=2, priority=-1, tokens_per_day=9)], 60
+        [
+            entry(),
+            entry(
+                L,
+                key_id="b",
+                rate_limit=7,
+                role="operator",
+                parallel=2,
+                priority=-1,
+                tokens_per_day=9,
+                max_tokens=5,
+                models=("m",),
+            ),
+        ],
+        60,
     )
     assert ring.find(digest(K), now) == Caller("a", "infer", 60, None, 0, None)
-    assert ring.find(digest(L), now) == Caller("b", "operator", 7, 2, -1, 9)
+    assert ring.find(digest(L), now) == Caller("b", "operator", 7, 2, -1, 9, max_tokens=5, models=("m",))
+    assert [ring.find(digest(key), now).limits_tokens for key in (K, L)] == [False, True]
     assert len(ring) == 2
 
 
-def test_no_keys_let_nobody_in() -> None:
+def test_an_empty_keyring_refuses_every_key() -> None:
     for ring in (Keyring({}), Keyring.of([])):
         assert refusal(lambda ring=ring: ring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
-def test_a_key_expires_at_its_moment() -> None:
+def test_the_key_among_several_secrets_is_found() -> None:
+    ring = Keyring.of([entry(), entry(b"N" * 16, key_id="suspended", rate_limit=0)])
+    unknown = digest(b"M" * 16)
+    for digests in ([digest(K), unknown], [unknown, digest(K)], [unknown, digest(K), digest(L)]):
+        assert ring.find_one(digests, now).key_id == "a"
+    assert refusal(lambda: ring.find_one([unknown, digest(b"N" * 16)], now)).kind is KEY_SUSPENDED
+    error = refusal(lambda: ring.find_one([unknown, digest(L)], now))
+    assert (error.kind, error.message) == (INVALID_API_KEY, INVALID_API_KEY.message)
+
+
+def test_two_different_keys_are_refused() -> None:
+    """Even if both are of one id, or one is suspended: which one was meant is not known."""
+    ring = Keyring.of([entry(), entry(L, key_id="b"), entry(b"M" * 16), entry(b"N" * 16, key_id="c", rate_limit=0)])
+    for other in (L, b"M" * 16, b"N" * 16):
+        error = refusal(lambda other=other: ring.find_one([digest(K), digest(other)], now))
+        assert (error.kind, error.fields) == (INVALID_API_KEY, CHALLENGE)
+        assert error.message == f"The request carries two different API keys. {FIELDS_SEARCHED}"
+
+
+def test_an_expired_key_hides_no_other() -> None:
+    ring = Keyring.of([entry(), entry(L, key_id="b", expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))])
+    assert ring.find_one([digest(L), digest(K)], now).key_id == "a"
+
+
+def test_a_key_is_valid_until_its_expiration() -> None:
     at = datetime.fromtimestamp(NOW_S, timezone.utc)
     ring = Keyring.of([entry(expires_at=at)])
     assert ring.find(digest(K), lambda: NOW_S - 0.001).key_id == "a"
@@ -179,7 +237,7 @@ def test_a_key_expires_at_its_moment() -> None:
 
 
 @pytest.mark.parametrize("text", ["2001-09-09T01:46:40", "2001-09-09T03:46:40+02:00", "2001-09-09T01:46:40Z"])
-def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expiration_with_an_offset_is_compared_in_utc(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Pacific/Kiritimati")
     time.tzset()
     try:
@@ -191,68 +249,147 @@ def test_pitfall_37_an_expiry_with_an_offset_is_compared_in_utc(text: str, monke
         time.tzset()
 
 
-def test_a_suspended_key_is_told_so_unless_it_has_expired() -> None:
+def test_a_suspended_key_has_an_error_of_its_own_unless_it_has_expired() -> None:
     suspended = entry(rate_limit=0)
     assert refusal(lambda: Keyring.of([suspended]).find(digest(K), now)).kind is KEY_SUSPENDED
     gone = replace(suspended, expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))
     assert refusal(lambda: Keyring.of([gone]).find(digest(K), now)).kind is INVALID_API_KEY
 
 
-def test_every_401_is_the_same() -> None:
+def test_a_key_with_networks_works_from_these_alone() -> None:
+    ring = Keyring.of([entry(sources=keyfile.parse_networks("10.0.0.0/8,::1")), entry(L, key_id="b")])
+    for addresses in (["10.1.2.3"], ["::1"], ["::ffff:10.0.0.1"], ["10.1.2.3", "10.1.2.4"]):
+        assert ring.find(digest(K), now, addresses).key_id == "a"
+    for addresses in ([], ["11.0.0.1"], ["local"], [""], ["10.1.2.3", "192.0.2.7"]):
+        error = refusal(lambda addresses=addresses: ring.find(digest(K), now, addresses))
+        assert isinstance(error, ForeignSource)
+        assert (error.key_id, error.kind, str(error)) == ("a", INVALID_API_KEY, str(unauthorized()))
+        assert error.fields == unauthorized().fields
+    assert ring.find(digest(L), now, ["192.0.2.7"]).key_id == "b"
+
+
+def test_a_suspended_key_is_unknown_from_elsewhere() -> None:
+    ring = Keyring.of([entry(rate_limit=0, sources=keyfile.parse_networks("::1"))])
+    assert refusal(lambda: ring.find(digest(K), now, ["::1"])).kind is KEY_SUSPENDED
+    assert refusal(lambda: ring.find(digest(K), now, ["::2"])).kind is INVALID_API_KEY
+
+
+def test_among_several_keys_the_one_counts_that_works_from_here() -> None:
+    ring = Keyring.of([entry(sources=keyfile.parse_networks("::1")), entry(L, key_id="b")])
+    both = [digest(K), digest(L)]
+    assert ring.find_one(both, now, ["::2"]).key_id == "b"
+    assert "two different" in str(refusal(lambda: ring.find_one(both, now, ["::1"])))
+    assert isinstance(refusal(lambda: ring.find_one([digest(K), bytes(32)], now, ["::2"])), ForeignSource)
+
+
+def test_all_401_errors_are_identical() -> None:
     ring = Keyring.of([entry(expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))])
     errors = [
         refusal(lambda: ring.find(digest(L), now)),
         refusal(lambda: ring.find(digest(K), now)),
-        refusal(lambda: auth.credential({b"authorization": [b"Basic eDp5"]})),
-        refusal(lambda: auth.credential({b"x-api-key": [b"short"]})),
+        refusal(lambda: ring.find_one([digest(K), digest(L)], now)),
+        auth.unauthorized(),
     ]
     assert {(error.kind.status, error.message, error.fields, error.retry_after_s) for error in errors} == {
-        (401, "Missing or invalid API key.", CHALLENGE, None)
+        (401, f"Missing or invalid API key. {FIELDS_SEARCHED}", CHALLENGE, None)
     }
 
 
-def test_no_secret_and_no_id_is_in_any_error() -> None:
+def test_errors_contain_no_secret_and_no_key_id() -> None:
     ring = Keyring.of([entry(key_id="alice", rate_limit=0), entry(L, key_id="alice", rate_limit=1)])
-    rates = Rates(lambda: 0.0)
+    limiter = RateLimiter(lambda: 0.0)
     caller = ring.find(digest(L), now)
-    rates.take(caller)
+    limiter.acquire(caller)
     errors = [
         refusal(lambda: ring.find(digest(K), now)),
         refusal(lambda: ring.find(digest(K + b"x"), now)),
-        refusal(lambda: rates.take(caller)),
-        refusal(lambda: auth.credential({b"authorization": [K], b"x-api-key": [L]})),
+        refusal(lambda: limiter.acquire(caller)),
+        refusal(lambda: ring.find_one([digest(K), digest(L)], now)),
+        refusal(lambda: auth.candidates({b"authorization": [K, L]})),
     ]
     for error in errors:
-        told = repr((error.message, error.fields, error.args))
-        assert not any(word in told for word in ("alice", K.decode(), L.decode()))
+        text = repr((error.message, error.fields, error.args))
+        assert not any(secret in text for secret in ("alice", K.decode(), L.decode()))
 
 
-def test_pitfall_41_memory_holds_digests_only(tmp_path: Path) -> None:
+def test_a_key_store_keeps_digests_and_no_secrets(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(b"a:" + K + b"\nb:" + L + b"\n")
     store = KeyStore(path, 60)
     assert store.reload().ok
-    held: list[object] = [store]
-    for item in held:  # grows while it is walked
-        assert K not in repr(item).encode()
-        if hasattr(item, "__dict__"):
-            held.extend(vars(item).values())
-        held.extend(getattr(item, name) for name in getattr(type(item), "__slots__", ()))
-        if isinstance(item, dict):
-            held.extend(itertools.chain(item.keys(), item.values()))
-    assert hashlib.sha256(K).digest() in held
+    held = list(reachable(store))
+    assert not any(K in repr(item).encode() for item in held)
+    assert digest(K) in held
 
 
-def test_pitfall_41_a_rotation_overlaps_with_each_line_s_own_limit() -> None:
+GIVEN = keyfile.parse_list("a:sk-given-0123456789abcdef:5;c:sk-third-0123456789abcdef").entries
+GIVEN_A, GIVEN_C = (each.digest for each in GIVEN)
+
+
+def test_given_keys_are_in_force_without_a_file(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "none", 60, GIVEN)
+    assert len(store.keyring) == 2
+    assert store.reload() == auth.Reload(True, 2)
+    assert store.keyring.find(GIVEN_C, now).key_id == "c"
+    assert not store.changed()
+
+
+def test_given_keys_are_in_force_before_the_file_is_read_and_others_may_be_right(path: Path) -> None:
+    given = keyfile.parse_list("a:sk-given-0123456789abcdef:0;c:sk-third-0123456789abcdef").entries
+    store = KeyStore(path, 60, given)
+    assert store.keyring.find(GIVEN_C, now).key_id == "c"
+    assert refusal(lambda: store.keyring.find(GIVEN_A, now)).kind is KEY_SUSPENDED
+    assert refusal(lambda: store.keyring.find(digest(L), now)).kind is LOADING
+
+
+def test_the_file_takes_precedence_over_given_keys(path: Path) -> None:
+    store = KeyStore(path, 60, GIVEN)
+    clash = "API_KEYS: the keys file has the name or the key of a, and counts"
+    assert store.reload() == auth.Reload(True, 2, (clash,))
+    assert store.keyring.find(digest(K), now).key_id == "a"
+    assert refusal(lambda: store.keyring.find(GIVEN_A, now)).kind is INVALID_API_KEY
+    path.write_bytes(b"x:sk-given-0123456789abcdef\n")
+    assert store.reload().complaints == (clash,)
+    assert store.keyring.find(GIVEN_A, now).key_id == "x"
+
+
+def test_a_line_that_file_and_given_keys_share_is_no_clash(path: Path) -> None:
+    path.write_bytes(b"a:sk-given-0123456789abcdef:5\n")
+    assert KeyStore(path, 60, GIVEN).reload() == auth.Reload(True, 2)
+
+
+def test_given_keys_stay_through_reloads_and_a_file_that_appears_is_added(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    store = KeyStore(path, 60, GIVEN)
+    assert store.reload().keys == 2
+    path.write_bytes(b"b:" + L + b"\n")
+    assert not store.changed()
+    assert store.changed()
+    assert store.reload() == auth.Reload(True, 3)
+    path.unlink()
+    gone = store.reload()
+    assert (gone.ok, gone.keys) == (False, 3)  # what was in force stays: the file may be on a volume that has failed
+    path.write_bytes(b"# none\n")
+    assert store.reload() == auth.Reload(True, 2)
+
+
+def test_given_keys_stay_in_force_if_the_file_cannot_be_read(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path, 60, GIVEN)
+    refused = store.reload()
+    assert (refused.ok, refused.keys) == (False, 2)
+    assert store.keyring.find(GIVEN_A, now).rate_limit == 5
+
+
+def test_two_lines_of_one_id_share_a_window_and_keep_their_own_limits() -> None:
     ring = Keyring.of([entry(rate_limit=1), entry(L, rate_limit=3)])
     old, new = ring.find(digest(K), now), ring.find(digest(L), now)
-    rates = Rates(lambda: 0.0)
-    assert rates.take(new) == 2
-    assert refusal(lambda: rates.take(old)).kind is RATE_LIMIT_EXCEEDED  # one window for both
-    assert rates.take(new) == 1
+    limiter = RateLimiter(lambda: 0.0)
+    assert limiter.acquire(new) == 2
+    assert refusal(lambda: limiter.acquire(old)).kind is RATE_LIMIT_EXCEEDED  # one window for both
+    assert limiter.acquire(new) == 1
 
 
-def test_callers_and_keyrings_do_not_change() -> None:
+def test_callers_and_keyrings_are_immutable() -> None:
     caller = Keyring.of([entry()]).find(digest(K), now)
     with pytest.raises(FrozenInstanceError):
         caller.role = "operator"  # type: ignore[misc]
@@ -260,8 +397,9 @@ def test_callers_and_keyrings_do_not_change() -> None:
         Keyring.of([]).keys = {}  # type: ignore[attr-defined]
 
 
-def test_the_anonymous_caller_infers_and_is_an_operator_only_as_such() -> None:
+def test_the_two_anonymous_callers_differ_in_their_role() -> None:
     assert (auth.ANONYMOUS.role, auth.ANONYMOUS_OPERATOR.role) == ("infer", "operator")
+    assert (auth.ANONYMOUS.is_operator, auth.ANONYMOUS_OPERATOR.is_operator) == (False, True)
     assert auth.ANONYMOUS.rate_limit > 0
 
 
@@ -281,21 +419,26 @@ def loaded(path: Path) -> KeyStore:
     return store
 
 
-def test_a_store_begins_with_no_keys(path: Path) -> None:
-    assert refusal(lambda: KeyStore(path, 60).keyring.find(digest(K), now)).kind is INVALID_API_KEY
+def test_a_store_has_no_keys_before_its_first_reload(path: Path) -> None:
+    store = KeyStore(path, 60)
+    for find in (lambda: store.keyring.find(digest(K), now), lambda: store.keyring.find_one([digest(K)], now)):
+        assert refusal(find).kind is LOADING  # it may be a key
+    path.unlink()
+    store.reload()
+    assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
 
 
-def test_a_reload_swaps_the_keyring_whole(path: Path) -> None:
+def test_a_reload_replaces_the_whole_keyring(path: Path) -> None:
     store = loaded(path)
     before = store.keyring
     path.write_bytes(b"b:" + L + b":5\n")
     assert store.reload() == auth.Reload(True, 1)
     assert store.keyring.find(digest(L), now) == Caller("b", "infer", 5)
     assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
-    assert before.find(digest(K), now).key_id == "a"  # whoever holds it is not disturbed
+    assert before.find(digest(K), now).key_id == "a"  # the old keyring itself is unchanged
 
 
-def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) -> None:
+def test_a_revocation_takes_effect_despite_an_invalid_line(path: Path) -> None:
     path.write_bytes(b"a:" + K + b"\nb:" + L + b"\n")
     store = KeyStore(path, 60)
     store.reload()
@@ -306,8 +449,8 @@ def test_a_bad_line_does_not_keep_a_revocation_from_taking_effect(path: Path) ->
     assert refusal(lambda: store.keyring.find(digest(L), now)).kind is INVALID_API_KEY
 
 
-@pytest.mark.parametrize("data", [b"", b"\n\n", b"# nobody today\n"])
-def test_an_empty_file_revokes_everything(path: Path, data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"\n\n", b"# no keys\n"])
+def test_an_empty_file_revokes_all_keys(path: Path, data: bytes) -> None:
     store = loaded(path)
     path.write_bytes(data)
     assert store.reload() == auth.Reload(True, 0)
@@ -330,24 +473,24 @@ def as_loop(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("damage", "reason"),
     [
         (Path.unlink, "cannot be read: No such file or directory"),
         (as_folder, "cannot be read: not a regular file"),
         (as_fifo, "cannot be read: not a regular file"),
         (as_loop, "cannot be read: Too many levels of symbolic links"),
-        (lambda path: path.write_bytes(b"b:" + L + b"\na:sk"), "the last line is torn"),
-        (lambda path: path.write_bytes(b"a:x\nb:y\n"), "not one key line is valid"),
+        (lambda path: path.write_bytes(b"b:" + L + b"\na:sk"), "the last line is incomplete"),
+        (lambda path: path.write_bytes(b"a:x\nb:y\n"), "no key line is valid"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "the file is not UTF-8 text"),
         (lambda path: path.write_bytes(b"\0" * 9), "the file is not text"),
     ],
-    ids=["missing", "folder", "fifo", "loop", "torn", "invalid", "binary", "zeros"],
+    ids=["missing", "folder", "fifo", "loop", "incomplete", "invalid", "binary", "zeros"],
 )
-def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
-    path: Path, harm: Callable[[Path], object], reason: str
+def test_an_invalid_file_leaves_the_last_good_keys_in_force(
+    path: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
     store = loaded(path)
-    harm(path)
+    damage(path)
     reload = store.reload()
     assert (reload.ok, reload.keys) == (False, 1)
     if reason.startswith("cannot"):
@@ -355,10 +498,10 @@ def test_pitfall_36_a_keys_file_that_cannot_be_trusted_keeps_the_last_good_keys(
     assert reload.reason.startswith(reason)
     assert store.keyring.find(digest(K), now).key_id == "a"
     for _ in range(3):
-        assert not store.changed()  # one failure is told once
+        assert not store.changed()  # a failure is reported only once
 
 
-def test_pitfall_36_missing_keys_file_at_boot_lets_nobody_in(tmp_path: Path) -> None:
+def test_a_keys_file_missing_at_start_leaves_the_keyring_empty(tmp_path: Path) -> None:
     store = KeyStore(tmp_path / "none", 60)
     assert store.reload().ok is False
     assert refusal(lambda: store.keyring.find(digest(K), now)).kind is INVALID_API_KEY
@@ -370,14 +513,14 @@ def test_a_reload_never_raises(tmp_path: Path) -> None:
     assert not store.changed()
 
 
-def test_rates_outlast_a_reload(path: Path) -> None:
+def test_counts_survive_a_reload(path: Path) -> None:
     path.write_bytes(b"a:" + K + b":1\n")
     store = KeyStore(path, 60)
     store.reload()
-    rates = Rates(lambda: 0.0)
-    rates.take(store.keyring.find(digest(K), now))
+    limiter = RateLimiter(lambda: 0.0)
+    limiter.acquire(store.keyring.find(digest(K), now))
     store.reload()
-    assert refusal(lambda: rates.take(store.keyring.find(digest(K), now))).kind is RATE_LIMIT_EXCEEDED
+    assert refusal(lambda: limiter.acquire(store.keyring.find(digest(K), now))).kind is RATE_LIMIT_EXCEEDED
 
 
 def touch_later(path: Path, seconds: int) -> None:
@@ -385,7 +528,7 @@ def touch_later(path: Path, seconds: int) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + seconds * 10**9))
 
 
-def test_a_change_is_seen_once_it_has_settled(path: Path) -> None:
+def test_a_change_is_reported_at_the_second_call_that_sees_it(path: Path) -> None:
     store = loaded(path)
     assert [store.changed(), store.changed()] == [False, False]
     path.write_bytes(b"a:" + K + b"\nb:" + L + b"\n")
@@ -394,7 +537,7 @@ def test_a_change_is_seen_once_it_has_settled(path: Path) -> None:
     assert [store.changed(), store.changed()] == [False, False]
 
 
-def test_a_file_that_is_being_written_is_waited_for(path: Path) -> None:
+def test_a_file_that_keeps_changing_is_not_reported(path: Path) -> None:
     store = loaded(path)
     for second in range(1, 5):
         touch_later(path, second)
@@ -402,7 +545,7 @@ def test_a_file_that_is_being_written_is_waited_for(path: Path) -> None:
     assert store.changed()
 
 
-def test_a_file_that_comes_goes_or_changes_its_inode_has_changed(path: Path) -> None:
+def test_a_file_that_appears_disappears_or_is_replaced_has_changed(path: Path) -> None:
     store = loaded(path)
     data = path.read_bytes()
     path.unlink()
@@ -419,21 +562,47 @@ def test_a_file_that_comes_goes_or_changes_its_inode_has_changed(path: Path) -> 
     assert [store.changed(), store.changed()] == [False, True]
 
 
-def test_permissions_that_were_mended_are_a_change(path: Path) -> None:
+def test_a_file_that_was_replaced_outside_of_its_mount_is_reported(path: Path) -> None:
+    with path.open() as file:
+        mounted = Path(f"/proc/self/fd/{file.fileno()}")
+        if not mounted.exists():
+            pytest.skip("no /proc here")
+        store = KeyStore(mounted, 60)
+        assert store.reload().complaints == ()
+        path.unlink()
+        assert [store.changed(), store.changed()] == [False, True]
+        (complaint,) = store.reload().complaints
+        assert "the file was replaced outside of this mount" in complaint
+
+
+WITHOUT_INODES = """
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from auth import KeyStore
+path = pathlib.Path(sys.argv[2])
+store = KeyStore(path, 60)
+assert store.reload().keys == 1
+assert [store.changed(), store.changed()] == [False, False]
+path.write_text("")
+assert [store.changed(), store.changed()] == [False, True]
+assert store.reload().keys == 0
+"""
+
+
+def test_a_revocation_is_noticed_on_a_volume_whose_inodes_change(path: Path) -> None:
+    faults = make_faults(path.parent)
+    faults.set(Fault("stat", wrong=True), Fault("fstat", wrong=True))
+    command = [sys.executable, "-c", WITHOUT_INODES, str(SCRIPTS), str(path)]
+    subprocess.run(command, env=environment(faults), check=True)
+
+
+def test_new_permissions_are_a_change(path: Path) -> None:
     store = loaded(path)
     path.chmod(0o640)
     assert [store.changed(), store.changed()] == [False, True]
 
 
-# The rates
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
+# Rate limits
 
 
 @pytest.fixture
@@ -445,55 +614,55 @@ def caller(rate_limit: int, key_id: str = "a") -> Caller:
     return Caller(key_id, "infer", rate_limit)
 
 
-def test_the_limit_is_accepted_and_one_more_refused(clock: Clock) -> None:
-    rates = Rates(clock)
-    assert [rates.take(caller(3)) for _ in range(3)] == [2, 1, 0]
-    error = refusal(lambda: rates.take(caller(3)))
+def test_requests_up_to_the_limit_are_accepted_and_one_more_is_refused(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    assert [limiter.acquire(caller(3)) for _ in range(3)] == [2, 1, 0]
+    error = refusal(lambda: limiter.acquire(caller(3)))
     assert (error.kind, error.retry_after_s) == (RATE_LIMIT_EXCEEDED, 60)
-    assert error.message == "This API key is limited to 3 requests a minute."
+    assert error.message == "This API key is limited to 3 requests per minute."
     assert error.fields == allowance(3, 0, 60)
     clock.now_s += 59.999
-    refusal(lambda: rates.take(caller(3)))
+    refusal(lambda: limiter.acquire(caller(3)))
     clock.now_s += 0.001
-    assert rates.take(caller(3)) == 2
+    assert limiter.acquire(caller(3)) == 2
 
 
-def test_keys_have_windows_of_their_own(clock: Clock) -> None:
-    rates = Rates(clock)
-    rates.take(caller(1, "a"))
-    assert rates.take(caller(1, "b")) == 0
-    refusal(lambda: rates.take(caller(1, "a")))
+def test_each_key_id_has_its_own_window(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    limiter.acquire(caller(1, "a"))
+    assert limiter.acquire(caller(1, "b")) == 0
+    refusal(lambda: limiter.acquire(caller(1, "a")))
 
 
-def test_a_refused_request_counts_for_nothing(clock: Clock) -> None:
-    rates = Rates(clock)
-    rates.take(caller(1))
+def test_refused_requests_are_not_counted(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    limiter.acquire(caller(1))
     for _ in range(50):
         clock.now_s += 1
-        error = refusal(lambda: rates.take(caller(1)))
+        error = refusal(lambda: limiter.acquire(caller(1)))
     assert error.retry_after_s == 10
 
 
-def test_requests_leave_the_window_one_after_the_other(clock: Clock) -> None:
-    rates = Rates(clock)
+def test_requests_expire_one_after_the_other(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
     for _ in range(3):
-        rates.take(caller(3))
+        limiter.acquire(caller(3))
         clock.now_s += 10
-    assert refusal(lambda: rates.take(caller(3))).retry_after_s == 30
+    assert refusal(lambda: limiter.acquire(caller(3))).retry_after_s == 30
     clock.now_s += 30
-    assert rates.take(caller(3)) == 0
-    assert refusal(lambda: rates.take(caller(3))).retry_after_s == 10
+    assert limiter.acquire(caller(3)) == 0
+    assert refusal(lambda: limiter.acquire(caller(3))).retry_after_s == 10
 
 
-def test_a_lower_limit_waits_for_as_many_as_it_must(clock: Clock) -> None:
-    """After `set` has lowered a limit, or with a rotation's second line."""
-    rates = Rates(clock)
+def test_retry_after_waits_for_enough_requests_to_expire(clock: Clock) -> None:
+    """More requests than the limit count after `set` has lowered it, or with the second line of a rotation."""
+    limiter = RateLimiter(clock)
     for _ in range(5):
-        rates.take(caller(5))
+        limiter.acquire(caller(5))
         clock.now_s += 10
-    assert refusal(lambda: rates.take(caller(5))).retry_after_s == 10
-    assert refusal(lambda: rates.take(caller(2))).retry_after_s == 40
-    assert dict(refusal(lambda: rates.take(caller(2))).fields)[b"x-ratelimit-reset-requests"] == b"50s"
+    assert refusal(lambda: limiter.acquire(caller(5))).retry_after_s == 10
+    assert refusal(lambda: limiter.acquire(caller(2))).retry_after_s == 40
+    assert dict(refusal(lambda: limiter.acquire(caller(2))).fields)[b"x-ratelimit-reset-requests"] == b"50s"
 
 
 def arrivals(rng: random.Random) -> Sequence[float]:
@@ -505,71 +674,71 @@ def arrivals(rng: random.Random) -> Sequence[float]:
     return [rng.expovariate(rng.choice([0.2, 2, 20])) for _ in range(200)]
 
 
-def test_no_minute_ever_holds_more_than_the_limit_nor_much_less(clock: Clock) -> None:
+def test_each_minute_accepts_the_limit_and_no_more(clock: Clock) -> None:
     rng = random.Random(7)
     for _ in range(60):
-        rates, limit, accepted = Rates(clock), rng.choice([1, 2, 7, 61, 100]), []
+        limiter, limit, accepted = RateLimiter(clock), rng.choice([1, 2, 7, 61, 100]), []
         for pause_s in arrivals(rng):
             clock.now_s += pause_s
-            # What must be refused, what must be accepted: a request counts for 60 s to 61 s.
-            surely = sum(at_s > clock.now_s - 60 for at_s in accepted)
-            maybe = sum(at_s > clock.now_s - 61 for at_s in accepted)
+            # A request counts for at least 60 s and at most 61 s.
+            at_least = sum(at_s > clock.now_s - 60 for at_s in accepted)
+            at_most = sum(at_s > clock.now_s - 61 for at_s in accepted)
             try:
-                rates.take(caller(limit))
+                limiter.acquire(caller(limit))
             except GatewayError:
-                assert maybe >= limit
+                assert at_most >= limit
             else:
-                assert surely < limit
+                assert at_least < limit
                 accepted.append(clock.now_s)
 
 
-def test_pitfall_39_retry_after_is_true(clock: Clock) -> None:
-    """Who waits as long as they are told is accepted; a second less is too little."""
+def test_retry_after_is_exact(clock: Clock) -> None:
+    """A request is accepted after that many seconds, and refused one second earlier."""
     rng = random.Random(8)
     waits = []
     for _ in range(60):
-        rates, asking = Rates(clock), caller(rng.choice([1, 2, 7, 61, 100]))
+        limiter, key = RateLimiter(clock), caller(rng.choice([1, 2, 7, 61, 100]))
         for pause_s in arrivals(rng):
             clock.now_s += pause_s
-            wait_s = told_to_wait(rates, asking)
+            wait_s = retry_after(limiter, key)
             if wait_s:
                 waits.append(wait_s)
                 clock.now_s += wait_s - 1
-                assert wait_s == 1 or told_to_wait(rates, asking) == 1
+                assert wait_s == 1 or retry_after(limiter, key) == 1
                 clock.now_s += 1
-                rates.take(asking)
+                limiter.acquire(key)
     assert len(waits) > 100
     assert (min(waits), max(waits)) == (1, 60)
 
 
-def told_to_wait(rates: Rates, asking: Caller) -> int:
-    """Take a place if there is one; else return what Retry-After says."""
+def retry_after(limiter: RateLimiter, key: Caller) -> int:
+    """Count a request and return 0, or return the Retry-After of its refusal."""
     try:
-        rates.take(asking)
+        limiter.acquire(key)
     except GatewayError as error:
         return error.retry_after_s or -1
     return 0
 
 
-def test_pitfall_39_remaining_and_reset_are_true(clock: Clock) -> None:
-    """As many as `remaining` says are accepted at once, and after `reset` as many as the limit."""
+def test_remaining_and_reset_are_exact(clock: Clock) -> None:
+    """`remaining` requests are accepted at once, and as many as the limit after `reset`."""
     rng = random.Random(9)
     for _ in range(60):
-        rates, limit = Rates(clock), rng.choice([1, 2, 7, 61, 100])
+        limiter, limit = RateLimiter(clock), rng.choice([1, 2, 7, 61, 100])
         for pause_s in arrivals(rng)[: limit - 1]:
             clock.now_s += min(pause_s, 1)
-            remaining = rates.take(caller(limit))
-        remaining = rates.take(caller(limit)) if limit == 1 else remaining
+            remaining = limiter.acquire(caller(limit))
+        remaining = limiter.acquire(caller(limit)) if limit == 1 else remaining
         for _ in range(remaining):
-            rates.take(caller(limit))
-        error = refusal(lambda rates=rates, limit=limit: rates.take(caller(limit)))
+            limiter.acquire(caller(limit))
+        error = refusal(lambda limiter=limiter, limit=limit: limiter.acquire(caller(limit)))
         assert dict(error.fields)[b"x-ratelimit-remaining-requests"] == b"0"
         clock.now_s += auth.WINDOW_S
         for _ in range(limit):
-            rates.take(caller(limit))
+            limiter.acquire(caller(limit))
 
 
-def test_pitfall_39_the_fields_are_openai_s() -> None:
+def test_the_fields_are_those_of_openai() -> None:
     assert allowance(60, 59, 60.0) == (
         (b"x-ratelimit-limit-requests", b"60"),
         (b"x-ratelimit-remaining-requests", b"59"),
@@ -596,111 +765,164 @@ def test_pitfall_39_the_fields_are_openai_s() -> None:
         (7322.0, b"122m2s"),
     ],
 )
-def test_a_duration_is_written_as(duration_s: float, text: bytes) -> None:
+def test_a_duration_is_formatted(duration_s: float, text: bytes) -> None:
     assert auth.serialize_duration(duration_s) == text
 
 
-def test_pitfall_39_a_place_that_is_given_back_is_free_again(clock: Clock) -> None:
-    rates = Rates(clock)
-    rates.take(caller(2))
-    rates.take(caller(2))
-    rates.give_back(caller(2))
-    assert rates.take(caller(2)) == 0
-    refusal(lambda: rates.take(caller(2)))
+def test_a_refunded_request_can_be_made_again(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    limiter.acquire(caller(2))
+    limiter.acquire(caller(2))
+    limiter.refund(caller(2), clock())
+    assert limiter.acquire(caller(2)) == 0
+    refusal(lambda: limiter.acquire(caller(2)))
     for _ in range(2):
-        rates.give_back(caller(2))
-    assert rates.take(caller(2)) == 1
+        limiter.refund(caller(2), clock())
+    assert limiter.acquire(caller(2)) == 1
 
 
-def test_a_place_given_back_does_not_move_the_others(clock: Clock) -> None:
-    rates = Rates(clock)
-    rates.take(caller(2))
+def test_a_refund_does_not_prolong_the_other_requests(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    limiter.acquire(caller(2))
     clock.now_s += 30
     for _ in range(10):
-        rates.take(caller(2))
+        acquired_s = clock()
+        limiter.acquire(caller(2))
         clock.now_s += 0.5
-        rates.give_back(caller(2))
+        limiter.refund(caller(2), acquired_s)
     clock.now_s = 1060.0
-    assert rates.take(caller(2)) == 1
+    assert limiter.acquire(caller(2)) == 1
 
 
-def test_what_was_given_back_leaves_no_trace(clock: Clock) -> None:
-    rates = Rates(clock)
+def test_a_refunded_request_affects_neither_reset_nor_remaining(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
     for _ in range(3):
-        rates.take(caller(9))
-    rates.give_back(caller(9))
+        limiter.acquire(caller(9))
+    limiter.refund(caller(9), clock())
     clock.now_s += 30
-    rates.take(caller(9))
-    rates.give_back(caller(9))
-    error = refusal(lambda: rates.take(caller(1)))
+    limiter.acquire(caller(9))
+    limiter.refund(caller(9), clock())
+    error = refusal(lambda: limiter.acquire(caller(1)))
     assert dict(error.fields)[b"x-ratelimit-reset-requests"] == b"30s"
     clock.now_s += 30
-    assert rates.take(caller(9)) == 8
+    assert limiter.acquire(caller(9)) == 8
 
 
-def test_what_no_longer_counts_cannot_be_given_back(clock: Clock) -> None:
-    rates = Rates(clock)
-    rates.give_back(caller(2))
-    rates.take(caller(2))
+def test_refunds_of_uncounted_requests_do_nothing(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    limiter.refund(caller(2), clock())
+    acquired_s = clock()
+    limiter.acquire(caller(2))
     clock.now_s += 60
-    rates.give_back(caller(2))
-    rates.give_back(caller(2))
-    assert [rates.take(caller(2)) for _ in range(2)] == [1, 0]
-    refusal(lambda: rates.take(caller(2)))
+    limiter.refund(caller(2), acquired_s)
+    limiter.refund(caller(2), clock())
+    assert [limiter.acquire(caller(2)) for _ in range(2)] == [1, 0]
+    refusal(lambda: limiter.acquire(caller(2)))
 
 
-def test_a_window_takes_the_same_memory_however_many_requests_it_counts(clock: Clock) -> None:
-    rates = Rates(clock)
+def test_a_late_refund_returns_no_place_of_another_request(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    early_s = clock()
+    for _ in range(5):
+        limiter.acquire(caller(10))
+    clock.now_s += 61
+    for _ in range(10):
+        limiter.acquire(caller(10))
+    for _ in range(5):
+        limiter.refund(caller(10), early_s)
+    refusal(lambda: limiter.acquire(caller(10)))
+
+
+def test_a_refund_returns_the_requests_own_place(clock: Clock) -> None:
+    """Without the later one's place two would be accepted at 60 s: three within 30 s."""
+    limiter = RateLimiter(clock)
+    first_s = clock()
+    limiter.acquire(caller(2))
+    clock.now_s += 40
+    limiter.acquire(caller(2))
+    limiter.refund(caller(2), first_s)
+    clock.now_s += 20
+    assert limiter.acquire(caller(2)) == 0
+    refusal(lambda: limiter.acquire(caller(2)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_60_s_hold_more_accepted_requests_than_the_limit_whatever_is_refunded(clock: Clock, seed: int) -> None:
+    chance = random.Random(seed)
+    limiter, limit = RateLimiter(clock), 7
+    pending: list[float] = []
+    accepted: list[float] = []
+    for _ in range(3000):
+        clock.now_s += chance.choice((0, 0.01, 0.3, 1, 9))
+        if pending and chance.random() < 0.3:
+            limiter.refund(caller(limit), pending.pop(chance.randrange(len(pending))))
+        try:
+            limiter.acquire(caller(limit))
+        except GatewayError:
+            continue
+        (pending if chance.random() < 0.5 else accepted).append(clock())
+    kept = sorted(accepted + pending)
+    assert all(later - first >= 60 for first, later in zip(kept, kept[limit:], strict=False))
+    assert len(accepted) > 200
+
+
+def test_memory_is_the_same_for_any_number_of_requests(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
+    for _ in range(61):
+        clock.now_s += 1
+        limiter.acquire(caller(10**6))
+    objects = sum(1 for _ in reachable(limiter))
     for _ in range(100_000):
         clock.now_s += 0.01
-        rates.take(caller(10**6))
-    assert len(rates._windows["a"].groups) <= 61
+        limiter.acquire(caller(10**6))
+    assert sum(1 for _ in reachable(limiter)) < 2 * objects
 
 
-def test_keys_that_idle_are_forgotten_once_a_minute(clock: Clock) -> None:
-    rates = Rates(clock)
+def test_windows_of_idle_keys_are_removed_once_a_minute(clock: Clock) -> None:
+    limiter = RateLimiter(clock)
     for number in range(1000):
-        rates.take(caller(5, f"k{number}"))
+        limiter.acquire(caller(5, f"k{number}"))
     clock.now_s += 30
-    rates.take(caller(5, "busy"))
-    assert len(rates) == 1001
+    limiter.acquire(caller(5, "busy"))
+    assert len(limiter) == 1001
     clock.now_s += 59
-    rates.take(caller(5, "new"))
-    assert len(rates) == 2
-    assert rates.take(caller(5, "busy")) == 3
+    limiter.acquire(caller(5, "new"))
+    assert len(limiter) == 2
+    assert limiter.acquire(caller(5, "busy")) == 3
     clock.now_s += 59.9
-    rates.take(caller(5, "newer"))
-    assert len(rates) == 3
+    limiter.acquire(caller(5, "newer"))
+    assert len(limiter) == 3
     clock.now_s += 0.1
-    rates.take(caller(5, "newest"))
-    assert len(rates) == 2
+    limiter.acquire(caller(5, "newest"))
+    assert len(limiter) == 2
 
 
-# What is missing
+# Missing modules
 
 
-@pytest.mark.parametrize("missing", ["keyfile", "errors"])
-def test_pitfall_44_a_missing_sibling_is_fatal(tmp_path: Path, missing: str) -> None:
-    """Never "no keys module, so no keys"."""
-    for name in {"auth", "keyfile", "errors"} - {missing}:
-        shutil.copy(Path(auth.__file__).with_name(f"{name}.py"), tmp_path)
+@pytest.mark.parametrize("missing", ["keyfile", "core"])
+def test_a_missing_module_is_fatal(tmp_path: Path, missing: str) -> None:
+    """The gateway must not start without authentication."""
+    for name in {"auth.py", "keyfile.py", "core"} - {missing, f"{missing}.py"}:
+        copy = shutil.copytree if name == "core" else shutil.copy
+        copy(SCRIPTS / name, tmp_path / name)
     command = [sys.executable, "-B", "-c", "import auth"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env={})
     assert done.returncode == 1
     assert f"No module named '{missing}'" in done.stderr
 
 
-# The size
+# Many keys
 
 
 def keys(count: int) -> bytes:
-    """As many lines as `key_mgmt.py generate` writes them."""
+    """Return count lines in the form that `key_mgmt.py generate` writes."""
     digests = [hashlib.sha256(b"sk-secret-%020d" % number).hexdigest() for number in range(count)]
     rest = "1000000:2096-12-31T23:59:59Z parallel=2"
     return "".join(f"key{number}:sha256${digest}:{rest}\n" for number, digest in enumerate(digests)).encode()
 
 
-def test_ten_thousand_keys_are_found_by_the_same_one_lookup(path: Path) -> None:
+def test_ten_thousand_keys_are_loaded_and_found(path: Path) -> None:
     path.write_bytes(keys(10_000))
     store = KeyStore(path, 60)
     assert store.reload() == auth.Reload(True, 10_000)

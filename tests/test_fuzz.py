@@ -1,4 +1,4 @@
-"""The checks of fuzz.py for a moment; `make fuzz` goes on for longer. Hypothesis looks too, where it is installed."""
+"""The checks of fuzz.py for a few rounds; `make fuzz` runs more. If Hypothesis is installed, it is used too."""
 
 import random
 from collections.abc import Callable
@@ -26,6 +26,6 @@ def test_any_bytes(check: Callable[[random.Random, bytes], None]) -> None:
     settings(hypothesis.given(some_bytes, some_seed)(run))()
 
 
-def test_rounds_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_what_it_checked(capsys: pytest.CaptureFixture[str]) -> None:
     assert fuzz.main(["--rounds", "1", "--seed", "7"]) == 0
     assert capsys.readouterr().out == "1 rounds of 6 inputs and 7 checks: nothing found\n"

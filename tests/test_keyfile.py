@@ -1,4 +1,4 @@
-"""The keys file: grammar, trust, and rewrites that nothing interrupts halfway."""
+"""The keys file: grammar, validity of the whole file, and atomic rewrites."""
 
 import contextlib
 import errno
@@ -20,10 +20,12 @@ from pathlib import Path
 import pytest
 
 import keyfile
-from keyfile import Document, Entry, Invalid
+from keyfile import Document, Entry, KeyFileError
+from support.boot import PATIENCE_S
+from support.faults import Fault, environment, make_faults
+from support.paths import SCRIPTS
 from support.together import ENVIRON, aside
 
-SCRIPTS = Path(keyfile.__file__).parent
 SECRET = "sk-plain-0123456789abcdef"
 DIGEST = hashlib.sha256(SECRET.encode()).digest()
 HASHED = "sha256$" + DIGEST.hex()
@@ -54,6 +56,13 @@ def utc(*parts: int) -> datetime:
         (f"a:{SECRET} role=operator", Entry("a", DIGEST, role="operator")),
         (f"a:{SECRET}:9\tparallel=2  priority=-1", Entry("a", DIGEST, 9, parallel=2, priority=-1)),
         (f"a:{SECRET} tokens_per_day=2000000", Entry("a", DIGEST, tokens_per_day=2_000_000)),
+        (f"a:{SECRET} from=10.0.0.0/8,::1", Entry("a", DIGEST, sources=keyfile.parse_networks("10.0.0.0/8,::1"))),
+        (f"a:{SECRET} tokens_per_minute=6000", Entry("a", DIGEST, tokens_per_minute=6000)),
+        (f"a:{SECRET} tokens_per_month=7", Entry("a", DIGEST, tokens_per_month=7)),
+        (f"a:{SECRET} max_tokens=512", Entry("a", DIGEST, max_tokens=512)),
+        (f"a:{SECRET} models=chat-*,embed,chat-*", Entry("a", DIGEST, models=("chat-*", "embed"))),
+        (f"a:{SECRET} models=*/q?:Q[48]_0", Entry("a", DIGEST, models=("*/q?:Q[48]_0",))),
+        (f"a:{SECRET} models={'m' * 255}", Entry("a", DIGEST, models=("m" * 255,))),
         (f"  \ta:{SECRET} \t", Entry("a", DIGEST)),
         (f"a:{SECRET}\r", Entry("a", DIGEST)),
         (f"alice.b_c@d-e:{SECRET}", Entry("alice.b_c@d-e", DIGEST)),
@@ -64,11 +73,11 @@ def utc(*parts: int) -> datetime:
         ("  # naïve", None),
     ],
 )
-def test_a_line_means(line: str, entry: Entry | None) -> None:
+def test_a_line_is_parsed(line: str, entry: Entry | None) -> None:
     assert keyfile.parse_line(line) == entry
 
 
-def test_a_bare_line_means_no_limits_but_the_gateway_s() -> None:
+def test_a_line_without_options_has_the_default_limits() -> None:
     entry = Entry("a", DIGEST, rate_limit=None, expires_at=None, role="infer", parallel=None, priority=0)
     assert keyfile.parse_line(f"a:{SECRET}") == entry
     assert entry.tokens_per_day is None
@@ -81,12 +90,15 @@ def test_a_bare_line_means_no_limits_but_the_gateway_s() -> None:
         (keyfile.parse_parallel, 1, 10**6),
         (keyfile.parse_priority, -1000, 1000),
         (keyfile.parse_tokens_per_day, 1, 10**15 - 1),
+        (keyfile.parse_tokens_per_minute, 1, 10**15 - 1),
+        (keyfile.parse_tokens_per_month, 1, 10**15 - 1),
+        (keyfile.parse_max_tokens, 1, 2**31 - 1),
     ],
 )
-def test_a_number_has_two_ends(parse: Callable[[str], int], low: int, high: int) -> None:
+def test_a_number_has_a_minimum_and_a_maximum(parse: Callable[[str], int], low: int, high: int) -> None:
     assert [parse(str(low)), parse(str(high))] == [low, high]
     for beyond in (low - 1, high + 1):
-        with pytest.raises(Invalid, match=f"is a whole number from {low} to {high}"):
+        with pytest.raises(KeyFileError, match=f"is a whole number from {low} to {high}"):
             parse(str(beyond))
 
 
@@ -120,7 +132,7 @@ def test_a_number_has_two_ends(parse: Callable[[str], int], low: int, high: int)
         (f"a:{SECRET}:1e3", "the rate limit is"),
         (f"a:{SECRET}:1:tomorrow", "an expiration is like"),
         (f"a:{SECRET}:1:2026-12-31T23:59:59Z:1", "an expiration is like"),
-        (f"a:{SECRET}:1:2026-02-30", "no date of the calendar"),
+        (f"a:{SECRET}:1:2026-02-30", "the expiration is not a valid date"),
         (f"a:{SECRET} role", "the role is"),
         (f"a:{SECRET} role=admin", "the role is"),
         (f"a:{SECRET} rank=1", "the options are role, parallel, priority, tokens_per_day"),
@@ -129,13 +141,24 @@ def test_a_number_has_two_ends(parse: Callable[[str], int], low: int, high: int)
         (f"a:{SECRET} parallel=", "parallel is"),
         (f"a:{SECRET} priority=1001", "priority is"),
         (f"a:{SECRET} tokens_per_day=0", "tokens_per_day is"),
+        (f"a:{SECRET} from=", "a network is like"),
+        (f"a:{SECRET} from=10.0.0.0/8 from=::1", "from is given twice"),
+        (f"a:{SECRET} tokens_per_minute=x", "tokens_per_minute is"),
+        (f"a:{SECRET} tokens_per_month=", "tokens_per_month is"),
+        (f"a:{SECRET} max_tokens=-1", "max_tokens is"),
+        (f"a:{SECRET} models=", "models is a list"),
+        (f"a:{SECRET} models=a,,b", "models is a list"),
+        (f"a:{SECRET} models=a;b", "models is a list"),
+        (f"a:{SECRET} models=é", "models is a list"),
+        (f"a:{SECRET} models={'m' * 256}", "models is a list"),
+        (f"a:{SECRET} models={','.join(map(str, range(65)))}", "there are more than 64 patterns of models"),
         (f"a:{SECRET} parallel=1 parallel=2", "parallel is given twice"),
-        (f"a:{SECRET}\u00a0role=operator", "a key is 16 to 128"),  # a no-break space parts nothing
+        (f"a:{SECRET}\u00a0role=operator", "a key is 16 to 128"),  # a no-break space is not a separator
         (f"a:{SECRET}\x0b", "a key is 16 to 128"),
     ],
 )
 def test_a_line_is_refused(line: str, complaint: str) -> None:
-    with pytest.raises(Invalid, match="^" + re.escape(complaint) if complaint[0] != "n" else complaint) as caught:
+    with pytest.raises(KeyFileError, match="^" + re.escape(complaint)) as caught:
         keyfile.parse_line(line)
     assert SECRET not in str(caught.value)
 
@@ -156,7 +179,7 @@ def test_a_line_is_refused(line: str, complaint: str) -> None:
         ("9999-12-31T23:59:59Z", utc(9999, 12, 31, 23, 59, 59)),
     ],
 )
-def test_pitfall_37_an_expiry_is_aware_utc_with_offset_z_or_without(text: str, at: datetime) -> None:
+def test_an_expiration_is_converted_to_aware_utc(text: str, at: datetime) -> None:
     parsed = keyfile.parse_expiration(text)
     assert parsed == at
     assert parsed.utcoffset() == timedelta(0)
@@ -172,68 +195,68 @@ def test_pitfall_37_an_expiry_is_aware_utc_with_offset_z_or_without(text: str, a
         *["0001-01-01T00:00+00:01", "9999-12-31T23:59-00:01"],
     ],
 )
-def test_an_expiry_is_refused(text: str) -> None:
-    with pytest.raises(Invalid, match="expiration"):
+def test_an_expiration_is_refused(text: str) -> None:
+    with pytest.raises(KeyFileError, match="expiration"):
         keyfile.parse_expiration(text)
 
 
 # The whole file
 
 
-def test_a_bad_line_is_reported_by_its_number_and_skipped() -> None:
+def test_an_invalid_line_is_reported_by_its_number_and_ignored() -> None:
     parsed = keyfile.parse(f"# keys\n\na:{SECRET}\nb:short\nc:{OTHER}\n".encode())
     assert [entry.key_id for entry in parsed.entries] == ["a", "c"]
     assert [complaint.partition(": ")[0] for complaint in parsed.complaints] == ["line 4"]
-    assert parsed.distrust == ""
+    assert parsed.error == ""
 
 
 def test_several_lines_may_share_an_id_but_not_a_key() -> None:
     parsed = keyfile.parse(f"a:{SECRET}:1\na:{OTHER}:2\nb:{HASHED}:3\n".encode())
     assert [(entry.key_id, entry.rate_limit) for entry in parsed.entries] == [("a", 1), ("a", 2)]
-    assert parsed.complaints == ("line 3: the same key stands in line 1",)
+    assert parsed.complaints == ("line 3: line 1 has the same key",)
 
 
 @pytest.mark.parametrize(
-    ("data", "distrust"),
+    ("data", "error"),
     [
         (b"", ""),
         (b"\n", ""),
-        (b"# nobody\n", ""),
-        (b"# nobody", ""),
+        (b"# no keys\n", ""),
+        (b"# no keys", ""),
         (f"a:{SECRET}".encode(), ""),
         (f"a:{SECRET}\n ".encode(), ""),
         (b"\xef\xbb\xbfa:" + SECRET.encode() + b"\n", ""),
         (f"a:{SECRET}\r\nb:{OTHER}\r\n".encode(), ""),
-        (f"a:{SECRET}\nb:sha2".encode(), "the last line is torn: it lacks its newline and does not parse"),
-        (b"a", "the last line is torn: it lacks its newline and does not parse"),
-        (b"a:short\nb:short\n", "not one key line is valid"),
-        (b"# c\na:short\n", "not one key line is valid"),
+        (f"a:{SECRET}\nb:sha2".encode(), "the last line is incomplete: it has no newline and is invalid"),
+        (b"a", "the last line is incomplete: it has no newline and is invalid"),
+        (b"a:short\nb:short\n", "no key line is valid"),
+        (b"# c\na:short\n", "no key line is valid"),
         (f"a:{SECRET}\n\xff".encode("latin-1"), "the file is not UTF-8 text"),
-        (f"a:{SECRET}\n".encode() + b"\0" * 20, "the file is not text: it holds NUL"),
+        (f"a:{SECRET}\n".encode() + b"\0" * 20, "the file is not text: it contains NUL"),
         (f"a:{SECRET}\n".encode("utf-16"), "the file is not UTF-8 text"),
     ],
 )
-def test_a_file_is_trusted_or_not(data: bytes, distrust: str) -> None:
-    assert keyfile.parse(data).distrust == distrust
+def test_a_file_as_a_whole_is_valid_or_not(data: bytes, error: str) -> None:
+    assert keyfile.parse(data).error == error
 
 
 def test_only_a_newline_ends_a_line() -> None:
-    """str.splitlines would let a comment smuggle a key in."""
+    """With str.splitlines a comment could contain a key line."""
     for separator in "\x0b\x0c\r\x1c\x85\u2028":
         assert keyfile.parse(f"# comment{separator}a:{SECRET}\n".encode()).entries == ()
 
 
-def test_no_message_holds_any_part_of_a_line() -> None:
-    """Words of a line may be a secret that stands in the wrong place."""
+def test_messages_contain_no_part_of_a_line() -> None:
+    """Any part of a line may be a secret in the wrong place."""
     rng = random.Random(3)
     for _ in range(2000):
-        words = ["".join(rng.choices("KQXZ", k=12)) for _ in range(4)]
-        line = "".join(word + rng.choice([":", " ", "=", "#:", "  "]) for word in words)
+        parts = ["".join(rng.choices("KQXZ", k=12)) for _ in range(4)]
+        line = "".join(part + rng.choice([":", " ", "=", "#:", "  "]) for part in parts)
         for message in keyfile.parse(line.encode()).complaints:
-            assert not any(word in message for word in words)
+            assert not any(part in message for part in parts)
 
 
-def test_whatever_the_bytes_parsing_answers() -> None:
+def test_random_bytes_raise_nothing() -> None:
     rng = random.Random(4)
     alphabet = [
         b"a",
@@ -260,17 +283,17 @@ def test_whatever_the_bytes_parsing_answers() -> None:
 # Reading
 
 
-def test_read_gives_the_bytes_and_a_stamp_that_a_change_changes(tmp_path: Path) -> None:
+def test_read_returns_the_bytes_and_the_stamp_changes_with_the_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(b"# one\n")
-    data, stamp = keyfile.read(path)
-    assert data == b"# one\n"
-    assert stamp == keyfile.stamp_of(path.stat())
+    stamp = keyfile.stamp(path)
+    assert keyfile.read(path) == b"# one\n"
+    assert stamp == keyfile.stamp(path)
     path.write_bytes(b"# three\n")
-    assert keyfile.stamp_of(path.stat()) != stamp
+    assert keyfile.stamp(path) != stamp
 
 
-def test_read_refuses_what_is_no_regular_file_or_too_large(tmp_path: Path) -> None:
+def test_read_refuses_other_than_regular_files_and_files_that_are_too_large(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with open(tmp_path / "large", "wb") as file:
         file.truncate(keyfile.FILE_BYTES + 1)
@@ -282,10 +305,10 @@ def test_read_refuses_what_is_no_regular_file_or_too_large(tmp_path: Path) -> No
 
 
 def open_below(folder: Path) -> list[str]:
-    """What this process has open in a folder; other tests run beside this one, and open files of their own."""
+    """Return the open files of this process below a folder. Other tests run at the same time and open other files."""
     links = []
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # closed meanwhile
+        with contextlib.suppress(OSError):  # closed in the meantime
             links.append(os.readlink(f"/proc/self/fd/{number}"))
     return [link for link in links if link.startswith(str(folder))]
 
@@ -320,48 +343,110 @@ def random_entry(rng: random.Random) -> Entry:
         rng.choice([None, 1, 10**6]),
         rng.choice([0, -1000, 7]),
         rng.choice([None, 1, 10**15 - 1]),
+        rng.choice([(), keyfile.parse_networks("10.0.0.0/8"), keyfile.parse_networks("192.0.2.7,2001:db8::/32,::1")]),
+        rng.choice([None, 1, 10**15 - 1]),
+        rng.choice([None, 1, 10**15 - 1]),
+        rng.choice([None, 1, 2**31 - 1]),
+        rng.choice([None, ("embed",), ("chat-*", "e?")]),
     )
 
 
-def test_what_is_written_is_read_as_the_same() -> None:
+@pytest.mark.parametrize(
+    "text", [f"a:{SECRET}:5;b:{OTHER}", f"# c\n\na:{SECRET}:5\nb:{OTHER}\n", f"a:{SECRET}:5;\r\nb:{OTHER};"]
+)
+def test_a_list_has_lines_between_semicolons_or_newlines(text: str) -> None:
+    parsed = keyfile.parse_list(text)
+    assert [(entry.key_id, entry.rate_limit) for entry in parsed.entries] == [("a", 5), ("b", None)]
+    assert (parsed.complaints, parsed.error) == ((), "")
+
+
+def test_an_empty_list_has_no_key_and_no_complaint() -> None:
+    assert keyfile.parse_list("") == keyfile.ParsedFile((), ())
+    assert keyfile.parse_list("bad; worse").complaints[1].startswith("line 2: a line is key_id:api_key")
+
+
+def test_given_keys_are_added_unless_the_file_has_their_name_or_key() -> None:
+    in_file = keyfile.parse_list(f"a:{SECRET};b:{OTHER}").entries
+    new, same, name, key = keyfile.parse_list(f"c:{SECRET}3;a:{SECRET};b:{SECRET}4;d:{OTHER}").entries
+    assert keyfile.merge(in_file, (new, same)) == ((*in_file, new), ())
+    entries, clashes = keyfile.merge(in_file, (name, new, key))
+    assert entries == (*in_file, new)
+    assert clashes == tuple(f"the keys file has the name or the key of {each}, and counts" for each in "bd")
+
+
+@pytest.mark.parametrize(
+    ("text", "networks"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("10.0.0.0/8,2001:DB8::/32", "10.0.0.0/8,2001:db8::/32"),
+        ("192.0.2.7/32,::1/128,::1", "192.0.2.7,::1"),
+        ("::ffff:10.0.0.0/104,::ffff:192.0.2.7", "10.0.0.0/8,192.0.2.7"),
+        ("::/0,0.0.0.0/0", "::/0,0.0.0.0/0"),
+    ],
+)
+def test_networks_have_one_form(text: str, networks: str) -> None:
+    assert keyfile.serialize_networks(keyfile.parse_networks(text)) == networks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ",", "10.0.0.1/8", "10.0.0.0/33", "10.0.0.0/255.0.0.0", "10.0.0/8", "2001:db8::1/32", "fe80::1%eth0"),
+        *("host", "10.0.0.0/-1", "10.0.0.0/08x", "10.0.0.0/8,", "1", "[::1]", "10.0.0.0 /8", "\u0661.0.0.0"),
+    ],
+)
+def test_what_is_no_network_is_refused(text: str) -> None:
+    with pytest.raises(KeyFileError, match="a network is like"):
+        keyfile.parse_networks(text)
+
+
+def test_the_number_of_networks_is_limited() -> None:
+    networks = [f"10.0.0.{number}" for number in range(keyfile.MAX_NETWORKS + 1)]
+    assert len(keyfile.parse_networks(",".join(networks[1:]))) == keyfile.MAX_NETWORKS
+    with pytest.raises(KeyFileError, match="more than 64"):
+        keyfile.parse_networks(",".join(networks))
+
+
+def test_a_serialized_entry_parses_to_the_same_entry() -> None:
     rng = random.Random(5)
     for _ in range(500):
         entry = random_entry(rng)
         line = keyfile.serialize_entry(entry)
-        assert line.found == entry
+        assert line.parsed == entry
         assert keyfile.parse_line(line.text) == entry
 
 
-def test_an_entry_is_written_as_short_as_can_be() -> None:
+def test_default_values_are_not_written() -> None:
     at = utc(2026, 12, 31)
     assert keyfile.serialize_entry(Entry("a", DIGEST)).text == f"a:{HASHED}"
     assert keyfile.serialize_entry(Entry("a", DIGEST, 5), SECRET).text == f"a:{SECRET}:5"
     assert keyfile.serialize_entry(Entry("a", DIGEST, None, at)).text == f"a:{HASHED}::2026-12-31T00:00:00Z"
-    every = Entry("a", DIGEST, 0, at, "operator", 2, -1, 9)
+    every = Entry("a", DIGEST, 0, at, "operator", 2, -1, 9, keyfile.parse_networks("10.0.0.0/8,::1"))
     assert keyfile.serialize_entry(every, SECRET).text == (
-        f"a:{SECRET}:0:2026-12-31T00:00:00Z role=operator parallel=2 priority=-1 tokens_per_day=9"
+        f"a:{SECRET}:0:2026-12-31T00:00:00Z role=operator parallel=2 priority=-1 tokens_per_day=9 from=10.0.0.0/8,::1"
     )
 
 
 def test_every_field_of_an_entry_is_written() -> None:
-    """A field that serialize_entry forgets would vanish at the next `set`."""
-    blank = Entry("a", DIGEST)
+    """A field that serialize_entry omits would be lost at the next `set`."""
+    default = Entry("a", DIGEST)
     rng = random.Random(6)
     for field in fields(Entry)[2:]:
-        values = {getattr(random_entry(rng), field.name) for _ in range(50)} - {getattr(blank, field.name)}
+        values = {getattr(random_entry(rng), field.name) for _ in range(50)} - {getattr(default, field.name)}
+        assert values, f"random_entry in this file never sets {field.name}: add it."
         entry = Entry("a", DIGEST, **{field.name: values.pop()})
-        assert keyfile.serialize_entry(entry).text != keyfile.serialize_entry(blank).text
+        assert keyfile.serialize_entry(entry).text != keyfile.serialize_entry(default).text
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "\n", "# c\n\n\n", f"# c\r\n  a:{SECRET}:1  \r\n\n#\tend\n", f"a:{SECRET}\nbad\n", "\n\n# naïve \u2028 x\n"],
 )
-def test_a_document_that_nobody_touches_is_the_same_to_the_byte(text: str) -> None:
+def test_an_unedited_document_is_byte_for_byte_the_same(text: str) -> None:
     assert Document(text.encode()).serialize() == text.encode()
 
 
-def test_a_document_ends_with_a_newline_whatever_the_file_did() -> None:
+def test_a_serialized_document_ends_with_a_newline() -> None:
     assert Document(f"a:{SECRET}".encode()).serialize() == f"a:{SECRET}\n".encode()
 
 
@@ -370,13 +455,14 @@ def test_a_document_finds_the_lines_of_a_key() -> None:
     assert [(index, entry.rate_limit) for index, entry in document.find("a")] == [(1, 1), (3, 2)]
     assert document.find("b") == []
     assert document.lines[1].secret == SECRET
-    assert document.complaints == ("line 3: a line is key_id:api_key[:rate_limit[:expiration]], then name=value words",)
+    (complaint,) = document.complaints
+    assert complaint == "line 3: a line is key_id:api_key[:rate_limit[:expiration]] followed by name=value options"
 
 
-def test_a_file_that_cannot_be_trusted_is_not_edited(tmp_path: Path) -> None:
+def test_an_invalid_file_is_not_edited(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_bytes(f"a:{SECRET}\nb:sha".encode())
-    with pytest.raises(Invalid, match="torn"):
+    with pytest.raises(KeyFileError, match="incomplete"):
         keyfile.rewrite(path, append("c"))
     assert path.read_bytes() == f"a:{SECRET}\nb:sha".encode()
 
@@ -403,27 +489,27 @@ append = lambda document: document.lines.append(keyfile.serialize_entry(keyfile.
 
 
 def in_child(script: str, path: Path) -> str:
-    """What a process of its own prints: limits and the umask are the whole process's, and other tests run in this."""
+    """Return what a child process prints. Resource limits and the umask would affect other tests in this process."""
     command = [sys.executable, "-c", IN_CHILD + script, str(SCRIPTS), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
 def names(path: Path) -> list[str]:
     parsed = keyfile.parse(path.read_bytes())
-    assert (parsed.complaints, parsed.distrust) == ((), "")
+    assert (parsed.complaints, parsed.error) == ((), "")
     return [entry.key_id for entry in parsed.entries]
 
 
 def busy(_source: str, _target: str) -> None:
-    """Refuse as the kernel does where the target is a mount point."""
+    """Fail as os.replace does if the target is a mount point."""
     raise OSError(errno.EBUSY, "Device or resource busy")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """A keys file with the key a and comments around it."""
+    """A keys file with the key `a` between two comments."""
     path = tmp_path / "keys"
     path.write_text(f"# head\na:{SECRET}\n# foot\n")
     path.chmod(0o600)
@@ -437,19 +523,19 @@ def test_a_rewrite_keeps_comments_blank_lines_and_order(path: Path) -> None:
     assert path.read_text().startswith(f"# head\n\n a:{SECRET}:1 \n\t# between\nbad\nb:{OTHER}\nc:sha256$")
 
 
-def test_a_rewrite_leaves_nothing_beside_the_file(path: Path) -> None:
+def test_a_rewrite_leaves_no_other_file(path: Path) -> None:
     keyfile.rewrite(path, append("b"))
     assert names(path) == ["a", "b"]
     assert os.listdir(path.parent) == ["keys"]
 
 
-def test_a_change_that_changes_nothing_writes_nothing(path: Path) -> None:
+def test_without_a_change_nothing_is_written(path: Path) -> None:
     before = keyfile.stamp_of(path.stat())
     keyfile.rewrite(path, lambda document: None)
     assert keyfile.stamp_of(path.stat()) == before
 
 
-def test_a_change_that_fails_leaves_the_file(path: Path) -> None:
+def test_a_failed_change_leaves_the_file_as_it_was(path: Path) -> None:
     before = path.read_bytes()
 
     def fail(document: Document) -> None:
@@ -461,7 +547,7 @@ def test_a_change_that_fails_leaves_the_file(path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_missing_file_is_made_only_where_that_is_wanted(tmp_path: Path) -> None:
+def test_a_missing_file_is_created_only_with_create(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     with pytest.raises(FileNotFoundError):
         keyfile.rewrite(path, append("a"))
@@ -486,11 +572,11 @@ def test_a_rewrite_keeps_mode_and_owner(path: Path, mode: int, replace: Callable
     assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
 
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone may give files away")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the owner of a file")
 
 
 @as_root
-def test_pitfall_42_what_root_rewrites_or_makes_stays_readable_to_the_gateway(path: Path) -> None:
+def test_a_file_rewritten_or_created_by_root_keeps_an_owner_that_can_read_it(path: Path) -> None:
     os.chown(path, 1234, 1235)
     keyfile.rewrite(path, append("b"))
     assert (path.stat().st_uid, path.stat().st_gid) == (1234, 1235)
@@ -499,7 +585,7 @@ def test_pitfall_42_what_root_rewrites_or_makes_stays_readable_to_the_gateway(pa
     assert ((path.parent / "new").stat().st_uid, (path.parent / "new").stat().st_gid) == (1236, 1237)
 
 
-AS_NOBODY = """
+AS_OTHER_USER = """
 import os, pathlib, sys
 sys.path.insert(0, sys.argv[1])
 import keyfile
@@ -510,23 +596,23 @@ keyfile.rewrite(pathlib.Path(sys.argv[2]), lambda document: document.lines.pop(0
 
 @as_root
 @pytest.mark.parametrize(("owner", "folder_mode"), [(1234, 0o755), (0, 0o777)], ids=["folder", "owner"])
-def test_a_file_that_may_be_written_but_not_replaced_is_written(owner: int, folder_mode: int) -> None:
-    """A read-only folder, or a file of another owner that a group shares: neither is lost by a rewrite."""
-    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which is for its owner only
+def test_a_file_that_is_writable_but_not_replaceable_is_written_in_place(owner: int, folder_mode: int) -> None:
+    """In a read-only folder, or with another owner and a shared group. Owner and inode are kept."""
+    with tempfile.TemporaryDirectory() as folder:  # only the owner can enter pytest's own folders
         path = Path(folder, "keys")
         path.write_text(f"# head\na:{SECRET}\n")
         os.chown(path, owner, 1235)
         path.chmod(0o660)
         os.chmod(folder, folder_mode)
         before = path.stat()
-        subprocess.run([sys.executable, "-c", AS_NOBODY, str(SCRIPTS), str(path)], check=True, env={})
+        subprocess.run([sys.executable, "-c", AS_OTHER_USER, str(SCRIPTS), str(path)], check=True, env={})
         assert path.read_text() == f"a:{SECRET}\n"
         after = path.stat()
         assert (after.st_ino, after.st_uid, after.st_mode) == (before.st_ino, before.st_uid, before.st_mode)
         assert os.listdir(folder) == ["keys"]
 
 
-def test_a_symlink_stays_one(path: Path) -> None:
+def test_a_symlink_stays_a_symlink(path: Path) -> None:
     (path.parent / "far").mkdir()
     link = path.parent / "far" / "link"
     link.symlink_to("../keys")
@@ -541,9 +627,7 @@ def test_a_symlink_stays_one(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [append("longer"), drop_first], ids=["longer", "shorter"])
-def test_pitfall_42_a_file_that_cannot_be_replaced_is_rewritten_in_place(
-    path: Path, change: Callable[[Document], None]
-) -> None:
+def test_a_file_that_cannot_be_replaced_is_rewritten_in_place(path: Path, change: Callable[[Document], None]) -> None:
     before = path.stat().st_ino
     document = keyfile.rewrite(path, change, replace=busy)
     assert path.read_bytes() == document.serialize()
@@ -561,9 +645,9 @@ keyfile.rewrite(pathlib.Path(sys.argv[2]), lambda document: document.lines.pop(0
 """
 
 
-def test_pitfall_42_a_file_mounted_alone_is_rewritten(path: Path) -> None:
+def test_a_file_that_is_itself_a_mount_point_is_rewritten(path: Path) -> None:
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no mount namespaces here")
+        pytest.skip("mount namespaces are not available")
     outside = path.parent / "outside"
     outside.write_text(f"# head\nb:{SECRET}\n")
     command = ["unshare", "-m", "sh", "-c", BIND, "sh", str(path.parent), sys.executable, str(SCRIPTS)]
@@ -573,28 +657,28 @@ def test_pitfall_42_a_file_mounted_alone_is_rewritten(path: Path) -> None:
     assert names(path) == ["a"]
 
 
-def test_what_a_killed_writer_left_is_swept_and_nothing_else(path: Path) -> None:
-    litter = path.parent / f".keys.{'0' * 16}.tmp"
+def test_temporary_files_of_killed_writers_are_removed_and_no_others(path: Path) -> None:
+    leftover = path.parent / f".keys.{'0' * 16}.tmp"
     others = [".other.0123456789abcdef.tmp", ".keys.tmp", "keys.bak"]
-    for name in (litter.name, *others):
+    for name in (leftover.name, *others):
         (path.parent / name).touch()
-    (path.parent / f".keys.{'1' * 16}.tmp").mkdir()  # cannot be unlinked, and must not stop anybody
+    (path.parent / f".keys.{'1' * 16}.tmp").mkdir()  # cannot be unlinked, which must not be an error
     keyfile.rewrite(path, append("b"))
     assert sorted(os.listdir(path.parent)) == sorted(["keys", f".keys.{'1' * 16}.tmp", *others])
 
 
-def test_an_editor_that_asks_for_no_lock_is_not_overwritten(path: Path) -> None:
-    def change_behind_the_back(document: Document) -> None:
+def test_a_change_by_a_program_that_takes_no_lock_is_not_overwritten(path: Path) -> None:
+    def change_with_interference(document: Document) -> None:
         append("b")(document)
         path.write_text(f"z:{OTHER}\n")
 
-    with pytest.raises(OSError, match="changed by another program meanwhile"):
-        keyfile.rewrite(path, change_behind_the_back)
+    with pytest.raises(OSError, match="changed by another program in the meantime"):
+        keyfile.rewrite(path, change_with_interference)
     assert names(path) == ["z"]
     assert os.listdir(path.parent) == ["keys"]
 
 
-# What is written from some moment on meets a limit where it would meet a full disk.
+# A limit on the file size takes the place of a full disk.
 FULL_DISK = """
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -638,10 +722,100 @@ def test_a_replacement_that_fails_leaves_the_old_file(path: Path) -> None:
     assert os.listdir(path.parent) == ["keys"]
 
 
+# Volumes that lack something: the same calls in a process whose volume has these faults
+
+ON_A_VOLUME = """
+import os, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import keyfile
+path, warnings = pathlib.Path(sys.argv[2]), []
+append = lambda document: document.lines.append(keyfile.serialize_entry(keyfile.Entry("b", b"b" * 32)))
+for _ in sys.stdin:
+    before, warnings[:] = path.stat(), []
+    try:
+        keyfile.rewrite(path, append, warn=warnings.append, wait_s=0)
+        keyfile.rewrite(path, lambda document: document.lines.pop(1), warn=warnings.append, wait_s=0)
+        keyfile.rewrite(path.with_name("new"), append, create=True, warn=warnings.append, wait_s=0)
+    except OSError as error:
+        warnings[:] = [f"error: {error.strerror}"]
+    print(*sorted(set(warnings)), sep="; ", flush=True)
+"""
+LACKS = {
+    "flock, ENOLCK": ([Fault("flock", errno=errno.ENOLCK)], ["no file locks"]),
+    "flock, ENOSYS": ([Fault("flock", errno=errno.ENOSYS)], ["no file locks"]),
+    "flock, EOPNOTSUPP": ([Fault("flock", errno=errno.EOPNOTSUPP)], ["no file locks"]),
+    "flock, EINVAL": ([Fault("flock", errno=errno.EINVAL)], ["no file locks"]),
+    "fsync, EINVAL": ([Fault("fsync", errno=errno.EINVAL)], ["cannot sync"]),
+    "fsync, ENOSYS": ([Fault("fsync", errno=errno.ENOSYS)], ["cannot sync"]),
+    "rename, ENOSYS": ([Fault("rename", errno=errno.ENOSYS)], ["changed in place"]),
+    "rename, EOPNOTSUPP": ([Fault("rename", errno=errno.EOPNOTSUPP)], ["changed in place"]),
+    "rename, EXDEV": ([Fault("rename", errno=errno.EXDEV)], ["changed in place"]),
+    "rename, EEXIST": ([Fault("rename", errno=errno.EEXIST)], ["changed in place"]),
+    "rename, EINVAL": ([Fault("rename", errno=errno.EINVAL)], ["changed in place"]),
+    "inodes": ([Fault("stat", wrong=True), Fault("fstat", wrong=True)], []),
+    "rename and truncate": (
+        [Fault("rename", errno=errno.ENOSYS), Fault("truncate", errno=errno.ENOSYS)],
+        ["cannot shorten a file", "changed in place"],
+    ),
+    "all": (
+        [
+            *(Fault(call, errno=errno.ENOSYS) for call in ("flock", "fsync", "rename")),
+            *(Fault(call, wrong=True) for call in ("stat", "fstat")),
+        ],
+        ["cannot sync", "no file locks", "changed in place"],
+    ),
+}
+
+
+def test_keys_can_be_made_and_revoked_on_a_volume_that_lacks_something(path: Path) -> None:
+    faults, before = make_faults(path.parent), path.read_bytes()
+    (path.parent / "volume").mkdir()
+    path = path.rename(path.parent / "volume" / "keys")
+    command = [sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(path)]
+    seen = {}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(faults)
+    ) as program:
+        assert program.stdin
+        assert program.stdout
+        for name, (lacking, _) in LACKS.items():
+            path.write_bytes(before)
+            path.with_name("new").unlink(missing_ok=True)
+            with faults.during(*lacking):
+                print(file=program.stdin, flush=True)
+                warnings = program.stdout.readline()
+            seen[name] = (names(path), names(path.with_name("new")), len(os.listdir(path.parent)), warnings)
+        program.stdin.close()
+    assert {name: found[:3] for name, found in seen.items()} == dict.fromkeys(LACKS, (["b"], ["b"], 2))
+    for name, (_, parts) in LACKS.items():
+        warned = [warning for warning in seen[name][3].strip().split("; ") if warning]
+        assert len(warned) == len(parts), warned
+        assert all(any(part in warning for warning in warned) for part in parts), (name, warned)
+
+
+def test_a_failing_disk_keeps_the_old_file(path: Path) -> None:
+    faults, before = make_faults(path.parent), path.read_bytes()
+    faults.set(Fault("fsync", errno=errno.EIO))
+    command = [sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(path)]
+    done = subprocess.run(command, input="\n", capture_output=True, text=True, env=environment(faults), check=True)
+    assert done.stdout == "error: Input/output error\n"
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_was_replaced_outside_of_its_mount_is_reported(path: Path) -> None:
+    with open(path) as file:
+        path.unlink()
+        mounted = Path(f"/proc/self/fd/{file.fileno()}")
+        if not mounted.exists():
+            pytest.skip("no /proc here")
+        assert "mount its folder" in keyfile.detached(mounted.stat())
+    assert keyfile.detached(path.parent.stat()) == ""
+
+
 # The lock
 
 
-def test_a_lock_that_is_held_is_waited_for_and_not_for_ever(path: Path) -> None:
+def test_waiting_for_a_lock_ends_after_the_timeout(path: Path) -> None:
     with open(path) as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="locked by another program"):
@@ -650,27 +824,29 @@ def test_a_lock_that_is_held_is_waited_for_and_not_for_ever(path: Path) -> None:
     assert names(path) == ["a", "b"]
 
 
-def test_who_waited_for_a_file_that_was_replaced_edits_the_new_one(path: Path) -> None:
-    """The lock of a file without a name is worth nothing."""
-    seen = []
-
-    def outer(document: Document) -> None:
-        # While the outer rewrite holds the lock, the file is replaced and removed behind its back.
+def test_a_file_that_was_replaced_cannot_be_locked(path: Path) -> None:
+    """A lock on the old inode does not protect the file that now has the name."""
+    old = os.open(path, os.O_RDWR)
+    try:
         path.unlink()
-        descriptor = os.open(path.parent / "other", os.O_CREAT | os.O_RDWR)
-        try:
-            seen.append(keyfile._is_mine(descriptor, str(path)))
-            path.write_text(f"z:{OTHER}\n")
-            seen.append(keyfile._is_mine(descriptor, str(path)))
-        finally:
-            os.close(descriptor)
-        raise LookupError
-
-    with pytest.raises(LookupError):
-        keyfile.rewrite(path, outer)
-    assert seen == [False, False]
-    keyfile.rewrite(path, append("b"))
+        assert not keyfile.try_lock(old, str(path))
+        path.write_text(f"z:{OTHER}\n")
+        assert not keyfile.try_lock(old, str(path))
+    finally:
+        os.close(old)
+    keyfile.rewrite(path, append("b"), wait_s=0)
     assert names(path) == ["z", "b"]
+
+
+def test_a_file_that_is_replaced_while_it_is_rewritten_is_not_overwritten(path: Path) -> None:
+    def change_with_interference(document: Document) -> None:
+        append("b")(document)
+        path.unlink()
+        path.write_text(f"z:{OTHER}\n")
+
+    with pytest.raises(OSError, match="changed by another program in the meantime"):
+        keyfile.rewrite(path, change_with_interference)
+    assert names(path) == ["z"]
 
 
 WRITER = """
@@ -683,18 +859,49 @@ for number in range(int(sys.argv[4])):
 """
 
 
-def test_pitfall_42_two_writers_lose_nothing(tmp_path: Path) -> None:
+WATCHED = """
+import hashlib, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import keyfile
+path, stamps = pathlib.Path(sys.argv[2]), []
+
+def trace(frame, event, argument):
+    # Whenever another program could take the lock, note what the file looks like to it.
+    if frame.f_code.co_filename != keyfile.__file__:
+        return None
+    if path.exists():
+        with path.open("rb") as file:
+            if keyfile.try_lock(file.fileno(), str(path)):
+                stamps.append(keyfile.stamp(path))
+    return trace
+
+entry = keyfile.Entry("a", hashlib.sha256(b"a").digest())
+sys.settrace(trace)
+keyfile.rewrite(path, lambda document: document.lines.append(keyfile.serialize_entry(entry)), create=True)
+sys.settrace(None)
+print(len(set(stamps)), len({stamp[1] for stamp in stamps}))
+"""
+
+
+def test_a_new_file_is_changed_under_the_lock_only(tmp_path: Path) -> None:
+    """Else a writer that has taken the lock would take it for a change by a program that takes none."""
+    words = [sys.executable, "-c", WATCHED, SCRIPTS, tmp_path / "keys"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert done.stdout.split() == ["2", "2"]  # the empty file, and the one that replaces it
+
+
+def test_two_concurrent_writers_lose_no_change(tmp_path: Path) -> None:
     path, changes = tmp_path / "keys", 40
     writers = [
         subprocess.Popen([sys.executable, "-c", WRITER, str(SCRIPTS), str(path), name, str(changes)]) for name in "ab"
     ]
-    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert [writer.wait(PATIENCE_S) for writer in writers] == [0, 0]
     assert sorted(names(path)) == sorted(f"{name}{number}" for name in "ab" for number in range(changes))
     for name in "ab":
         assert [key for key in names(path) if key[0] == name] == [f"{name}{number}" for number in range(changes)]
 
 
-# Being killed
+# Killed writers
 
 KILLED = """
 import errno, os, pathlib, signal, sys
@@ -709,7 +916,7 @@ def replace(source, target):
     os.replace(source, target)
 
 def rewrite_and_die_before_line(left):
-    # Counts the lines of keyfile.py that run after the change was made: nothing is written before.
+    # Counts the lines of keyfile.py that run after the change. Nothing is written before it.
     changed = False
 
     def change(document):
@@ -742,7 +949,7 @@ while status == -signal.SIGKILL:
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     deaths += status != 0
     parsed = keyfile.parse(path.read_bytes())
-    assert not parsed.complaints and not parsed.distrust, path.read_bytes()
+    assert not parsed.complaints and not parsed.error, path.read_bytes()
     seen.add(tuple(entry.key_id for entry in parsed.entries))
 print(deaths, status, sorted(seen))
 """
@@ -755,7 +962,7 @@ print(deaths, status, sorted(seen))
     ids=["longer", "shorter"],
 )
 @aside
-def test_a_writer_killed_at_any_line_leaves_the_old_file_or_the_new(
+def test_a_writer_killed_at_any_line_leaves_the_old_or_the_new_file(
     tmp_path: Path, how: str, which: str, outcomes: list[tuple[str, ...]]
 ) -> None:
     path = tmp_path / "keys"

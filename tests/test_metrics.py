@@ -1,4 +1,4 @@
-"""metrics.py: what is counted, whole pages in each format, and which format an Accept field gets."""
+"""metrics.py: counting, whole pages in each format, and content negotiation."""
 
 import json
 import math
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import metrics
-from metrics import JSON, OPENMETRICS, TEXT, Borrowed, Counter, Gauge, Histogram, Registry, negotiate, render
+from metrics import JSON, OPENMETRICS, TEXT, Counter, Gauge, Histogram, Registry, ScrapedFamilies, negotiate, render
 
 
 def sample() -> Registry:
-    """One of each kind; the clock stands at 12.5 s."""
+    """One metric of each kind."""
     registry = Registry()
     requests = registry.register(Counter("gateway_requests_total", "Requests, by route.", ("route", "code")))
     requests.inc(("/v1/chat/completions", "200"))
     requests.inc(("/v1/chat/completions", "200"), 2)
     requests.inc(("/health", "503"))
-    registry.register(Counter("gateway_bytes_total", 'Octets:\n"sent" \\ all.')).inc((), 1.5)
+    registry.register(Counter("gateway_bytes_total", 'Bytes:\n"sent" \\ all.')).inc((), 1.5)
     registry.register(Counter("gateway_rejections_total", "Refusals."))
     registry.register(Counter("gateway_cancelled_total", "Clients that left.", ("phase",)))
     registry.register(Gauge("gateway_uptime_seconds", "Since the start.", read=lambda: 12.5))
@@ -34,7 +34,7 @@ SAMPLE_TEXT = r"""# HELP gateway_requests_total Requests, by route.
 # TYPE gateway_requests_total counter
 gateway_requests_total{route="/v1/chat/completions",code="200"} 3
 gateway_requests_total{route="/health",code="503"} 1
-# HELP gateway_bytes_total Octets:\n"sent" \\ all.
+# HELP gateway_bytes_total Bytes:\n"sent" \\ all.
 # TYPE gateway_bytes_total counter
 gateway_bytes_total 1.5
 # HELP gateway_rejections_total Refusals.
@@ -68,7 +68,7 @@ SAMPLE_OPENMETRICS = r"""# HELP gateway_requests Requests, by route.
 # TYPE gateway_requests counter
 gateway_requests_total{route="/v1/chat/completions",code="200"} 3
 gateway_requests_total{route="/health",code="503"} 1
-# HELP gateway_bytes Octets:\n\"sent\" \\ all.
+# HELP gateway_bytes Bytes:\n\"sent\" \\ all.
 # TYPE gateway_bytes counter
 # UNIT gateway_bytes bytes
 gateway_bytes_total 1.5
@@ -112,7 +112,7 @@ SAMPLE_JSON = {
         ],
     },
     "gateway_bytes_total": {
-        "type": "counter", "help": 'Octets:\n"sent" \\ all.', "series": [{"labels": {}, "value": 1.5}],
+        "type": "counter", "help": 'Bytes:\n"sent" \\ all.', "series": [{"labels": {}, "value": 1.5}],
     },
     "gateway_rejections_total": {"type": "counter", "help": "Refusals.", "series": [{"labels": {}, "value": 0}]},
     "gateway_cancelled_total": {"type": "counter", "help": "Clients that left.", "series": []},
@@ -131,36 +131,36 @@ SAMPLE_JSON = {
 }  # fmt: skip
 
 
-# Whole pages
+# --- Whole pages ---
 
 
-def test_pitfall_48_the_text_page_has_counters_labels_and_histograms():
+def test_the_text_page() -> None:
     assert render(sample(), TEXT).decode() == SAMPLE_TEXT
 
 
-def test_the_openmetrics_page():
+def test_the_openmetrics_page() -> None:
     assert render(sample(), OPENMETRICS).decode() == SAMPLE_OPENMETRICS
 
 
-def test_the_json_page():
+def test_the_json_page() -> None:
     page = render(sample(), JSON)
     assert page.endswith(b"}\n")
     assert json.loads(page) == SAMPLE_JSON
 
 
-def test_rendering_changes_nothing():
+def test_rendering_changes_nothing() -> None:
     registry = sample()
     for fmt in metrics.CONTENT_TYPES:
         assert render(registry, fmt) == render(registry, fmt) == render(sample(), fmt)
 
 
-def test_an_empty_registry_is_an_empty_page():
+def test_an_empty_registry_is_an_empty_page() -> None:
     assert render(Registry(), TEXT) == b""
     assert render(Registry(), OPENMETRICS) == b"# EOF\n"
     assert render(Registry(), JSON) == b"{}\n"
 
 
-def test_label_values_are_escaped():
+def test_label_values_are_escaped() -> None:
     registry = Registry()
     registry.register(Counter("x_total", "X.", ("l",))).inc(('a"b\\c\nd é \udcff',))
     for fmt in (TEXT, OPENMETRICS):
@@ -170,7 +170,7 @@ def test_label_values_are_escaped():
 @pytest.mark.parametrize(
     ("value", "text"), [(math.inf, "+Inf"), (-math.inf, "-Inf"), (math.nan, "NaN"), (1e-7, "1e-07")]
 )
-def test_numbers_are_as_prometheus_reads_them(value: float, text: str):
+def test_numbers_are_formatted_for_prometheus(value: float, text: str) -> None:
     registry = Registry()
     registry.register(Gauge("x", "X.", read=lambda: value))
     assert render(registry, TEXT).endswith(f"x {text}\n".encode())
@@ -178,10 +178,10 @@ def test_numbers_are_as_prometheus_reads_them(value: float, text: str):
     assert shown == (value if math.isfinite(value) else None)
 
 
-# Counting
+# --- Counting ---
 
 
-def test_a_counter_only_goes_up():
+def test_a_counter_only_goes_up() -> None:
     counter = Counter("x_total", "X.")
     counter.inc()
     counter.inc((), 0)
@@ -190,7 +190,7 @@ def test_a_counter_only_goes_up():
     assert counter.value() == 1
 
 
-def test_a_gauge_is_set_or_read():
+def test_a_gauge_is_set_or_read() -> None:
     gauge = Gauge("x", "X.", ("l",))
     gauge.set(5, ("a",))
     gauge.set(3, ("a",))
@@ -202,7 +202,7 @@ def test_a_gauge_is_set_or_read():
     assert Gauge("x", "X.", read=lambda: now[0]).value() == 2
 
 
-def test_series_may_be_read_when_somebody_looks():
+def test_series_may_be_read_at_exposition() -> None:
     spent = {("alice",): 5.0}
     registry = Registry()
     registry.register(Counter("key_tokens_total", "Tokens, by key.", ("key",), read=lambda: spent))
@@ -213,7 +213,7 @@ def test_series_may_be_read_when_somebody_looks():
 @pytest.mark.parametrize(
     ("value", "counts"), [(-1, [1, 1, 1]), (1, [1, 1, 1]), (1.001, [0, 1, 1]), (2, [0, 1, 1]), (2.001, [0, 0, 1])]
 )
-def test_a_bound_is_part_of_its_bucket(value: float, counts: list[int]):
+def test_a_bound_is_inclusive(value: float, counts: list[int]) -> None:
     registry = Registry()
     registry.register(Histogram("x", "X.", (1, 2))).observe(value)
     series = json.loads(render(registry, JSON))["x"]["series"][0]
@@ -234,7 +234,7 @@ def test_a_bound_is_part_of_its_bucket(value: float, counts: list[int]):
         [math.inf, -math.inf, 3.0],
     ],
 )
-def test_many_values_at_once_are_counted_as_one_by_one(values: list[float]):
+def test_observe_all_counts_like_observe(values: list[float]) -> None:
     one_by_one, at_once = Histogram("x", "X.", (1, 2, 4, 7)), Histogram("x", "X.", (1, 2, 4, 7))
     for value in values:
         one_by_one.observe(value)
@@ -243,7 +243,7 @@ def test_many_values_at_once_are_counted_as_one_by_one(values: list[float]):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_does_not_spoil_the_sum(value: float):
+def test_a_value_that_is_not_finite_is_ignored(value: float) -> None:
     registry = Registry()
     histogram = registry.register(Histogram("x", "X.", (1,)))
     histogram.observe(value)
@@ -251,7 +251,7 @@ def test_a_value_that_is_not_finite_does_not_spoil_the_sum(value: float):
     assert b"x_count 1\nx_sum 1\n" in render(registry, TEXT)
 
 
-def test_series_are_bounded():
+def test_the_number_of_series_is_limited() -> None:
     counter, gauge, histogram = (
         Counter("c_total", "C.", ("a", "b")),
         Gauge("g", "G.", ("a",)),
@@ -282,35 +282,35 @@ def test_series_are_bounded():
         lambda: Histogram("x", "X.", (1,)).observe(1, ("a",)),
     ],
 )
-def test_a_wrong_number_of_labels_is_an_error(count: Callable[[], None]):
-    with pytest.raises(ValueError, match="are no values for"):
+def test_a_wrong_number_of_labels_is_an_error(count: Callable[[], None]) -> None:
+    with pytest.raises(ValueError, match="do not match the labels"):
         count()
 
 
-# Names
+# --- Names ---
 
 
 @pytest.mark.parametrize(
     ("make", "complaint"),
     [
-        (lambda: Counter("x", "X."), "no name for a counter"),
-        (lambda: Gauge("x_total", "X."), "no name for a gauge"),
-        (lambda: Gauge("1x", "X."), "no name"),
-        (lambda: Gauge("a:b", "X."), "no name"),
-        (lambda: Gauge("x_count", "X."), "suffix"),
-        (lambda: Histogram("x_bucket", "X.", (1,)), "suffix"),
-        (lambda: Gauge("x", ""), "says not what it is"),
+        (lambda: Counter("x", "X."), "is not a valid name for a counter"),
+        (lambda: Gauge("x_total", "X."), "is not a valid name for a gauge"),
+        (lambda: Gauge("1x", "X."), "is not a valid name"),
+        (lambda: Gauge("a:b", "X."), "is not a valid name"),
+        (lambda: Gauge("x_count", "X."), "reserved suffix"),
+        (lambda: Histogram("x_bucket", "X.", (1,)), "reserved suffix"),
+        (lambda: Gauge("x", ""), "no help text"),
         (lambda: Gauge("x", "X.", ("a-b",)), "cannot have the label"),
         (lambda: Gauge("x", "X.", ("__a",)), "cannot have the label"),
         (lambda: Histogram("x", "X.", (1,), ("le",)), "cannot have the label"),
         (lambda: Gauge("x", "X.", ("a", "a")), "label twice"),
-        (lambda: Histogram("x", "X.", ()), "finite and ascend"),
-        (lambda: Histogram("x", "X.", (1, 1)), "finite and ascend"),
-        (lambda: Histogram("x", "X.", (2, 1)), "finite and ascend"),
-        (lambda: Histogram("x", "X.", (1, math.inf)), "finite and ascend"),
+        (lambda: Histogram("x", "X.", ()), "finite and ascending"),
+        (lambda: Histogram("x", "X.", (1, 1)), "finite and ascending"),
+        (lambda: Histogram("x", "X.", (2, 1)), "finite and ascending"),
+        (lambda: Histogram("x", "X.", (1, math.inf)), "finite and ascending"),
     ],
 )
-def test_a_metric_that_prometheus_would_refuse_cannot_be_made(make: Callable[[], object], complaint: str):
+def test_a_metric_that_prometheus_would_refuse_is_an_error(make: Callable[[], object], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         make()
 
@@ -323,7 +323,7 @@ def test_a_metric_that_prometheus_would_refuse_cannot_be_made(make: Callable[[],
         (Histogram("x", "X.", (1,)), Counter("x_total", "X.")),
     ],
 )
-def test_a_name_is_registered_once(first: Gauge, second: Gauge):
+def test_a_name_is_registered_once(first: Gauge, second: Gauge) -> None:
     registry = Registry()
     registry.register(first)
     for other in (registry, Registry(registry)):
@@ -331,7 +331,7 @@ def test_a_name_is_registered_once(first: Gauge, second: Gauge):
             other.register(second)
 
 
-def test_a_registry_on_a_base_shows_both_and_leaves_the_base_alone():
+def test_a_registry_with_a_base_shows_both_and_does_not_change_the_base() -> None:
     base = Registry()
     base.register(Gauge("a", "A."))
     more = Registry(base)
@@ -341,7 +341,7 @@ def test_a_registry_on_a_base_shows_both_and_leaves_the_base_alone():
     assert b"b 0\n" not in render(base, TEXT)
 
 
-# A page of somebody else's
+# --- A page of another exporter ---
 
 LLAMA_PAGE = r"""# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.
 # TYPE llamacpp:prompt_tokens_total counter
@@ -359,7 +359,7 @@ own{a="z",} +Inf
 llamacpp:h_bucket{le="1"} 2
 """
 
-BORROWED_PAGE = r"""# HELP llamacpp_prompt_tokens Number of prompt tokens processed.
+SCRAPED_PAGE = r"""# HELP llamacpp_prompt_tokens Number of prompt tokens processed.
 # TYPE llamacpp_prompt_tokens counter
 llamacpp_prompt_tokens_total 1500000.0
 # HELP llamacpp_n_tokens_max Largest \\ context.
@@ -376,14 +376,14 @@ llamacpp_own{a="z"} +Inf
 """
 
 
-def borrowed(page: str) -> Registry:
+def scraped(page: str) -> Registry:
     registry = Registry()
-    registry.register(Borrowed("llamacpp_")).replace(page)
+    registry.register(ScrapedFamilies("llamacpp_")).replace(page)
     return registry
 
 
-def test_a_borrowed_page_is_shown_under_the_prefix():
-    assert render(borrowed(LLAMA_PAGE), OPENMETRICS).decode() == BORROWED_PAGE
+def test_a_scraped_page_is_shown_with_the_prefix() -> None:
+    assert render(scraped(LLAMA_PAGE), OPENMETRICS).decode() == SCRAPED_PAGE
 
 
 @pytest.mark.parametrize(
@@ -406,28 +406,28 @@ def test_a_borrowed_page_is_shown_under_the_prefix():
         "y 1",
     ],
 )
-def test_a_line_that_is_not_understood_is_left_out(line: str):
+def test_a_line_that_cannot_be_parsed_is_ignored(line: str) -> None:
     page = f"# TYPE x gauge\n{line}\n# TYPE good gauge\ngood 1"
     shown = "# HELP llamacpp_good good\n# TYPE llamacpp_good gauge\nllamacpp_good 1.0\n"
-    assert render(borrowed(page), TEXT).decode() == shown
+    assert render(scraped(page), TEXT).decode() == shown
 
 
-def test_names_that_would_be_the_same_are_shown_once():
+def test_names_that_become_the_same_are_shown_once() -> None:
     page = render(
-        borrowed("".join(f"# TYPE {name} gauge\n{name} 1\n" for name in ("llamacpp:a", "llamacpp_a", "a"))), TEXT
+        scraped("".join(f"# TYPE {name} gauge\n{name} 1\n" for name in ("llamacpp:a", "llamacpp_a", "a"))), TEXT
     )
     assert page.count(b"# TYPE") == 1
 
 
-def test_an_empty_page_takes_all_away():
+def test_an_empty_page_removes_all() -> None:
     registry = Registry()
-    page = registry.register(Borrowed("llamacpp_"))
+    page = registry.register(ScrapedFamilies("llamacpp_"))
     page.replace(LLAMA_PAGE)
     page.replace("")
     assert render(registry, TEXT) == b""
 
 
-# Negotiation
+# --- Negotiation ---
 
 PROMETHEUS_2 = (
     b"application/openmetrics-text;version=1.0.0;q=0.8,application/openmetrics-text;version=0.0.1;q=0.75,"
@@ -482,14 +482,14 @@ BROWSER = b"text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*
         (b",;,=;/,\xff\xfe;q", TEXT),
     ],
 )
-def test_the_accept_field_chooses_the_format(accept: bytes | None, fmt: str):
+def test_the_accept_field_chooses_the_format(accept: bytes | None, fmt: str) -> None:
     assert negotiate(accept) == fmt
 
 
-# What others make of our pages
+# --- How prometheus_client parses the pages ---
 
 
-def told(families: Iterator[object]) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def samples(families: Iterator[object]) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     return {
         (one.name, tuple(sorted(one.labels.items()))): one.value
         for family in families
@@ -497,14 +497,14 @@ def told(families: Iterator[object]) -> dict[tuple[str, tuple[tuple[str, str], .
     }
 
 
-@pytest.mark.parametrize("make", [sample, Registry, lambda: borrowed(LLAMA_PAGE)])
-def test_prometheus_client_reads_every_page(make: Callable[[], Registry]):
+@pytest.mark.parametrize("make", [sample, Registry, lambda: scraped(LLAMA_PAGE)])
+def test_prometheus_client_reads_every_page(make: Callable[[], Registry]) -> None:
     pytest.importorskip("prometheus_client")
     from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
     from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-    text = told(parse_text(render(make(), TEXT).decode()))
-    assert text == told(parse_openmetrics(render(make(), OPENMETRICS).decode()))
+    text = samples(parse_text(render(make(), TEXT).decode()))
+    assert text == samples(parse_openmetrics(render(make(), OPENMETRICS).decode()))
     if make is sample:
         assert text["gateway_requests_total", (("code", "200"), ("route", "/v1/chat/completions"))] == 3
         assert text["gateway_wait_seconds_bucket", (("le", "+Inf"),)] == 4

@@ -1,4 +1,4 @@
-"""A few seconds of what `make soak` does in five minutes: nothing is lost and nothing leaks. Figures are not judged."""
+"""A few seconds of `make soak`: nothing is lost and nothing leaks. Targets are not checked."""
 
 import asyncio
 import subprocess
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 import soak
+from support.boot import PATIENCE_S
 from support.soaking import Finding
 from support.together import ENVIRON, aside
-
-PATIENCE_S = 60.0
 
 
 @aside
@@ -27,14 +26,14 @@ def test_no_request_is_lost_and_nothing_leaks(tmp_path: Path) -> None:
 
 
 @aside
-def test_it_starts_by_itself() -> None:
-    """It finds what it needs without pytest's paths."""
+def test_the_program_starts_by_itself() -> None:
+    """It finds its modules without pytest's paths."""
     command = [sys.executable, soak.__file__, "--help"]
-    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_went_wrong_is_told_and_is_the_exit_status() -> None:
+def test_failures_are_listed_and_determine_the_exit_status() -> None:
     findings = [Finding("a", lost=["a: request 1"]), Finding("b", leaked=["b: 1 slots"]), Finding("c")]
     assert soak.verdict(findings) == ("lost: 1\n  a: request 1\nleaked: 1\n  b: 1 slots\nmissed: nothing", 1)
 

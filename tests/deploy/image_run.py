@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Run an image's files as a container engine would, and hold it to what docs/DEPLOYMENT.md promises.
+"""Run the files of an image as a container engine would, and check what docs/DEPLOYMENT.md promises.
 
     image_run.py ROOTFS IMAGE.json DATA KIND
 
-ROOTFS is the mounted image, IMAGE.json what buildah says of it, DATA a folder for /data with
-models/tiny.gguf in it, KIND says which llama-server the image has (real, stand-in). Called by deploy/image-test.sh, as
+ROOTFS is the mounted image, IMAGE.json its description by buildah, DATA a folder for /data with models/tiny.gguf, and
+KIND the kind of its llama-server (real, stand-in). Called by deploy/image-test.sh, as
 root. The container: namespaces for mounts and processes, a read-only root, the image's user without any capability.
 """
 
@@ -52,9 +52,9 @@ def say(text: str) -> None:
     print(f"image-test: {text}", flush=True)
 
 
-def check(holds: bool, words: str) -> None:
+def check(holds: bool, failure: str) -> None:
     if not holds:
-        raise SystemExit(f"image-test: FAILED: {words}")
+        raise SystemExit(f"image-test: FAILED: {failure}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Image:
         )
 
 
-# What is in it
+# The contents of the image
 
 
 def check_description(image: Image) -> None:
@@ -93,15 +93,16 @@ def check_description(image: Image) -> None:
     check("DATA_DIR" not in image.env, "the image sets DATA_DIR")
     check(not image.env.get("LLAMA_ARG_HOST"), "the base's LLAMA_ARG_HOST shows through")
     check(image.healthcheck[:1] == ["CMD"], f"health check: {image.healthcheck}")
-    for name in ("title", "description", "licenses", "version", "revision", "base.name"):
+    for name in ("title", "description", "licenses", "source", "version", "revision", "base.name"):
         check(bool(image.labels.get(f"org.opencontainers.image.{name}")), f"no label {name}")
 
 
 def check_files(image: Image) -> None:
-    """scripts/ and VERSION and nothing else of ours, byte for byte, with bytecode; nobody but root may write it."""
+    """The image contains scripts/ and VERSION only, unchanged, with bytecode, and only root may write them."""
     folder = image.root / INSTALLED
     wanted = {"VERSION": CHECKOUT / "VERSION"}
-    wanted |= {f"scripts/{path.name}": path for path in (CHECKOUT / "scripts").glob("*.py")}
+    for pattern in ("*.py", "*.html"):
+        wanted |= {str(path.relative_to(CHECKOUT)): path for path in (CHECKOUT / "scripts").rglob(pattern)}
     wanted["scripts/start.sh"] = CHECKOUT / "scripts" / "start.sh"
     found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     source = {name: path for name, path in found.items() if not name.endswith(".pyc")}
@@ -112,7 +113,7 @@ def check_files(image: Image) -> None:
     check(not list((image.root / "usr/bin").glob("pip*")), "there is a pip")
 
 
-# What it does
+# The running container
 
 
 class Container:
@@ -121,7 +122,7 @@ class Container:
         self.uid, self.gid = image.user.split(":")
         port, port_health, port_backend = map(str, free_ports(3))
         self.port, self.port_health = int(port), int(port_health)
-        # Nothing here changes what the image does but the addresses: the machine's network is the container's.
+        # Only the addresses differ from the image's defaults, since the container shares the machine's network.
         addresses = {"HOST": "127.0.0.1", "PORT": port, "PORT_HEALTH": port_health, "PORT_BACKEND": port_backend}
         settings = {"MODEL_NAME": "tiny.gguf", "EXTRA_ARGS": "--context-shift", "KEYS_WATCH_SECONDS": "0"}
         self.env = image.env | addresses | settings
@@ -132,7 +133,7 @@ class Container:
         return [*unshare, "sh", "-c", CONTAINER, "sh", *arguments, *argv]
 
     def make_key(self, name: str) -> str:
-        """As docs/DEPLOYMENT.md has it: with the image, and what it finds by itself."""
+        """Generate a key with the image, as docs/DEPLOYMENT.md describes."""
         program = f"/{INSTALLED}/scripts/key_mgmt.py"
         argv = self.command(["python3", program, "--quiet", "generate", "--name", name])
         made = subprocess.run(argv, env=self.image.env, capture_output=True, text=True, check=False)
@@ -147,19 +148,19 @@ class Container:
         try:
             yield process
         finally:
-            process.kill()  # and by --kill-child all that is in it
+            process.kill()  # with --kill-child, this also kills all processes in it
             process.wait()
 
     def output(self) -> str:
         return (self.data.parent / "output.log").read_text(errors="replace")
 
     def healthy(self) -> bool:
-        """The image's health check, as the image's user."""
+        """Run the image's health check as the image's user."""
         argv = ["chroot", f"--userspec={self.image.user}", str(self.image.root), *self.image.healthcheck[1:]]
         return subprocess.run(argv, env=self.env, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
     def status(self, path: str, port: int | None = None, key: str = "") -> int:
-        """GET a path; 0 where nobody answers."""
+        """GET a path; return the status, or 0 without a response."""
         connection = HTTPConnection("127.0.0.1", port or self.port, timeout=PATIENCE_S)
         try:
             connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
@@ -169,12 +170,12 @@ class Container:
         finally:
             connection.close()
 
-    def chat(self, key: str, tokens: int = 8, *, stream: bool = False) -> "Answer":
-        return Answer(self.port, key, {"max_tokens": tokens, "stream": stream})
+    def chat(self, key: str, tokens: int = 8, *, stream: bool = False) -> "Response":
+        return Response(self.port, key, {"max_tokens": tokens, "stream": stream})
 
 
-class Answer:
-    """An answer of which the head has come."""
+class Response:
+    """A response whose head has arrived."""
 
     def __init__(self, port: int, key: str, options: dict[str, object]) -> None:
         body = json.dumps({"messages": [{"role": "user", "content": "the cat"}], **options})
@@ -185,7 +186,7 @@ class Answer:
         self.status = self._response.status
 
     def read(self) -> bytes:
-        """The rest; what was cut comes without its end."""
+        """Read the rest. If it was cut, return what arrived."""
         try:
             return self._response.read()
         except HTTPException as cut:
@@ -205,34 +206,34 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def eventually(holds: Callable[[], bool], words: str, process: subprocess.Popen[bytes]) -> float:
-    """Wait until it holds; seconds that took."""
+def eventually(holds: Callable[[], bool], what: str, process: subprocess.Popen[bytes]) -> float:
+    """Wait until it holds; return the seconds that this took."""
     began_s = time.monotonic()
     while not holds():
-        check(process.poll() is None, f"it ended with {process.returncode} before: {words}")
-        check(time.monotonic() - began_s < PATIENCE_S, f"never: {words}")
+        check(process.poll() is None, f"it ended with {process.returncode} before: {what}")
+        check(time.monotonic() - began_s < PATIENCE_S, f"never: {what}")
         time.sleep(0.01)
     return time.monotonic() - began_s
 
 
 def first_process(unshare: subprocess.Popen[bytes]) -> int:
-    """The container's process 1, by the number that it has outside."""
+    """Return the pid, outside of the container, of its process 1."""
     pid = unshare.pid
     return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
-def family(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(each for child in children for each in family(int(child)))]
+    return [pid, *(each for child in children for each in descendants(int(child)))]
 
 
 def check_privileges(first: int, uid: str) -> None:
-    """Nobody in it is root or could become so, and no secret is on a command line."""
-    check(len(family(first)) >= 4, "not all four processes run")
+    """No process is root or could become root, and no secret is on a command line."""
+    check(len(descendants(first)) >= 4, "not all four processes run")
     (key_file,) = Path(f"/proc/{first}/root/dev/shm").glob("*/backend.key")
     check(key_file.stat().st_mode & 0o777 == 0o600, "the backend's key can be read by others")
     secret = key_file.read_text().strip()
-    for pid in family(first):
+    for pid in descendants(first):
         status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         check(set(status["Uid"].split()) == {uid}, f"process {pid} is of user {status['Uid']}")
         check(int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0, f"process {pid} has capabilities")
@@ -247,7 +248,7 @@ def try_serving(container: Container, key: str, process: subprocess.Popen[bytes]
     eventually(lambda: container.status("/ready", health) == 200, "the model is loaded", process)
     say(f"both ports answered {up_s:.2f} s after the start")
     check(container.healthy(), "the health check fails while it serves")
-    check(container.chat("sk-nobody-0123456789").status == 401, "a stranger is served")
+    check(container.chat("sk-nobody-0123456789").status == 401, "a request without a valid key is served")
     answer = container.chat(key)
     check(answer.status == 200 and bool(answer.json()["choices"]), "no chat")
     check(container.chat(key, stream=True).read().rstrip().endswith(b"data: [DONE]"), "a stream has no end")
@@ -261,7 +262,7 @@ def try_hang_up(container: Container, first: int, process: subprocess.Popen[byte
 
 
 def try_stop(container: Container, key: str, first: int, process: subprocess.Popen[bytes]) -> None:
-    """With a stream under way that would go on for longer than the stop may take."""
+    """Stop during a stream that would go on for longer than the stop may take."""
     stream = container.chat(key, tokens=1_000_000, stream=True)
     began_s = time.monotonic()
     os.kill(first, signal.SIGTERM)
@@ -269,12 +270,12 @@ def try_stop(container: Container, key: str, first: int, process: subprocess.Pop
         status = process.wait(STOP_S)
     except subprocess.TimeoutExpired:
         check(False, f"it does not stop within {STOP_S:g} s")
-    say(f"stopped with a stream under way after {time.monotonic() - began_s:.2f} s, exit status {status}")
+    say(f"stopped during a stream after {time.monotonic() - began_s:.2f} s, exit status {status}")
     check(status == 0, f"exit status {status}")
     check(not stream.read().rstrip().endswith(b"[DONE]"), "the stream that was cut looks finished")
 
 
-def own(folder: Path, uid: int, gid: int) -> None:
+def change_owner(folder: Path, uid: int, gid: int) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, uid, gid)
 
@@ -285,9 +286,9 @@ def main() -> int:
     check_description(image)
     check_files(image)
     container = Container(image, data)
-    own(data, int(container.uid), int(container.gid))
+    change_owner(data, int(container.uid), int(container.gid))
     key = container.make_key("alice")
-    check(not container.healthy(), "the health check passes where nothing runs")
+    check(not container.healthy(), "the health check passes while nothing runs")
     try:
         with container.running() as process:
             try_serving(container, key, process)
@@ -300,7 +301,7 @@ def main() -> int:
         raise
     check(bool(list((data / "logs").rglob("*_server_*.log"))), "no boot log on the volume")
     check("Traceback" not in container.output(), container.output()[-8000:])
-    check("LLAMA_ARG_" not in container.output(), "a warning about what the image itself sets")
+    check("LLAMA_ARG_" not in container.output(), "a warning about a setting of the image itself")
     say(f"served, reloaded and stopped as user {image.user} with a read-only root ({kind} llama-server)")
     return 0
 

@@ -1,12 +1,14 @@
-"""deploy/haproxy/ for real: HAProxy, three workers that start.sh has started, clients over TLS, and what goes wrong."""
+"""deploy/haproxy/ with a real HAProxy, three workers that start.sh has started, clients over TLS, and failures."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,8 +20,9 @@ import pytest
 if not (shutil.which("haproxy") and shutil.which("openssl")):
     pytest.skip("haproxy or openssl is not installed", allow_module_level=True)
 
-from support.boot import Boot
+from support.boot import PATIENCE_S, Boot
 from support.haproxy import EXACT_KEY, FREE_KEY, LOOSE_KEY, RATE, Load, Proxy, cluster, eventually
+from support.ports import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 CLIENTS, EACH = 24, 10
@@ -57,7 +60,7 @@ def test_the_configuration_takes_a_template_for_the_workers(tmp_path: Path) -> N
     assert text.count(template) == 3
 
 
-def test_load_goes_to_whoever_has_least(proxy: Proxy) -> None:
+def test_load_goes_to_the_worker_with_the_least(proxy: Proxy) -> None:
     answers = proxy.together(12, tokens=100)
     assert all(answer.done for answer in answers)
     assert {answer.worker for answer in answers} == {"w1", "w2", "w3"}
@@ -82,7 +85,7 @@ def test_a_listed_key_is_recognised_in_every_field(proxy: Proxy, field: str) -> 
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_reader_who_leaves_frees_the_slot(served: tuple[Proxy, list[Boot]], stream: bool) -> None:
+def test_a_client_that_leaves_frees_the_slot(served: tuple[Proxy, list[Boot]], stream: bool) -> None:
     proxy, boots = served
     before = cancelled(boots)
     with closing(proxy.connect()) as connection:
@@ -91,12 +94,12 @@ def test_a_reader_who_leaves_frees_the_slot(served: tuple[Proxy, list[Boot]], st
         connection.request("POST", "/v1/chat/completions", body, fields)
         if stream:
             connection.getresponse().read(10)
-        eventually(lambda: active(boots) == 1, "it is at work")
+        eventually(lambda: active(boots) == 1, "the request is being served")
     eventually(lambda: active(boots) == 0 and cancelled(boots) == before + 1, "the slot is free")
 
 
 def metric(boot: Boot, name: str) -> float:
-    with closing(HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=30)) as connection:
+    with closing(HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)) as connection:
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
@@ -110,12 +113,38 @@ def active(boots: list[Boot]) -> float:
     return sum(metric(boot, "gateway_requests_active") for boot in boots)
 
 
-@pytest.mark.parametrize("path", ["/metrics", "/usage", "/drain", "/slots", "/slots/0", "/props"])
-def test_what_concerns_one_worker_is_refused(proxy: Proxy, path: str) -> None:
+@pytest.mark.parametrize(
+    "path", ["/metrics", "/usage", "/ui", "/ui/events", "/drain", "/slots", "/slots/0", "POST /props"]
+)
+def test_routes_that_concern_one_worker_are_refused(proxy: Proxy, path: str) -> None:
+    method, _, target = path.rpartition(" ")
     with closing(proxy.connect()) as connection:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {FREE_KEY}"})
+        connection.request(method or "GET", target, headers={"Authorization": f"Bearer {FREE_KEY}"})
         answer = connection.getresponse()
         assert (answer.status, b"route_not_allowed" in answer.read()) == (403, True)
+
+
+def test_a_browser_gets_its_page_from_any_worker(proxy: Proxy) -> None:
+    with closing(proxy.connect()) as connection:
+        connection.request("GET", "/", headers={"Accept": "text/html"})
+        answer = connection.getresponse()
+        assert (answer.status, b"<h1>Chat</h1>" in answer.read()) == (200, True)
+        connection.request("GET", "/props", headers={"Authorization": f"Bearer {FREE_KEY}"})
+        answer = connection.getresponse()
+        assert (answer.status, b"total_slots" in answer.read()) == (200, True)
+
+
+def test_a_worker_knows_the_client_whatever_it_sends(served: tuple[Proxy, list[Boot]]) -> None:
+    proxy, boots = served
+    spoofed = {"X-Forwarded-For": "192.0.2.9, 127.0.0.1", "Forwarded": "for=192.0.2.8", "X-Request-Id": "whose"}
+    with closing(proxy.connect("127.0.0.5")) as connection:
+        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {FREE_KEY}"} | spoofed)
+        assert connection.getresponse().status == 200
+    eventually(lambda: " id=whose peer=127.0.0.5 " in access_lines(boots), "the worker has logged the client")
+
+
+def access_lines(boots: list[Boot]) -> str:
+    return "".join(Path(boot.env["DATA_DIR"], "logs", "api_access.log").read_text() for boot in boots)
 
 
 def test_a_worker_that_an_operator_drains_gets_nothing_new(proxy: Proxy) -> None:
@@ -125,9 +154,9 @@ def test_a_worker_that_an_operator_drains_gets_nothing_new(proxy: Proxy) -> None
     assert {answer.worker for answer in proxy.together(12, tokens=100)} == {"w1", "w2", "w3"}
 
 
-def test_requests_wait_where_every_worker_is_loading(tmp_path: Path) -> None:
+def test_requests_wait_while_all_workers_are_loading(tmp_path: Path) -> None:
     with cluster(tmp_path, 1, MOCK_LOAD_SECONDS="4") as (proxy, boots):
-        eventually(lambda: not proxy.up("least") and proxy.up("loading") == {"w1"}, "HAProxy knows")
+        eventually(lambda: not proxy.up("least") and proxy.up("loading") == {"w1"}, "HAProxy has seen it loading")
         assert boots[0].state["state"] == "loading"
         answer = proxy.request("early")
         assert answer.done
@@ -147,7 +176,7 @@ def test_a_worker_that_is_drained_then_stopped_under_load_loses_nothing(tmp_path
 
 
 def test_a_worker_that_is_stopped_unannounced_under_load_cuts_no_answer(tmp_path: Path) -> None:
-    """What it has begun it ends; what it has not is taken elsewhere, but for a connection that comes as it closes."""
+    """It finishes what it has begun. Other requests go elsewhere, except on a connection that arrives as it closes."""
     with cluster(tmp_path) as (proxy, boots):
         with proxy.load(CLIENTS, EACH) as load:
             load.await_answers(load.total // 4)
@@ -160,11 +189,11 @@ def test_a_worker_that_is_stopped_unannounced_under_load_cuts_no_answer(tmp_path
         assert boots[0].end() == 0
 
 
-def test_a_worker_that_is_killed_under_load_loses_what_it_had_in_hand(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_under_load_loses_only_what_it_was_serving(tmp_path: Path) -> None:
     with cluster(tmp_path) as (proxy, boots):
         with proxy.load(CLIENTS, EACH) as load:
             load.await_answers(load.total // 4)
-            # As when the machine goes: nothing of it is left to answer for the rest.
+            # As if the machine had failed: nothing of the worker is left.
             for pid in (boots[0].pid_of("gateway.py"), boots[0].process.pid):
                 os.kill(pid, signal.SIGKILL)
             eventually(lambda: refuses(boots[0]), "its port is closed")
@@ -175,7 +204,7 @@ def test_a_worker_that_is_killed_under_load_loses_what_it_had_in_hand(tmp_path: 
         assert {lines[answer.id].worker for answer in failed} == {"w1"}
         assert [answer for answer in failed if answer.started_s > killed_s] == []
         assert {lines[answer.id].ending[0] for answer in failed} == {"S"}, [(a, lines[a.id]) for a in failed]
-        # Cut without its end, or an error: never an answer that only looks whole.
+        # Each one is cut without its end, or an error: none only looks whole.
         assert all(answer.status == 502 or not answer.whole for answer in failed)
         assert not any(b"[DONE]" in answer.body for answer in failed)
         assert_the_others_took_over(load, proxy)
@@ -191,8 +220,50 @@ def assert_the_others_took_over(load: Load, proxy: Proxy) -> None:
     assert proxy.up("least") == {"w2", "w3"}
 
 
-def test_without_a_worker_the_error_is_one_that_clients_can_read(tmp_path: Path) -> None:
+def test_without_a_worker_clients_get_an_error_that_they_can_parse(tmp_path: Path) -> None:
     with Proxy(tmp_path, []).running() as proxy:
-        eventually(lambda: not proxy.up("least") and not proxy.up("loading"), "nobody is there")
+        eventually(lambda: not proxy.up("least") and not proxy.up("loading"), "no worker is up")
         answer = proxy.request("none")
         assert (answer.status, b'"code":"backend_unavailable"' in answer.body) == (503, True)
+
+
+def with_a_group_for_embeddings(proxy: Proxy) -> Proxy:
+    """Add the lines of docs/SCALING.md, "Several models". There is no worker, so HAProxy answers itself."""
+    page = (ROOT / "docs" / "SCALING.md").read_text()
+    section = page.partition("\n## Several models\n")[2].partition("\n## ")[0]
+    rules = re.findall(r"(?m)^    (http-request .*)", section)
+    rules += re.findall(r"(?m)^\|.*`(use_backend .*?)` \|$", section)
+    assert len(rules) == 4
+    (group,) = re.findall(r"(?ms)^    (backend embed\n.*?)\n\n", section)
+    keys = proxy.folder / "embed_keys.lst"
+    keys.write_text(hashlib.sha256(LOOSE_KEY.encode()).hexdigest() + "\n")
+    first = "    use_backend loading if"
+    text = proxy.config.read_text()
+    text = text.replace(first, "".join(f"    {rule}\n" for rule in rules) + "    # ")
+    text = text.replace("/etc/haproxy/embed_keys.lst", str(keys))
+    group = re.sub(r"10\.0\.0\.1\d:8000", f"127.0.0.1:{free_ports(1)[0]}", textwrap.dedent(f"    {group}"))
+    proxy.config.write_text(f"{text}\n{group}\n")
+    return proxy
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "body", "group"),
+    [
+        ("/v1/embeddings", FREE_KEY, {"input": "x"}, "embed"),
+        ("/v1/chat/completions", LOOSE_KEY, {"messages": []}, "embed"),
+        ("/v1/chat/completions", FREE_KEY, {"messages": [{"model": "embed"}], "model": "chat"}, "least"),
+        ("/v1/rerank", FREE_KEY, {"documents": ["x" * 60000], "model": "embed"}, "embed"),
+        ("/v1/rerank", FREE_KEY, {"documents": ["x" * 70000], "model": "embed"}, "least"),
+    ],
+)
+def test_a_group_of_workers_has_its_own_model(
+    path: str, key: str, body: dict[str, object], group: str, tmp_path: Path
+) -> None:
+    proxy = with_a_group_for_embeddings(Proxy(tmp_path, []))
+    checked = proxy.check()
+    assert (checked.returncode, "WARNING" in checked.stderr) == (0, False), checked.stderr
+    with proxy.running(), closing(proxy.connect()) as client:
+        fields = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", "X-Request-Id": "one"}
+        client.request("POST", path, json.dumps(body), fields)
+        assert client.getresponse().status == 503
+        assert proxy.line("one").backend == group

@@ -15,6 +15,7 @@ from stack import Gateway, LlamaServer, running  # noqa: E402
 from tiny_gguf import write_model  # noqa: E402
 
 SLOTS = 4
+CANNOT = 3  # the exit status of a script whose tools are missing
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +44,32 @@ def gateway(backend: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> I
     yield from running(Gateway(tmp_path_factory.mktemp("gateway"), backend))
 
 
+def obtained(request: pytest.FixtureRequest, script: str, what: str) -> list[str]:
+    """Return the lines that a script of this folder prints. What it is for may be missing, except in CI."""
+    done = subprocess.run([HERE / script], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == CANNOT and not os.environ.get("CI"):
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n*** NOT TESTED IN A BROWSER: {what} ***")
+        pytest.skip(what)
+    assert done.returncode == 0
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="session")
+def browser(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """Chromium's path, and the folder that contains node_modules."""
+    chromium, packages = obtained(request, "get_browser.sh", "npm or Chromium is not available")
+    return chromium, Path(packages)
+
+
+@pytest.fixture(scope="session")
+def page_folder(request: pytest.FixtureRequest) -> Path:
+    """The folder of llama-server's page."""
+    (folder,) = obtained(request, "get_page.sh", "npm is not available to build llama-server's page")
+    return Path(folder)
+
+
 @pytest.fixture
 def url(gateway: Gateway) -> str:
-    """The address that a client is given."""
+    """The gateway's address."""
     return gateway.url

@@ -1,10 +1,9 @@
-"""What the end-to-end tests talk to: a real llama-server, the gateway in front of it, and a few ways to watch both."""
+"""A real llama-server, the gateway in front of it, and ways to watch both, for the end-to-end tests."""
 
 import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,29 +12,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from support.ports import free_port
+
 Value = TypeVar("Value")
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent.parent / "scripts"
 START_S = 60.0
 STOP_S = 15.0
-SLOT_FREE_S = 2.5  # from a reader's leaving to its slot's being free
+SLOT_FREE_S = 2.5  # from the end of the client's connection until its slot is free
 TEAM_KEY = "sk-e2e-team-0123456789abcdef"
 OPERATOR_KEY = "sk-e2e-operator-0123456789abcdef"
 KEYS_FILE = f"team:{TEAM_KEY}:1000000\nops:{OPERATOR_KEY}:1000000 role=operator\n"
-ENDLESS = 1_000_000  # max_tokens of an answer that only its reader ends
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+ENDLESS = 1_000_000  # max_tokens of a response that only the client ends
 
 
 def eventually(
     read: Callable[[], Value], wanted: Callable[[Value], bool], within_s: float, every_s: float = 0.02
 ) -> Value:
-    """Read until the value is the wanted one; raise AssertionError with the last value where it never is."""
+    """Read until the value is as wanted; return it. Raises AssertionError with the last value if it never is."""
     deadline_s = time.monotonic() + within_s
     while True:
         value = read()
@@ -52,7 +47,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def fetch(url: str, key: str | None = None, body: object = None) -> tuple[int, bytes]:
-    """One request by the standard library on a connection of its own; status and body, whatever the status."""
+    """Send one request on a new connection; return status and body, (0, b"") without a response."""
     headers = {"Content-Type": "application/json"} | (bearer(key) if key else {})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers=headers)
@@ -67,7 +62,7 @@ def fetch(url: str, key: str | None = None, body: object = None) -> tuple[int, b
 
 
 class Process:
-    """A server of ours on a loopback port, its output in a file, ended by its process id."""
+    """A server on a loopback port, with its output in a file."""
 
     name = "process"
 
@@ -97,7 +92,7 @@ class Process:
         return fetch(f"{self.url}/health")[0] == 200
 
     def end(self, signal_number: int) -> int:
-        """Send the signal and return the exit status; kill what does not heed it."""
+        """Send the signal; return the exit status. Kills the process if it does not end."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
@@ -113,12 +108,14 @@ class Process:
 
 
 class LlamaServer(Process):
-    """llama-server with the tiny model; context shift on, so that an answer ends at max_tokens and not before."""
+    """llama-server with the tiny model. Context shift is on, so that a response ends at max_tokens and not before."""
 
     name = "llama-server"
 
-    def __init__(self, folder: Path, binary: str, model: Path, slots: int) -> None:
+    def __init__(self, folder: Path, binary: str, model: Path, slots: int, page: Path | None = None) -> None:
+        """`page` is the folder of its page; it has none without."""
         super().__init__(folder, free_port())
+        self.page = page
         self.binary, self.model, self.slot_count = binary, model, slots
         self.key = "gateway-" + secrets.token_urlsafe(32)
         self.key_file = folder / f"backend-key-{self.port}"
@@ -128,32 +125,69 @@ class LlamaServer(Process):
         options = (
             f"--host 127.0.0.1 --port {self.port} --parallel {self.slot_count} --ctx-size {self.slot_count * 1024}"
         )
-        flags = "--alias tiny --metrics --slots --embeddings --pooling mean --context-shift --threads 1 --no-webui"
-        return [self.binary, "-m", str(self.model), "--api-key-file", str(self.key_file), *f"{options} {flags}".split()]
+        flags = "--alias tiny --metrics --slots --embeddings --pooling mean --context-shift --threads 1"
+        page = ["--no-webui"] if self.page is None else ["--path", str(self.page)]
+        files = ["-m", str(self.model), "--api-key-file", str(self.key_file), *page]
+        return [self.binary, *files, *f"{options} {flags}".split()]
 
     def environment(self) -> dict[str, str]:
         return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "AIP_"))}
 
     def busy(self) -> int:
-        """How many slots work at this moment."""
+        """Return how many slots are busy now."""
         status, body = fetch(f"{self.url}/slots", self.key)
         assert status == 200, body
         return sum(slot["is_processing"] for slot in json.loads(body))
 
     def all_free(self, within_s: float = SLOT_FREE_S, *, every_s: float = 1.1) -> None:
-        """Wait until no slot works, looking less than once a second.
+        """Wait until no slot is busy. Polls less than once per second.
 
-        llama-server finds out that the reader of a whole (not streamed) answer has left only after a second in which it
-        had no result for anybody, and each look at /slots is a result: to look faster is to keep the slot busy. The
-        gateway looks, too: who watches it at that has to look at the end only.
+        llama-server notices that the client of a response that is not streamed has left only after a second in which it
+        produced no result, and each response to GET /slots is a result: polled faster, the slot would stay busy. The
+        gateway polls too, so a test that watches it must look at the end only.
         """
         eventually(self.busy, lambda busy: busy == 0, within_s, every_s=every_s)
 
     def counters(self) -> dict[str, float]:
-        """llama-server's own metrics, without their prefix."""
+        """Return llama-server's own metrics, without their prefix."""
         _, body = fetch(f"{self.url}/metrics", self.key)
         lines = [line for line in body.decode().splitlines() if line.startswith("llamacpp:")]
         return {name.removeprefix("llamacpp:"): float(value) for name, value in map(str.split, lines)}
+
+
+class RouterServer(LlamaServer):
+    """llama-server as a router of all models in a folder, `most` of them loaded at once.
+
+    With `autoload` it loads a model for each request itself, as it does without a gateway.
+    """
+
+    name = "llama-router"
+
+    def __init__(
+        self, folder: Path, binary: str, models: Path, slots: int, *, most: int, autoload: bool = False
+    ) -> None:
+        super().__init__(folder, binary, models, slots)
+        self.most, self.autoload = most, autoload
+
+    def command(self) -> list[str]:
+        binary, _, models, *options = super().command()
+        options[options.index("--alias") : options.index("--alias") + 2] = []
+        more = ["--models-max", str(self.most), *([] if self.autoload else ["--no-models-autoload"])]
+        return [binary, "--models-dir", models, *options, *more]
+
+    def loads(self) -> int:
+        """Return how many models were loaded since the start."""
+        return self.log.read_text(errors="replace").count("spawning server instance with name=")
+
+    def child_of(self, model: str) -> int:
+        """Return the process id of a model that is loaded."""
+        assert self.process is not None
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                arguments = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                if model.encode() in arguments:
+                    return int(child)
+        raise AssertionError(f"no process of {model}")
 
 
 class Gateway(Process):
@@ -175,6 +209,7 @@ class Gateway(Process):
             "AUTH_KEYS_FILE": str(keys_file),
             "USAGE_FILE": str(folder / f"usage-{self.port}.db"),
             "ACCESS_LOG": str(self.access_log),
+            "METRICS_AUTH_ENABLED": "false",
         } | settings
 
     def command(self) -> list[str]:
@@ -185,12 +220,12 @@ class Gateway(Process):
 
 
 def running(server: Process) -> Iterator[Any]:
-    """Start the server, hand it to a fixture's user, stop it; whatever ends badly fails with its log."""
+    """Start the server, yield it, and stop it. Asserts that it ends in order."""
     server.start()
     try:
         yield server
     finally:
         status = server.end(signal.SIGTERM)
-    said = server.log.read_text()
-    assert status == 0, f"{server.name} ended with {status}:\n{said[-4000:]}"
-    assert "Traceback" not in said, said[-4000:]
+    output = server.log.read_text()
+    assert status == 0, f"{server.name} ended with {status}:\n{output[-4000:]}"
+    assert "Traceback" not in output, output[-4000:]

@@ -1,4 +1,4 @@
-"""The anthropic package: its credential is x-api-key, its errors have an envelope of their own."""
+"""The anthropic package, which sends its key as x-api-key and expects errors in its own dialect."""
 
 import asyncio
 
@@ -36,12 +36,12 @@ def test_count_tokens(client: anthropic.Anthropic) -> None:
     assert counted.input_tokens > 0
 
 
-def test_bearer_token_instead(url: str) -> None:
+def test_a_bearer_token(url: str) -> None:
     with anthropic.Anthropic(base_url=url, auth_token=TEAM_KEY, max_retries=0) as client:
         assert client.messages.create(model="tiny", max_tokens=1, messages=QUESTION).usage.output_tokens == 1
 
 
-def test_async_streams_at_once(url: str) -> None:
+def test_concurrent_async_streams(url: str) -> None:
     async def ask(client: anthropic.AsyncAnthropic, tokens: int) -> int:
         async with client.messages.stream(model="tiny", max_tokens=tokens, messages=QUESTION) as stream:
             return (await stream.get_final_message()).usage.output_tokens
@@ -55,10 +55,10 @@ def test_async_streams_at_once(url: str) -> None:
 
 def test_wrong_key(url: str) -> None:
     with (
-        anthropic.Anthropic(base_url=url, api_key="sk-nobody-0123456789abcdef", max_retries=0) as stranger,
+        anthropic.Anthropic(base_url=url, api_key="sk-nobody-0123456789abcdef", max_retries=0) as intruder,
         pytest.raises(anthropic.AuthenticationError) as refusal,
     ):
-        stranger.messages.create(model="tiny", max_tokens=1, messages=QUESTION)
+        intruder.messages.create(model="tiny", max_tokens=1, messages=QUESTION)
     assert refusal.value.body["type"] == "error"
     assert refusal.value.body["error"]["type"] == "authentication_error"
 

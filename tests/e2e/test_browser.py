@@ -1,7 +1,6 @@
-"""The openai package in a real browser, in a page on another origin than the gateway's: what CORS lets it see."""
+"""The openai package in a real browser, in a page of another origin than the gateway's: what CORS allows it to see."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -15,19 +14,18 @@ from typing import Any
 import pytest
 from stack import HERE, TEAM_KEY, Gateway, LlamaServer, running
 
-CANNOT = 3
 PATIENCE_S = 60.0
 SPENT_KEY = "sk-e2e-spent-0123456789abcdef"
 KINDS = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript"}
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
-    "--enable-logging=stderr",  # the page's console, too
+    "--enable-logging=stderr",  # including the page's console
 )
 
 
 class Origin(ThreadingHTTPServer):
-    """A page's own server: it serves the page and its modules, tells it its task, and takes what it has seen."""
+    """The page's own server: it serves the page, its modules and its task, and receives what the page has seen."""
 
     daemon_threads = True
 
@@ -37,7 +35,7 @@ class Origin(ThreadingHTTPServer):
         self.packages = packages
         self.task: dict[str, str] = {}
         self.seen: dict[str, Any] = {}
-        self.told = threading.Event()
+        self.reported = threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -58,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.server.seen = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._send(204, "text/plain", b"")
-        self.server.told.set()
+        self.server.reported.set()
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -82,27 +80,14 @@ def serving(packages: Path) -> Iterator[Origin]:
         thread.join()
 
 
-@pytest.fixture(scope="module")
-def browser(request: pytest.FixtureRequest) -> tuple[str, Path]:
-    """Chromium's path, and the folder that holds node_modules. What CI has, a machine without network may lack."""
-    done = subprocess.run([HERE / "get_browser.sh"], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode == CANNOT and not os.environ.get("CI"):
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print("\n*** NOT TESTED IN A BROWSER: npm or Chromium cannot be had here ***")
-        pytest.skip("npm or Chromium cannot be had here")
-    assert done.returncode == 0
-    chromium, packages = done.stdout.split()
-    return chromium, Path(packages)
-
-
 def visit(chromium: str, origin: Origin, folder: Path) -> str:
-    """Open the page, wait until it has told what it saw, and return what the browser's console said."""
+    """Open the page, wait until it has reported what it saw, and return the browser's console output."""
     profile, log = folder / "profile", folder / "chromium.log"
     command = [chromium, *FLAGS, f"--user-data-dir={profile}", f"{origin.url}/page.html"]
     with log.open("wb") as stderr:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
-        told = origin.told.wait(PATIENCE_S)
+        reported = origin.reported.wait(PATIENCE_S)
     finally:
         process.terminate()
         try:
@@ -111,16 +96,16 @@ def visit(chromium: str, origin: Origin, folder: Path) -> str:
             process.kill()
             process.wait()
         shutil.rmtree(profile, ignore_errors=True)
-    said = log.read_text(errors="replace")
-    assert told, said[-4000:]
-    return said
+    output = log.read_text(errors="replace")
+    assert reported, output[-4000:]
+    return output
 
 
 @pytest.fixture(scope="module")
 def visits(
     browser: tuple[str, Path], backend: LlamaServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, tuple[Origin, str]]]:
-    """The same page on an allowed and on another origin: its server with what it has seen, and the console."""
+    """Visit the same page on an allowed and on another origin. Each visit: the page's server and the console output."""
     chromium, packages = browser
     folder = tmp_path_factory.mktemp("browser")
     with serving(packages) as allowed, serving(packages) as other:
@@ -146,7 +131,7 @@ def test_chat(seen: dict[str, Any]) -> None:
     assert seen["chat"]["tokens"] == 8
 
 
-def test_request_id_and_rate_can_be_read(seen: dict[str, Any]) -> None:
+def test_the_request_id_and_the_rate_limit_can_be_read(seen: dict[str, Any]) -> None:
     assert re.fullmatch(r"req-\S+", seen["chat"]["requestId"])
     assert seen["chat"]["remaining"].isdigit()
 
@@ -160,21 +145,21 @@ def test_models(seen: dict[str, Any]) -> None:
     assert seen["models"]["ids"] == ["tiny"]
 
 
-def test_pitfall_22_a_wrong_key_is_a_readable_401(seen: dict[str, Any]) -> None:
+def test_a_wrong_key_is_a_readable_401(seen: dict[str, Any]) -> None:
     refusal = seen["wrongKey"]
     assert (refusal["error"], refusal["status"], refusal["code"]) == ("AuthenticationError", 401, "invalid_api_key")
     assert "API key" in refusal["message"]
     assert refusal["requestId"]
 
 
-def test_pitfall_22_a_spent_rate_is_a_readable_429(seen: dict[str, Any]) -> None:
+def test_a_spent_rate_limit_is_a_readable_429(seen: dict[str, Any]) -> None:
     refusal = seen["spent"]
     assert (refusal["error"], refusal["status"], refusal["code"]) == ("RateLimitError", 429, "rate_limit_exceeded")
     assert 0 < int(refusal["retryAfter"]) <= 60
     assert refusal["requestId"]
 
 
-def test_console_of_the_allowed_page_knows_no_cors_error(visits: dict[str, tuple[Origin, str]]) -> None:
+def test_the_console_of_the_allowed_page_has_no_cors_error(visits: dict[str, tuple[Origin, str]]) -> None:
     assert "CORS policy" not in visits["allowed"][1]
 
 
@@ -184,9 +169,9 @@ def test_another_origin_sees_nothing(visits: dict[str, tuple[Origin, str]], act:
     assert (refusal["error"], refusal["status"]) == ("APIConnectionError", None)
 
 
-def test_another_origins_console_says_that_cors_is_why(visits: dict[str, tuple[Origin, str]]) -> None:
+def test_the_console_of_the_other_page_names_cors(visits: dict[str, tuple[Origin, str]]) -> None:
     origin, console = visits["other"]
-    said = [line for line in console.splitlines() if "has been blocked by CORS policy" in line]
-    assert said
-    assert all(f"from origin '{origin.url}'" in line for line in said)
-    assert "No 'Access-Control-Allow-Origin' header" in said[0]
+    output = [line for line in console.splitlines() if "has been blocked by CORS policy" in line]
+    assert output
+    assert all(f"from origin '{origin.url}'" in line for line in output)
+    assert "No 'Access-Control-Allow-Origin' header" in output[0]

@@ -1,4 +1,4 @@
-"""Signs of life on a waiting stream, as the OpenAI and Anthropic clients take them: they see nothing but the wait."""
+"""Heartbeats on a waiting stream, as the OpenAI and Anthropic packages handle them: they only wait."""
 
 import json
 import socket
@@ -11,7 +11,9 @@ import anthropic
 import openai
 import pytest
 from openai.types.responses import ResponseStreamEvent
-from stack import ENDLESS, SCRIPTS, TEAM_KEY, Gateway, Process, eventually, fetch, free_port, running
+from stack import ENDLESS, SCRIPTS, TEAM_KEY, Gateway, Process, eventually, fetch, running
+
+from support.ports import free_port
 
 QUESTION = [{"role": "user", "content": "the cat is on the moon"}]
 TOKENS = 7
@@ -32,14 +34,14 @@ class Mock(Process):
 
 
 class HeldGateway(Gateway):
-    """A gateway that is told by the test, in the supervisor's place, when the model is loaded."""
+    """A gateway whose state file the test writes instead of the supervisor."""
 
     def __init__(self, folder: Path, backend: Mock, **settings: str) -> None:
         self.state_file = folder / "state.json"
         super().__init__(folder, backend, STATE_FILE=str(self.state_file), SSE_HEARTBEAT="1", **settings)  # type: ignore[arg-type]
-        self.tell("loading")
+        self.set_state("loading")
 
-    def tell(self, state: str) -> None:
+    def set_state(self, state: str) -> None:
         part = self.state_file.with_suffix(".part")
         part.write_text(json.dumps({"state": state, "since": "2026-01-01T00:00:00Z", "detail": "", "backend_pid": 1}))
         part.replace(self.state_file)
@@ -66,27 +68,27 @@ def impatient(mock: Mock, tmp_path: Path) -> Iterator[HeldGateway]:
     yield from running(HeldGateway(tmp_path, mock, COLD_START_WAIT="3"))
 
 
-# Each client: begin a stream, which returns as soon as its head is there, and what reads it to its end.
+# Each client begins a stream, which returns as soon as its head has arrived, and yields an iterator of its text.
 
-Words = Iterator[str]
+Texts = Iterator[str]
 
 
 @contextmanager
-def openai_stream(url: str) -> Iterator[Words]:
+def openai_stream(url: str) -> Iterator[Texts]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=TEAM_KEY, max_retries=0, timeout=60) as client:
         stream = client.chat.completions.create(model="mock", max_tokens=TOKENS, messages=QUESTION, stream=True)
         yield (piece.choices[0].delta.content for piece in stream if piece.choices and piece.choices[0].delta.content)
 
 
 @contextmanager
-def openai_responses(url: str) -> Iterator[Words]:
+def openai_responses(url: str) -> Iterator[Texts]:
     with openai.OpenAI(base_url=f"{url}/v1", api_key=TEAM_KEY, max_retries=0, timeout=60) as client:
         stream = client.responses.create(model="mock", max_output_tokens=TOKENS, input="the cat", stream=True)
-        yield (said(event) for event in stream if event.type in ("response.output_text.delta", "error"))
+        yield (text_of(event) for event in stream if event.type in ("response.output_text.delta", "error"))
 
 
-def said(event: ResponseStreamEvent) -> str:
-    """The event's words; an error is an event like others to this client, which leaves it to its caller."""
+def text_of(event: ResponseStreamEvent) -> str:
+    """Return the event's text. Raises OpenAIError for an error event, which the package passes on like any other."""
     if event.type == "error":
         raise openai.OpenAIError(event.message)
     assert event.type == "response.output_text.delta"
@@ -94,7 +96,7 @@ def said(event: ResponseStreamEvent) -> str:
 
 
 @contextmanager
-def anthropic_stream(url: str) -> Iterator[Words]:
+def anthropic_stream(url: str) -> Iterator[Texts]:
     with (
         anthropic.Anthropic(base_url=url, api_key=TEAM_KEY, max_retries=0, timeout=60) as client,
         client.messages.stream(model="mock", max_tokens=TOKENS, messages=QUESTION) as stream,
@@ -102,30 +104,30 @@ def anthropic_stream(url: str) -> Iterator[Words]:
         yield iter(stream.text_stream)
 
 
-Begin = Callable[[str], "contextmanager[Words]"]
+Begin = Callable[[str], "contextmanager[Texts]"]
 streams = pytest.mark.parametrize("begin", [openai_stream, openai_responses, anthropic_stream])
 
 
 @streams
 def test_while_the_model_loads(held: HeldGateway, begin: Begin) -> None:
-    with begin(held.url) as words:
-        assert not held.backend_is_ready()  # the head that has come is the gateway's own
-        held.tell("ready")
-        assert len(list(words)) == TOKENS
+    with begin(held.url) as texts:
+        assert not held.backend_is_ready()  # the head was sent by the gateway
+        held.set_state("ready")
+        assert len(list(texts)) == TOKENS
 
 
 @streams
 def test_while_queued(held: HeldGateway, begin: Begin) -> None:
-    held.tell("ready")
+    held.set_state("ready")
     eventually(held.backend_is_ready, bool, 10)
-    with endless_stream(held) as before, begin(held.url) as words:
+    with endless_stream(held) as before, begin(held.url) as texts:
         before.close()
-        assert len(list(words)) == TOKENS
+        assert len(list(texts)) == TOKENS
 
 
 @contextmanager
 def endless_stream(gateway: Gateway) -> Iterator[socket.socket]:
-    """Somebody else's stream, which has the one slot until its socket is closed."""
+    """Begin a stream that occupies the one slot until the socket is closed."""
     body = json.dumps({"messages": QUESTION, "max_tokens": ENDLESS, "stream": True}).encode()
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=30) as reader:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\n"
@@ -137,5 +139,5 @@ def endless_stream(gateway: Gateway) -> Iterator[socket.socket]:
 
 @streams
 def test_a_refusal_after_them_is_an_error_and_no_false_end(impatient: HeldGateway, begin: Begin) -> None:
-    with begin(impatient.url) as words, pytest.raises(CLIENT_ERRORS, match="The model was not ready"):
-        list(words)
+    with begin(impatient.url) as texts, pytest.raises(CLIENT_ERRORS, match="The model was not ready"):
+        list(texts)

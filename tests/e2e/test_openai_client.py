@@ -33,10 +33,10 @@ def test_chat_stream(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 12
 
 
-def test_completion_and_its_stream_say_the_same(client: openai.OpenAI) -> None:
-    asked = {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "temperature": 0}
-    whole = client.completions.create(**asked)
-    with client.completions.create(**asked, stream=True) as stream:
+def test_a_completion_and_its_stream_have_the_same_text(client: openai.OpenAI) -> None:
+    options = {"model": "tiny", "prompt": "the dog", "max_tokens": 12, "temperature": 0}
+    whole = client.completions.create(**options)
+    with client.completions.create(**options, stream=True) as stream:
         assert "".join(chunk.choices[0].text for chunk in stream if chunk.choices) == whole.choices[0].text
 
 
@@ -64,7 +64,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
 
 
-def test_async_calls_at_once(url: str) -> None:
+def test_concurrent_async_streams(url: str) -> None:
     async def ask(client: openai.AsyncOpenAI, tokens: int) -> int:
         stream = await client.chat.completions.create(
             model="tiny", messages=QUESTION, max_tokens=tokens, stream=True, stream_options={"include_usage": True}
@@ -91,17 +91,17 @@ def test_async_chat_embeddings_and_models(url: str) -> None:
     asyncio.run(main())
 
 
-def test_stop_ends_an_answer(client: openai.OpenAI) -> None:
+def test_stop_ends_a_response(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt="the", max_tokens=4000, stop=["e"])
     assert answer.choices[0].finish_reason == "stop"
 
 
 def test_wrong_key(url: str) -> None:
     with (
-        openai.OpenAI(base_url=f"{url}/v1", api_key="sk-nobody-0123456789abcdef", max_retries=0) as stranger,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="sk-nobody-0123456789abcdef", max_retries=0) as intruder,
         pytest.raises(openai.AuthenticationError) as refusal,
     ):
-        stranger.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
+        intruder.chat.completions.create(model="tiny", messages=QUESTION, max_tokens=1)
     assert refusal.value.code == "invalid_api_key"
 
 
@@ -136,19 +136,19 @@ BAD_BODIES = {
 
 
 @pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES.keys())
-def test_the_backends_refusal_passes_untouched(url: str, backend: LlamaServer, body: dict) -> None:
+def test_a_refusal_of_the_backend_passes_unchanged(url: str, backend: LlamaServer, body: dict) -> None:
     direct = fetch(f"{backend.url}/v1/chat/completions", backend.key, body)
     assert direct[0] in {400, 500}
     assert fetch(f"{url}/v1/chat/completions", TEAM_KEY, body) == direct
 
 
-def test_a_bad_request_is_the_clients_own_exception(client: openai.OpenAI) -> None:
+def test_a_bad_request_raises_an_exception_of_the_package(client: openai.OpenAI) -> None:
     with pytest.raises(openai.APIStatusError) as refusal:
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "the cat " * 4000}])
     assert refusal.value.status_code == 400
 
 
-def test_answers_carry_a_request_id(client: openai.OpenAI) -> None:
+def test_responses_have_a_request_id(client: openai.OpenAI) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model="tiny", messages=QUESTION, max_tokens=1, extra_headers={"X-Request-Id": "e2e-1234"}
     )

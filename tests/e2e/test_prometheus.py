@@ -1,4 +1,4 @@
-"""The metrics page as Prometheus, its linter and its Python parsers read it."""
+"""The metrics page, read by Prometheus, its linter and its Python parsers."""
 
 import json
 import subprocess
@@ -10,7 +10,9 @@ import httpx
 import prometheus_client.openmetrics.parser as openmetrics
 import prometheus_client.parser as text_format
 import pytest
-from stack import HERE, OPERATOR_KEY, TEAM_KEY, Gateway, Process, bearer, eventually, fetch, free_port, running
+from stack import HERE, OPERATOR_KEY, TEAM_KEY, Gateway, Process, bearer, eventually, fetch, running
+
+from support.ports import free_port
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 CHAT = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "the cat"}]}
@@ -24,7 +26,7 @@ def tools() -> Path:
 
 @pytest.fixture
 def used(gateway: Gateway) -> str:
-    """The address of a gateway that has answered, refused and streamed."""
+    """The address of the gateway after a response, a stream and refusals."""
     for body in (CHAT, CHAT | {"stream": True}, {}):
         fetch(f"{gateway.url}/v1/chat/completions", TEAM_KEY, body)
     fetch(f"{gateway.url}/v1/models")
@@ -70,8 +72,10 @@ class Prometheus(Process):
             "job_name": "gateway",
             "scrape_interval": "250ms",
             "scrape_timeout": "250ms",
+            "authorization": {"credentials_file": str(folder / "key")},
             "static_configs": [{"targets": [target]}],
         }
+        (folder / "key").write_text(TEAM_KEY)
         self.config = folder / "prometheus.yml"
         self.config.write_text(json.dumps({"scrape_configs": [job]}))
 
@@ -88,7 +92,7 @@ class Prometheus(Process):
         return fetch(f"{self.url}/-/ready")[0] == 200
 
     def query(self, expression: str) -> float | None:
-        """The value of an expression that has one series; None where it has none yet."""
+        """Return the value of an expression with one series; None if it has none yet."""
         _, body = fetch(f"{self.url}/api/v1/query?query={quote(expression)}")
         result = json.loads(body)["data"]["result"]
         return float(result[0]["value"][1]) if result else None
@@ -99,7 +103,7 @@ def prometheus(used: str, tools: Path, tmp_path: Path) -> Iterator[Prometheus]:
     yield from running(Prometheus(tmp_path, tools, used.removeprefix("http://")))
 
 
-def test_a_real_prometheus_scrapes(used: str, prometheus: Prometheus) -> None:
+def test_a_real_prometheus_scrapes_the_page(used: str, prometheus: Prometheus) -> None:
     eventually(lambda: prometheus.query('up{job="gateway"}'), lambda value: value == 1, 20)
     before = prometheus.query('sum(gateway_requests_total{route="/v1/chat/completions",code="200"})')
     assert before is not None

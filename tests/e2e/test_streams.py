@@ -1,4 +1,4 @@
-"""What becomes of a stream: the same events as directly, its slot when the reader leaves, the backend's death."""
+"""Streams: the same events as without the gateway, the slot when a client leaves, and the death of the backend."""
 
 import json
 import signal
@@ -21,18 +21,18 @@ ROUTES = {
     "/v1/responses": SAME | {"input": "the cat", "max_output_tokens": 40},
     "/v1/messages": CHAT | SAME | {"max_tokens": 40},
 }
-# What differs from one answer to the next of the same server.
-OWN_TO_AN_ANSWER = {"id", "item_id", "created", "created_at", "completed_at", "timings", "sequence_number"}
+# Fields that differ between two responses of the same server.
+ALWAYS_DIFFERENT = {"id", "item_id", "created", "created_at", "completed_at", "timings", "sequence_number"}
 
 
 def normal(value: object) -> object:
     if isinstance(value, dict):
-        return {name: normal(inner) for name, inner in value.items() if name not in OWN_TO_AN_ANSWER}
+        return {name: normal(inner) for name, inner in value.items() if name not in ALWAYS_DIFFERENT}
     return [normal(inner) for inner in value] if isinstance(value, list) else value
 
 
 def events(raw: bytes) -> list[tuple[str, object]]:
-    """The event stream as (event name, data) pairs, JSON parsed, without what is an answer's own."""
+    """Return an event stream as pairs of event name and parsed data, without the fields that always differ."""
     parsed = []
     for block in raw.decode().split("\n\n")[:-1]:
         fields = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
@@ -51,16 +51,16 @@ def test_the_same_events_as_without_the_gateway(url: str, backend: LlamaServer, 
     assert len(events(direct[1])) > 20
 
 
-def test_the_same_answer_as_without_the_gateway(url: str, backend: LlamaServer) -> None:
-    asked = CHAT | {"temperature": 0, "cache_prompt": False, "max_tokens": 400}
-    direct = fetch(f"{backend.url}/v1/chat/completions", backend.key, asked)
-    through = fetch(f"{url}/v1/chat/completions", TEAM_KEY, asked)
+def test_the_same_response_as_without_the_gateway(url: str, backend: LlamaServer) -> None:
+    request = CHAT | {"temperature": 0, "cache_prompt": False, "max_tokens": 400}
+    direct = fetch(f"{backend.url}/v1/chat/completions", backend.key, request)
+    through = fetch(f"{url}/v1/chat/completions", TEAM_KEY, request)
     assert normal(json.loads(through[1])) == normal(json.loads(direct[1]))
 
 
 @contextmanager
-def asking(url: str, route: str, body: dict[str, object], *more: str) -> Iterator[socket.socket]:
-    """A bare connection that has asked and reads nothing yet; leaving the block closes it."""
+def requesting(url: str, route: str, body: dict[str, object], *more: str) -> Iterator[socket.socket]:
+    """Send a request on a plain socket and yield it, before anything is read. The block's end closes it."""
     host, port = url.removeprefix("http://").split(":")
     payload = json.dumps(body).encode()
     fields = ("Host: e2e", f"Authorization: Bearer {TEAM_KEY}", f"Content-Length: {len(payload)}", *more)
@@ -79,12 +79,12 @@ ENDLESS_BODIES = {
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streaming", "whole"])
-@pytest.mark.parametrize("asked", ENDLESS_BODIES.values(), ids=ENDLESS_BODIES.keys())
-def test_pitfall_16_a_reader_that_leaves_frees_the_real_slot(
-    url: str, backend: LlamaServer, asked: tuple[str, dict[str, object]], stream: bool
+@pytest.mark.parametrize("endless", ENDLESS_BODIES.values(), ids=ENDLESS_BODIES.keys())
+def test_a_client_that_leaves_a_stream_frees_the_real_slot(
+    url: str, backend: LlamaServer, endless: tuple[str, dict[str, object]], stream: bool
 ) -> None:
     backend.all_free()
-    with asking(url, asked[0], asked[1] | {"stream": stream}) as connection:
+    with requesting(url, endless[0], endless[1] | {"stream": stream}) as connection:
         eventually(backend.busy, lambda busy: busy == 1, 10)
         if stream:
             assert connection.recv(20).startswith(b"HTTP/1.1 200 ")
@@ -92,23 +92,25 @@ def test_pitfall_16_a_reader_that_leaves_frees_the_real_slot(
 
 
 def test_a_conversation_id_does_not_keep_the_slot(url: str, backend: LlamaServer) -> None:
-    """llama-server goes on generating for a reader that left where the request names a conversation."""
+    """If a request names a conversation, llama-server goes on generating for a client that has left."""
     backend.all_free()
-    with asking(url, "/v1/chat/completions", CHAT | {"max_tokens": ENDLESS, "stream": True}, "X-Conversation-Id: e2e"):
+    with requesting(
+        url, "/v1/chat/completions", CHAT | {"max_tokens": ENDLESS, "stream": True}, "X-Conversation-Id: e2e"
+    ):
         eventually(backend.busy, lambda busy: busy == 1, 10)
     backend.all_free()
 
 
-def test_pitfall_17_a_waiter_that_leaves_never_reaches_the_backend(url: str, backend: LlamaServer) -> None:
-    """Every slot is busy; one more waits and leaves; of its prompt the backend counts nothing."""
+def test_a_queued_client_that_leaves_never_reaches_the_backend(url: str, backend: LlamaServer) -> None:
+    """All slots are busy. One more client waits and leaves. The backend must not count its prompt."""
     long = {"prompt": "the dog", "n_predict": ENDLESS, "stream": True}
     backend.all_free()
-    streams = [asking(url, "/completion", long) for _ in range(backend.slot_count)]
+    streams = [requesting(url, "/completion", long) for _ in range(backend.slot_count)]
     for stream in streams:
         stream.__enter__()
     eventually(backend.busy, lambda busy: busy == backend.slot_count, 10)
     before = backend.counters()
-    with asking(url, "/completion", {"prompt": "the stone " * 50, "n_predict": 1, "cache_prompt": False}):
+    with requesting(url, "/completion", {"prompt": "the stone " * 50, "n_predict": 1, "cache_prompt": False}):
         eventually(lambda: waiting(url), lambda count: count == 1, 10)
     eventually(lambda: waiting(url), lambda count: count == 0, SLOT_FREE_S)
     for stream in streams:
@@ -128,13 +130,13 @@ STREAMS = 32
 
 
 class Reader(threading.Thread):
-    """Reads one endless stream to its end, however that comes."""
+    """Reads one endless stream until it ends in any way."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         self.url = url
         self.begun = threading.Event()
-        self.said = b""
+        self.received = b""
         self.status = 0
         self.cut: httpx.HTTPError | None = None
 
@@ -145,16 +147,16 @@ class Reader(threading.Thread):
             with httpx.stream("POST", address, headers=bearer(TEAM_KEY), json=body, timeout=30) as answer:
                 self.status = answer.status_code
                 for piece in answer.iter_raw():
-                    self.said = (self.said + piece)[-4000:]
+                    self.received = (self.received + piece)[-4000:]
                     self.begun.set()
         except httpx.HTTPError as error:
             self.cut = error
 
-    def saw_the_failure(self) -> bool:
-        return self.cut is not None or b'data: {"error"' in self.said or self.status >= 500
+    def has_seen_the_failure(self) -> bool:
+        return self.cut is not None or b'data: {"error"' in self.received or self.status >= 500
 
-    def saw_a_false_end(self) -> bool:
-        return b"[DONE]" in self.said
+    def has_seen_a_false_end(self) -> bool:
+        return b"[DONE]" in self.received
 
 
 @pytest.fixture
@@ -170,9 +172,7 @@ def wide_gateway(fragile: LlamaServer, tmp_path: Path) -> Iterator[Gateway]:
     yield from running(Gateway(tmp_path, fragile, MAX_CONCURRENT_REQUESTS=str(STREAMS)))
 
 
-def test_kill_9_of_the_backend_under_streams_is_seen_by_every_reader(
-    fragile: LlamaServer, wide_gateway: Gateway
-) -> None:
+def test_each_reader_sees_that_the_backend_was_killed(fragile: LlamaServer, wide_gateway: Gateway) -> None:
     readers = [Reader(wide_gateway.url) for _ in range(STREAMS)]
     for reader in readers:
         reader.start()
@@ -181,9 +181,9 @@ def test_kill_9_of_the_backend_under_streams_is_seen_by_every_reader(
     for reader in readers:
         reader.join(10)
     assert [reader.is_alive() for reader in readers] == [False] * STREAMS
-    assert [reader.saw_the_failure() for reader in readers] == [True] * STREAMS
-    assert [reader.saw_a_false_end() for reader in readers] == [False] * STREAMS
+    assert [reader.has_seen_the_failure() for reader in readers] == [True] * STREAMS
+    assert [reader.has_seen_a_false_end() for reader in readers] == [False] * STREAMS
 
     fragile.start()
-    address, asked = f"{wide_gateway.url}/v1/chat/completions", CHAT | {"max_tokens": 3}
-    eventually(lambda: fetch(address, TEAM_KEY, asked)[0], lambda status: status == 200, 20)
+    address, request = f"{wide_gateway.url}/v1/chat/completions", CHAT | {"max_tokens": 3}
+    eventually(lambda: fetch(address, TEAM_KEY, request)[0], lambda status: status == 200, 20)

@@ -1,4 +1,4 @@
-"""Tokens: what the gateway counted in passing equals what llama-server counted itself."""
+"""The gateway counts the same tokens as llama-server itself."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import pytest
 from stack import ENDLESS, OPERATOR_KEY, TEAM_KEY, Gateway, LlamaServer, bearer, eventually, fetch, running
 from tiny_gguf import WORDS
 
-WAVES, FINISHED_A_WAVE, CANCELLED_A_WAVE = 5, 84, 16
+WAVES, FINISHED_PER_WAVE, CANCELLED_PER_WAVE = 5, 84, 16
 Tokens = dict[str, int]
 
 
@@ -34,7 +34,7 @@ KINDS: dict[str, Callable[[random.Random, int], dict[str, object]]] = {
 
 
 def finished(url: str, seed: int) -> None:
-    """One request of a random kind, read to its end."""
+    """Send one request of a random kind, and read the response to its end."""
     random_ = random.Random(seed)
     route, body_of = random_.choice(list(KINDS.items()))
     body = body_of(random_, random_.randrange(1, 40))
@@ -46,19 +46,39 @@ def finished(url: str, seed: int) -> None:
     assert status == 200, answer
 
 
+def several(url: str, seed: int) -> None:
+    """Send one request with several answers, each of which has its report: a stream, or a list."""
+    random_ = random.Random(seed)
+    tokens = random_.randrange(1, 40)
+    prompts = [prompt(random_) for _ in range(random_.randrange(2, 4))]
+    route, body = random_.choice(
+        [
+            ("/v1/chat/completions", chat(random_, tokens) | {"n": random_.randrange(2, 4), "stream": True}),
+            ("/v1/completions", {"prompt": prompts, "max_tokens": tokens, "stream": True}),
+            (
+                "/v1/responses",
+                {"input": prompts[0], "max_output_tokens": tokens, "n": 2, "stream": random_.random() < 0.5},
+            ),
+            ("/completion", {"prompt": prompts, "n_predict": tokens, "stream": random_.random() < 0.5}),
+        ]
+    )
+    status, answer = fetch(url + route, TEAM_KEY, body)
+    assert status == 200, answer
+
+
 def cancelled(url: str, seed: int) -> None:
-    """One stream whose reader leaves after its first bytes."""
+    """Send one request for a stream, and leave after its first bytes."""
     body = chat(random.Random(seed), ENDLESS) | {"stream": True}
     with httpx.stream("POST", f"{url}/v1/chat/completions", headers=bearer(TEAM_KEY), json=body, timeout=60) as answer:
         next(answer.iter_raw())
 
 
 def counted(backend: LlamaServer) -> Tokens:
-    own = backend.counters()
+    metrics = backend.counters()
     return {
-        "prompt": int(own["prompt_tokens_total"] + own["prompt_tokens_cached_total"]),
-        "cached": int(own["prompt_tokens_cached_total"]),
-        "completion": int(own["tokens_predicted_total"]),
+        "prompt": int(metrics["prompt_tokens_total"] + metrics["prompt_tokens_cached_total"]),
+        "cached": int(metrics["prompt_tokens_cached_total"]),
+        "completion": int(metrics["tokens_predicted_total"]),
     }
 
 
@@ -67,7 +87,7 @@ def difference(after: Tokens, before: Tokens) -> Tokens:
 
 
 def logged(access_log: Path, outcome: str) -> tuple[int, Tokens]:
-    """How many requests ended so, and the sums of their tokens, from the access log."""
+    """Return the number of requests with this outcome, and the sums of their tokens, from the access log."""
     lines = [json.loads(line) for line in access_log.read_text().splitlines()]
     those = [line for line in lines if line["key"] == "team" and line["outcome"] == outcome]
     sums = {name: sum(line[f"{name}_tokens"] or 0 for line in those) for name in ("prompt", "cached", "completion")}
@@ -79,29 +99,25 @@ def own_gateway(backend: LlamaServer, tmp_path: Path):
     yield from running(Gateway(tmp_path, backend, LOG_FORMAT="json"))
 
 
-def test_totals_equal_the_backends_own_for_500_mixed_requests(backend: LlamaServer, own_gateway: Gateway) -> None:
-    """The cancelled ones come in waves of their own: llama-server counts a part of them, and does not tell which."""
+def test_the_totals_of_500_mixed_requests_equal_the_backends(backend: LlamaServer, own_gateway: Gateway) -> None:
+    """Cancelled requests come in separate waves, because llama-server counts an unknown part of their tokens."""
     backend.all_free()
-    apart = dict.fromkeys(("prompt", "cached", "completion"), 0)
+    of_cancelled = dict.fromkeys(("prompt", "cached", "completion"), 0)
     begun = counted(backend)
     with ThreadPoolExecutor(8) as pool:
         for wave in range(WAVES):
-            list(
-                pool.map(lambda seed: finished(own_gateway.url, seed), range(wave * 100, wave * 100 + FINISHED_A_WAVE))
-            )
+            seeds = range(wave * 100, wave * 100 + FINISHED_PER_WAVE)
+            list(pool.map(lambda seed: (several if seed % 4 == 0 else finished)(own_gateway.url, seed), seeds))
             before = counted(backend)
-            list(
-                pool.map(
-                    lambda seed: cancelled(own_gateway.url, seed), range(wave * 100, wave * 100 + CANCELLED_A_WAVE)
-                )
-            )
+            list(pool.map(lambda seed: cancelled(own_gateway.url, seed), seeds[:CANCELLED_PER_WAVE]))
             backend.all_free()
-            apart = {name: apart[name] + value for name, value in difference(counted(backend), before).items()}
-    wanted = {name: value - apart[name] for name, value in difference(counted(backend), begun).items()}
+            added = difference(counted(backend), before)
+            of_cancelled = {name: of_cancelled[name] + value for name, value in added.items()}
+    wanted = {name: value - of_cancelled[name] for name, value in difference(counted(backend), begun).items()}
 
     log = own_gateway.access_log
-    done = eventually(lambda: logged(log, "done"), lambda seen: seen[0] == WAVES * FINISHED_A_WAVE, 5)
-    gone = eventually(lambda: logged(log, "cancelled"), lambda seen: seen[0] == WAVES * CANCELLED_A_WAVE, 5)
+    done = eventually(lambda: logged(log, "done"), lambda seen: seen[0] == WAVES * FINISHED_PER_WAVE, 5)
+    gone = eventually(lambda: logged(log, "cancelled"), lambda seen: seen[0] == WAVES * CANCELLED_PER_WAVE, 5)
     assert done[1] == wanted
     assert gone[1]["prompt"] >= 0
     assert metric_totals(own_gateway.url) == {name: done[1][name] + gone[1][name] for name in done[1]}
@@ -111,3 +127,64 @@ def metric_totals(url: str) -> Tokens:
     _, page = fetch(f"{url}/metrics", OPERATOR_KEY)
     lines = [line.split() for line in page.decode().splitlines() if line.startswith("gateway_tokens_total{type=")]
     return {name.split('"')[1]: int(float(value)) for name, value in lines}
+
+
+# --- Whole responses with several choices ---
+
+STOPPED = {"stop": ["moon", "stone"], "temperature": 1.5}
+WHOLE: dict[str, tuple[str, dict[str, object]]] = {
+    "choices that the limit ends": ("/v1/chat/completions", {"n": 3, "max_tokens": 60}),
+    "choices that end before": ("/v1/chat/completions", {"n": 4, "max_tokens": 400, **STOPPED}),
+    "long choices": ("/v1/chat/completions", {"n": 3, "max_tokens": 700}),
+    "prompts": ("/v1/completions", {"prompt": ["the moon", "a cat", "one river"], "max_tokens": 50}),
+    "prompts with choices": ("/v1/completions", {"prompt": ["the moon", "a cat"], "n": 2, "max_tokens": 50}),
+    "without reports": ("/completion", {"prompt": "the moon", "n_predict": 200, "response_fields": ["content"]}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_responses_are_charged_no_less_than_generated_and_at_most_a_quarter_above(
+    backend: LlamaServer, own_gateway: Gateway, name: str
+) -> None:
+    """Over several requests: a few tokens of random text differ more in their size than that."""
+    route, body = WHOLE[name]
+    if route.endswith("chat/completions"):
+        body = body | {"messages": [{"role": "user", "content": "the moon"}]}
+    # The estimator learns from this one.
+    assert fetch(own_gateway.url + "/completion", TEAM_KEY, {"prompt": "a stone", "n_predict": 300})[0] == 200
+    backend.all_free()
+    before, charged = counted(backend), metric_totals(own_gateway.url)
+    for _ in range(6):
+        status, answer = fetch(own_gateway.url + route, TEAM_KEY, body)
+        assert status == 200, answer
+    generated = difference(counted(backend), before)["completion"]
+    counts = difference(metric_totals(own_gateway.url), charged)["completion"]
+    assert generated <= counts <= 1.25 * generated
+
+
+# --- The limit of a key ---
+
+CAPPED_KEY = "sk-e2e-capped-0123456789abcdef"
+CAP = 7
+WITHOUT_LIMIT: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "the moon"}]},
+    "/v1/completions": {"prompt": "the moon"},
+    "/completion": {"prompt": "the moon", "n_predict": -1},
+    "/v1/messages": {"messages": [{"role": "user", "content": "the moon"}], "n_predict": 3},
+    "/v1/responses": {"input": "the moon", "max_output_tokens": None},
+}
+
+
+def test_the_limit_of_a_key_holds_on_every_route(backend: LlamaServer, tmp_path: Path) -> None:
+    keys_file = tmp_path / "capped.txt"
+    keys_file.write_text(f"capped:{CAPPED_KEY}:1000000 max_tokens={CAP}\n")
+    for gateway in running(Gateway(tmp_path, backend, AUTH_KEYS_FILE=str(keys_file))):
+        for route, body in WITHOUT_LIMIT.items():
+            backend.all_free()
+            before = counted(backend)
+            status, answer = fetch(gateway.url + route, CAPPED_KEY, body)
+            assert status == 200, answer
+            assert difference(counted(backend), before)["completion"] == CAP, route
+            status, answer = fetch(gateway.url + route, CAPPED_KEY, body | {"max_tokens": CAP + 1, "n_predict": None})
+            assert (status, b"at most 7 are allowed" in answer) == (400, True), route
+            assert difference(counted(backend), before)["completion"] == CAP, route

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Write a llama of half a megabyte with random weights: real enough to load, chat, stream, embed and be cancelled.
+"""Write a llama model of half a megabyte with random weights, which can load, chat, stream, embed and be cancelled.
 
     python tests/e2e/tiny_gguf.py tiny.gguf
 
-The same file every time. What it says means nothing, but is text: byte tokens and the end-of-text tokens are so
-unlikely that an answer goes on until max_tokens. Needs the packages gguf and numpy (requirements/e2e.txt); the product
-never imports this.
+The file is the same every time. The model's output is meaningless text: byte tokens and the end-of-text tokens are so
+unlikely that a response goes on until max_tokens. Needs the packages gguf and numpy (requirements/e2e.txt).
 """
 
 import argparse
@@ -27,7 +26,7 @@ TEMPLATE = (
 
 
 def pieces() -> list[str]:
-    """Every word with the blank before it, and each of its beginnings: the tokenizer joins piece by piece."""
+    """Return each word with a blank before it, and each of its prefixes, since the tokenizer joins piece by piece."""
     words = ["▁" + word for word in WORDS.split()]
     return list(
         dict.fromkeys(list("▁abcdefghijklmnopqrstuvwxyz.,") + [w[:end] for w in words for end in range(2, len(w) + 1)])
@@ -35,7 +34,7 @@ def pieces() -> list[str]:
 
 
 def add_vocabulary(writer: gguf.GGUFWriter) -> tuple[int, int]:
-    """Add the tokens; return where the pieces begin and how many tokens there are."""
+    """Add the tokens; return the index of the first piece and the number of tokens."""
     kinds = gguf.TokenType
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     tokens = ["<unk>", *CONTROL, *byte_tokens, *pieces()]

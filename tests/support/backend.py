@@ -1,10 +1,10 @@
-"""A backend that does as it is told: a script of steps for each request, over a real socket on port 0.
+"""A scripted backend: a list of steps for each request, over a real socket on a free port.
 
-    backend.script(expect(b"GET / HTTP/1.1\\r\\n…"), send(b"HTTP/1.1 200 OK\\r\\n…"), stall(heard), send(b"…"), reset())
+    backend.script(expect(b"GET / HTTP/1.1\\r\\n…"), send(b"HTTP/1.1 200 OK\\r\\n…"), stall(event), send(b"…"), reset())
 
-Scripts are taken in the order in which requests come; a request for which none is left gets `backend.default`. What the
-gateway asks on its own behalf (/health, /props, /slots) is told apart by its lack of an X-Request-Id, answered from
-`backend.own` and kept in `backend.probes`. Everything else is in `backend.calls`, byte for byte.
+Requests take the scripts in order. A request without a script gets `backend.default`. The gateway's own requests
+(/health, /props, /slots) have no X-Request-Id: they are answered from `backend.own` and listed in `backend.probes`. All
+others are in `backend.calls`, byte for byte.
 """
 
 import asyncio
@@ -12,17 +12,17 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from support.clock import HURRY
+from support.ports import reserved_port
 
 PIECE_BYTES = 65536
 HELLO = b'{"hello": "world"}'
 
 
 def answer(body: bytes = HELLO, status: bytes = b"200 OK", *fields: bytes) -> bytes:
-    """A sized response, as bytes."""
+    """Return a sized response as bytes."""
     lines = [b"HTTP/1.1 " + status, b"Content-Type: application/json", b"Content-Length: %d" % len(body), *fields]
     return b"\r\n".join([*lines, b"", body])
 
@@ -40,19 +40,19 @@ def event(text: str) -> bytes:
 
 
 def reset_on_close(transport: asyncio.BaseTransport) -> None:
-    """Let the next close be a reset."""
+    """Make the next close a reset."""
     sock = transport.get_extra_info("socket")
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 @contextmanager
 def full_backlog() -> Iterator[int]:
-    """A port on which connecting neither succeeds nor fails: its queue is full."""
-    with socket.socket() as listener, ExitStack() as crowd:
+    """Yield a port on which connecting neither succeeds nor fails, since its queue is full."""
+    with socket.socket() as listener, ExitStack() as waiting:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         for _ in range(3):
-            sock = crowd.enter_context(socket.socket())
+            sock = waiting.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(listener.getsockname())
         yield listener.getsockname()[1]
@@ -64,7 +64,7 @@ class Ended(Exception):
 
 @dataclass
 class Call:
-    """One request as it came, and the connection on which it came."""
+    """One request as it arrived, and its connection."""
 
     raw: bytes
     connection: "Connection"
@@ -84,7 +84,7 @@ class Call:
 
     @property
     def fields(self) -> dict[bytes, bytes]:
-        """Field values by lower-case name; the last of several."""
+        """Field values by lower-case name. Of several with one name, the last."""
         lines = self.head[:-4].split(b"\r\n")[1:]
         pairs = (line.split(b": ", 1) for line in lines)
         return {name.lower(): value for name, value in pairs}
@@ -99,7 +99,7 @@ Step = Callable[[Call], Awaitable[None]]
 
 
 def send(data: bytes, piece: int = PIECE_BYTES) -> Step:
-    """Send bytes, `piece` at a time, with a turn of the loop between so that the gateway reads each by itself."""
+    """Send bytes in pieces, with an iteration of the loop between them, so that the gateway reads each alone."""
 
     async def step(call: Call) -> None:
         for start in range(0, len(data), piece):
@@ -110,7 +110,7 @@ def send(data: bytes, piece: int = PIECE_BYTES) -> Step:
 
 
 def stall(until: asyncio.Event | None = None) -> Step:
-    """Say nothing until the event is set, or (with none) until the gateway closes the connection."""
+    """Send nothing until the event is set, or without one until the gateway closes the connection."""
 
     async def step(call: Call) -> None:
         gone = asyncio.ensure_future(call.gone.wait())
@@ -127,7 +127,7 @@ def stall(until: asyncio.Event | None = None) -> Step:
 
 
 def reach(event: asyncio.Event) -> Step:
-    """Tell the test that the script has come this far."""
+    """Set the event: the script has come this far."""
 
     async def step(call: Call) -> None:
         event.set()
@@ -153,7 +153,7 @@ def close() -> Step:
 
 
 def expect(raw: bytes) -> Step:
-    """The request is exactly these bytes."""
+    """Assert that the request is exactly these bytes."""
 
     async def step(call: Call) -> None:
         assert call.raw == raw, f"\n{call.raw!r}\nis not\n{raw!r}"
@@ -162,13 +162,14 @@ def expect(raw: bytes) -> Step:
 
 
 class Connection(asyncio.Protocol):
-    """One connection of the gateway's: reads requests and plays the script of each."""
+    """One connection of the gateway: reads requests and plays the script of each one."""
 
     transport: asyncio.Transport
 
     def __init__(self, backend: "Backend") -> None:
         self.backend = backend
         self.gone = asyncio.Event()
+        self.stays = False  # it does not close when the gateway has sent its last byte
         self.buffer = bytearray()
         self._changed = asyncio.Event()
         self._writable = asyncio.Event()
@@ -186,7 +187,7 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._leave()
-        return False
+        return self.stays
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.backend.open.discard(self)
@@ -205,7 +206,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def can_write(self) -> bool:
-        """Whether the gateway still takes what is sent."""
+        """Whether the gateway still reads what is sent."""
         return self._writable.is_set()
 
     async def write(self, data: bytes) -> None:
@@ -228,18 +229,18 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     async def _request(self) -> bytes:
-        while (octets := request_octets(bytes(self.buffer))) is None:
+        while (length := request_length(bytes(self.buffer))) is None:
             if self.gone.is_set():
                 raise Ended
             self._changed.clear()
             await self._changed.wait()
-        raw = bytes(self.buffer[:octets])
-        del self.buffer[:octets]
+        raw = bytes(self.buffer[:length])
+        del self.buffer[:length]
         return raw
 
 
-def request_octets(data: bytes) -> int | None:
-    """How long the first request is, once it is whole. The gateway sends no other framing than Content-Length."""
+def request_length(data: bytes) -> int | None:
+    """Return the length of the first request; None if it is incomplete. The gateway always sends a Content-Length."""
     head, end, body = data.partition(b"\r\n\r\n")
     if not end:
         return None
@@ -252,16 +253,17 @@ def request_octets(data: bytes) -> int | None:
 
 @dataclass
 class Backend:
-    """The listening socket, what came, and what is to be said."""
+    """The listening socket, the requests that arrived, and the scripts."""
 
     default: tuple[Step, ...] = (send(answer()),)
-    own: dict[bytes, bytes] = field(default_factory=dict)  # the whole response to each of the gateway's own questions
+    own: dict[bytes, bytes] = field(default_factory=dict)  # the responses to the gateway's own requests, by target
     calls: list[Call] = field(default_factory=list)
     probes: list[bytes] = field(default_factory=list)
     connections: list[Connection] = field(default_factory=list)
     open: set[Connection] = field(default_factory=set)
     failures: list[AssertionError] = field(default_factory=list)
     choose: Callable[[Call], tuple[Step, ...]] | None = None
+    own_steps: Callable[[Call], tuple[Step, ...] | None] | None = None  # before `own`
     sent_bytes: int = 0
     port: int = 0
 
@@ -270,15 +272,18 @@ class Backend:
         self._scripts: deque[tuple[Step, ...]] = deque()
         self._called = asyncio.Event()
         self._server: asyncio.AbstractServer | None = None
-        self._place: socket.socket | None = None  # holds the port while nobody listens on it
+        self._reserved: socket.socket | None = None
 
     def script(self, *steps: Step) -> None:
-        """What to do with the next request that has no script yet."""
+        """Add the script for the next request that has none yet."""
         self._scripts.append(steps)
 
     def steps(self, call: Call) -> tuple[Step, ...]:
         if b"x-request-id" not in call.fields:
             self.probes.append(call.target)
+            steps = None if self.own_steps is None else self.own_steps(call)
+            if steps is not None:
+                return steps
             return (send(self.own.get(call.target, answer(b"{}", b"501 Not Implemented"))),)
         self.calls.append(call)
         self._called.set()
@@ -292,38 +297,36 @@ class Backend:
         return list(dict.fromkeys(call.connection for call in self.calls))
 
     async def call(self, number: int = 0) -> Call:
-        """The request of that number, once it is here."""
+        """Wait for the request with that number; return it."""
         while len(self.calls) <= number:
             self._called.clear()
-            await asyncio.wait_for(self._called.wait(), 20 * HURRY)
+            await self._called.wait()
         return self.calls[number]
 
     async def listen(self) -> None:
         """Listen: on a free port the first time, on the same one later."""
+        if self._reserved is None:
+            self._reserved = reserved_port()
+            self.port = self._reserved.getsockname()[1]
         loop = asyncio.get_running_loop()
-        self._give_place_up()
         self._server = await loop.create_server(lambda: Connection(self), "127.0.0.1", self.port, backlog=1024)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     def refuse(self) -> None:
-        """Accept nothing more: connections are refused. Those that are open stay, and nobody else gets the port."""
+        """Refuse new connections. Open ones stay, and the port is assigned to no other socket."""
         assert self._server is not None
         self._server.close()
-        self._give_place_up()
-        self._place = socket.socket()
-        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with suppress(OSError):  # somebody was quicker
-            self._place.bind(("127.0.0.1", self.port))
 
-    def _give_place_up(self) -> None:
-        if self._place is not None:
-            self._place.close()
-            self._place = None
+    def resume_reading(self) -> None:
+        """Let connections that a test has paused see that the gateway has closed them."""
+        for connection in self.open:
+            if not connection.transport.is_closing():
+                connection.transport.resume_reading()
 
     async def stop(self) -> None:
         assert self._server is not None
+        assert self._reserved is not None
         self._server.close()
-        self._give_place_up()
+        self._reserved.close()
         for connection in self.connections:
             connection.transport.abort()
             connection.task.cancel()

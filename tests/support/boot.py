@@ -1,74 +1,58 @@
-"""A boot as an operator's: start.sh or supervisor.py as a process, its lines, its children, its end."""
+"""A boot as an operator runs it: start.sh or supervisor.py as a process, its output, its children, its end."""
 
-import itertools
+import inspect
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+from support.ports import free_ports
+
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.parent.parent / "scripts"
-NICE = [found] if (found := shutil.which("nice")) else []
-PATIENCE_S = 30.0
-FIRST_PORT, PORTS = 20000, 12000
+# Tests in the foreground have priority, but beside other programs boots must go on, too.
+NICE = [found, "-n", "5"] if (found := shutil.which("nice")) else []
+PATIENCE_S = 300.0  # after which a test of processes gives up; far more than it needs, for machines under load
+# Linux: leave the children of other threads alone, since those threads wait for them themselves.
+WNOTHREAD = 0x20000000 if sys.platform.startswith("linux") else 0
 FOR_COVERAGE = {name: value for name, value in os.environ.items() if name.startswith("COVERAGE_")}
 
 
-def _ports() -> Iterator[int]:
-    """Free ports below those that the kernel hands out by itself, so that nobody takes one before it is used."""
-    first = os.getpid() * 101 % PORTS
-    for number in itertools.count(first):
-        port = FIRST_PORT + number % PORTS
-        if _is_free(port):
-            yield port
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as sock, suppress(OSError):
-        sock.bind(("127.0.0.1", port))
-        return True
-    return False
-
-
-_PORTS = _ports()
-_PORTS_LOCK = threading.Lock()
-
-
-def free_ports(count: int) -> list[int]:
-    with _PORTS_LOCK:
-        return list(itertools.islice(_PORTS, count))
+def waitpid_of_this_thread(pid: int, options: int) -> tuple[int, int]:
+    """Like os.waitpid. Boots run in other threads at the same time, and their exits must not be collected here."""
+    return os.waitpid(pid, options | WNOTHREAD)
 
 
 def program(path: Path, *argv: str) -> Path:
-    """Write an executable that becomes another program, with its own arguments behind."""
-    words = " ".join(f"'{word}'" for word in argv)
-    path.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+    """Write an executable that execs another program, with its own arguments appended."""
+    command = " ".join(f"'{argument}'" for argument in argv)
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
 
 
 def scripts_without(name: str, tmp_path: Path) -> Path:
-    """Copy the scripts, all but one."""
+    """Copy the scripts, except one."""
     return shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__", name))
 
 
 class Boot:
-    """One boot, with a stub llama-server unless LLAMA_BIN or MOCK_BACKEND says otherwise. A context manager.
+    """One boot, with a stub llama-server unless LLAMA_BIN or MOCK_BACKEND is set. A context manager.
 
-    With `stub_gateway` the gateway is one to order, too: support.stub_gateway.
-    The parent test's environment does not leak in, but for the PATH and, where `covered`, what coverage needs: it makes
-    each of the processes start much later.
+    `stub_gateway` replaces the gateway, too: see support.stub_gateway. `orders` are files for the stubs. Of the test's
+    own environment only the PATH is passed on, and with `covered` the variables for coverage, which slows each process
+    start down.
     """
 
     def __init__(
@@ -107,7 +91,7 @@ class Boot:
         self.env = {name: value for name, value in self.env.items() if value != UNSET}
         self._scripts = scripts
         self._argv = [str(scripts / "start.sh")] if by_shell else [sys.executable, str(scripts / "supervisor.py")]
-        self._argv = [*NICE, *before, *self._argv, *after]  # other tests run meanwhile, and come first
+        self._argv = [*NICE, *before, *self._argv, *after]
         self.lines: list[str] = []
         self._news = threading.Condition()
 
@@ -127,7 +111,7 @@ class Boot:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # Asked twice it ends at once, in order; what does not, dies, and its children with it.
+        # At the second SIGTERM it ends at once, in order. If it does not, it is killed, and its children die with it.
         for _ in range(2):
             self.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -135,7 +119,7 @@ class Boot:
         self.process.kill()
         self.process.wait()
         self._reader.join(PATIENCE_S)
-        assert not self._reader.is_alive(), "somebody who should be gone still holds the output"
+        assert not self._reader.is_alive(), "a process that should have ended still holds the output"
         assert self.process.stdout
         self.process.stdout.close()
 
@@ -152,23 +136,31 @@ class Boot:
     def output(self) -> str:
         return "\n".join(self.lines)
 
-    # What happens
+    # Events
 
     def await_line(self, pattern: str, times: int = 1) -> None:
-        """Wait until a pattern has come so often; a line of output is an event, so nothing is polled."""
+        """Wait until so many lines match a pattern. A line of output is an event, so nothing is polled."""
 
-        def come() -> bool:
+        def arrived() -> bool:
             return sum(bool(re.search(pattern, line)) for line in self.lines) >= times or not self._reader.is_alive()
 
         with self._news:
-            self._news.wait_for(come, PATIENCE_S)
+            self._news.wait_for(arrived, PATIENCE_S)
         assert sum(bool(re.search(pattern, line)) for line in self.lines) >= times, f"no {pattern!r} in:\n{self.output}"
+
+    def until(self, condition: Callable[[], object], pause_s: float = 0.01) -> None:
+        """Wait for what no line tells. Asserts that it becomes true while the boot runs."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < give_up_s, f"never: {inspect.getsource(condition)}"
+            time.sleep(pause_s)
 
     def await_ready(self, times: int = 1) -> None:
         self.await_line("state ready", times)
 
     def end(self) -> int:
-        """Wait for the end; return the exit status."""
+        """Wait for the end and return the exit status."""
         status = self.process.wait(PATIENCE_S)
         self._reader.join(PATIENCE_S)
         return status
@@ -180,12 +172,12 @@ class Boot:
         self.signal(signal.SIGTERM)
         return self.end()
 
-    # What there is
+    # Properties
 
     @property
     def state(self) -> dict[str, Any]:
-        told: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
-        return told
+        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text())
+        return state
 
     @property
     def starts(self) -> list[dict[str, Any]]:
@@ -209,11 +201,11 @@ class Boot:
         return pid
 
     def family(self) -> list[int]:
-        """The pids of all its descendants."""
+        """Return the pids of all its descendants."""
         return descendants(self.process.pid)
 
     def status(self, path: str, *, port: str = "PORT", key: str = "") -> int | None:
-        """GET a path; None where nobody answers."""
+        """GET a path and return the status; None if there is no response."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return ask(self.env["HOST"], int(self.env[port]), path, headers)
 
@@ -234,10 +226,10 @@ def ask(host: str, port: int, path: str, headers: Mapping[str, str] | None = Non
 
 def descendants(pid: int) -> list[int]:
     try:
-        mine = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-    return mine + [deeper for child in mine for deeper in descendants(child)]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def command_line(pid: int) -> str:
@@ -247,8 +239,18 @@ def command_line(pid: int) -> str:
         return ""
 
 
+def signal_is_default(pid: int, number: int) -> bool:
+    """Return whether a process would take a signal's default action: it runs, and neither ignores nor handles it."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = re.findall(r"^Sig(?:Ign|Cgt):\t([0-9a-f]+)$", status, re.MULTILINE)
+    return not any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
 def alive(pid: int) -> bool:
-    """A zombie that nobody has collected yet counts as gone."""
+    """Return whether the process runs. A zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

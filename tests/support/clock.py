@@ -1,6 +1,7 @@
-"""Monotonic seconds that pass only when a test says so, and how much shorter those of a scenario's loop are."""
+"""A monotonic clock that advances only if a test says so, and how much shorter the seconds of a scenario's loop are."""
 
 HURRY = 4
+PATIENCE_S = 60.0  # real seconds after which a test gives up; far more than it needs, for machines under load
 
 
 class Clock:

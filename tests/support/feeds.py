@@ -1,18 +1,18 @@
-"""Ways in which the same bytes can arrive, and what http1 makes of them, told in one line of text.
+"""Ways in which the same bytes can arrive, and readers that summarize in one line what http1 parses from them.
 
-The readers here do what the gateway's wires do, without a socket: a head, its framing, a body, and again with what is
-left over.
+The readers do what the gateway's protocols do, without a socket: read a head, its framing and a body, then start again
+with the remaining bytes.
 """
 
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from bodies import Body, RequestBody, response_body
-from errors import GatewayError
-from http1 import (
+from config.schema import Limits
+from core.errors import GatewayError
+from http1.bodies import Body, RequestBody, response_body
+from http1.grammar import (
     HEAD_END,
     HeadScanner,
-    Limits,
     RequestHead,
     ResponseHead,
     connection_options,
@@ -27,8 +27,8 @@ from http1 import (
 Feed = Callable[[bytes], list[bytes]]
 
 
-def in_pieces(raw: bytes, octets: int) -> list[bytes]:
-    return [raw[at : at + octets] for at in range(0, len(raw), octets)]
+def in_pieces(raw: bytes, size: int) -> list[bytes]:
+    return [raw[at : at + size] for at in range(0, len(raw), size)]
 
 
 FEEDS: dict[str, Feed] = {
@@ -41,7 +41,7 @@ FEEDS: dict[str, Feed] = {
 
 
 def halves(raw: bytes) -> Iterable[list[bytes]]:
-    """The bytes in two pieces, torn at every position."""
+    """The bytes in two pieces, split at every position."""
     return ([raw[:at], raw[at:]] for at in range(len(raw) + 1))
 
 
@@ -49,7 +49,7 @@ def halves(raw: bytes) -> Iterable[list[bytes]]:
 
 
 class RequestReader:
-    """Reads the requests of one connection; `seen` has a line for each, and the refusal's code comes last."""
+    """Reads the requests of one connection; `seen` has a line for each, and then the error's code, if any."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -63,28 +63,28 @@ class RequestReader:
 
     def feed(self, data: bytes) -> None:
         try:
-            while self.error is None and (data := self._take(data)):
+            while self.error is None and (data := self._read(data)):
                 pass
         except GatewayError as error:
             self.error = error
             self.seen.append(error.kind.code)
 
-    def _take(self, data: bytes) -> bytes:
-        """Take bytes for one head or one body; return what is left of them."""
+    def _read(self, data: bytes) -> bytes:
+        """Consume bytes for one head or one body; return the remaining ones."""
         if self._body is None:
             raw = self._scanner.feed(data)
             if raw is None:
                 return b""
-            data = self._scanner.rest
+            data = self._scanner.trailing_data
             self._begin(raw)
         assert self._body is not None
-        left = data
+        remaining = data
         if not self._body.done:
             self._body.feed(data)
-            left = self._body.surplus if self._body.done else b""
+            remaining = self._body.trailing_data if self._body.done else b""
         if self._body.done:
             self._end(self._body)
-        return left
+        return remaining
 
     def _begin(self, raw: bytes) -> None:
         self._head = parse_request_head(raw, self._limits)
@@ -95,19 +95,19 @@ class RequestReader:
     def _end(self, body: RequestBody) -> None:
         assert self._head is not None
         payload = b"".join(body.pieces)
-        assert len(payload) == body.octets
+        assert len(payload) == body.payload_bytes
         self.heads.append(self._head)
         self.payloads.append(payload)
-        self.seen.append(told_request(self._head, payload))
+        self.seen.append(describe_request(self._head, payload))
         self._body = None
 
     @property
-    def waits(self) -> bool:
-        """Whether a request has begun and is neither whole nor refused."""
+    def incomplete(self) -> bool:
+        """Whether a request has begun and is neither complete nor refused."""
         return self.error is None and (self._body is not None or self._scanner.begun)
 
-    def told(self) -> str:
-        return " then ".join([*self.seen, "more"] if self.waits else self.seen)
+    def summary(self) -> str:
+        return " then ".join([*self.seen, "more"] if self.incomplete else self.seen)
 
 
 def read_requests(pieces: Iterable[bytes], limits: Limits) -> RequestReader:
@@ -117,32 +117,32 @@ def read_requests(pieces: Iterable[bytes], limits: Limits) -> RequestReader:
     return reader
 
 
-def told_request(head: RequestHead, payload: bytes) -> str:
-    words = [head.method.decode(), head.target.decode()]
+def describe_request(head: RequestHead, payload: bytes) -> str:
+    parts = [head.method.decode(), head.target.decode()]
     if head.minor == 0:
-        words.append("HTTP/1.0")
-    words += told_fields(head)
+        parts.append("HTTP/1.0")
+    parts += describe_fields(head)
     if payload:
-        words.append(told_octets(payload))
+        parts.append(describe_bytes(payload))
     if not wants_keep_alive(head.minor, connection_options(head.known)):
-        words.append("close")
-    return " ".join(words)
+        parts.append("close")
+    return " ".join(parts)
 
 
-def told_fields(head: RequestHead | ResponseHead) -> list[str]:
-    """The fields that no rule of the gateway's own is about, which corpus files name x-something."""
-    return [f"{name.decode()}={told_octets(value)}" for name, value in head.fields if name[:2].lower() == b"x-"]
+def describe_fields(head: RequestHead | ResponseHead) -> list[str]:
+    """The fields without a meaning to the gateway, which corpus files name x-something."""
+    return [f"{name.decode()}={describe_bytes(value)}" for name, value in head.fields if name[:2].lower() == b"x-"]
 
 
-def told_octets(octets: bytes) -> str:
-    return repr(octets)[1:] if len(octets) <= 64 else f"{len(octets)} octets"
+def describe_bytes(value: bytes) -> str:
+    return repr(value)[1:] if len(value) <= 64 else f"{len(value)} bytes"
 
 
 # --- Responses ---
 
 
-class Relayed:
-    """One response, read as the relay reads it: the payload, and the bytes that may be passed on as they are."""
+class ResponseReader:
+    """Reads one response as the relay does: its payload, and the bytes that may be relayed unchanged."""
 
     def __init__(self, method: bytes) -> None:
         self._method = method
@@ -150,7 +150,7 @@ class Relayed:
         self._head: ResponseHead | None = None
         self.body: Body | None = None
         self.payload = b""
-        self.passed = b""
+        self.relayed = b""
         self.error: GatewayError | None = None
 
     def feed(self, data: bytes) -> None:
@@ -169,13 +169,13 @@ class Relayed:
             data = self._raw
         assert self.body is not None
         if self.body.done:
-            self.body.surplus += data
+            self.body.trailing_data += data
             return
         self.payload += self.body.feed(data)
-        self.passed += data[: getattr(self.body, "passable", 0)]
+        self.relayed += data[: getattr(self.body, "relayable", 0)]
 
     def _begin(self) -> bool:
-        """Read heads from what has come, interim ones too; whether the final one was among them."""
+        """Read heads, interim ones included, from what has arrived; return whether the final one was among them."""
         while self.body is None and HEAD_END in self._raw:
             raw, _, self._raw = self._raw.partition(HEAD_END)
             self._head = parse_response_head(raw + HEAD_END)
@@ -183,25 +183,25 @@ class Relayed:
                 self.body = response_body(response_framing(self._head, self._method))
         return self.body is not None
 
-    def told(self) -> str:
+    def summary(self) -> str:
         if self.error is not None:
             return self.error.kind.code
         if self._head is None or self.body is None:
             return "more"
-        words = [self._head.status_line.decode("latin-1"), *told_fields(self._head)]
+        parts = [self._head.status_line.decode("latin-1"), *describe_fields(self._head)]
         if self.payload:
-            words.append(told_octets(self.payload))
+            parts.append(describe_bytes(self.payload))
         if not self.body.done:
-            words.append("until close" if self.body.ends_at_close() else "more")
+            parts.append("until close" if self.body.ends_at_close() else "more")
         elif not wants_keep_alive(self._head.minor, connection_options(self._head.known)):
-            words.append("close")
-        if self.body.surplus:
-            words.append(f"surplus={told_octets(self.body.surplus)}")
-        return " ".join(words)
+            parts.append("close")
+        if self.body.trailing_data:
+            parts.append(f"trailing={describe_bytes(self.body.trailing_data)}")
+        return " ".join(parts)
 
 
-def read_response(pieces: Sequence[bytes], method: bytes = b"GET") -> Relayed:
-    relayed = Relayed(method)
+def read_response(pieces: Sequence[bytes], method: bytes = b"GET") -> ResponseReader:
+    reader = ResponseReader(method)
     for piece in pieces:
-        relayed.feed(piece)
-    return relayed
+        reader.feed(piece)
+    return reader

@@ -1,10 +1,10 @@
-"""A real Gateway in this process, on port 0, over a scripted backend; the clock stands still unless a test moves it.
+"""A real Gateway in this process, over a scripted backend. The clock stands still unless a test advances it.
 
     @scenario(MAX_QUEUE_SIZE="1")
     async def test_something(stack: Stack) -> None: ...
 
-After each scenario, whatever happened in it: no slot, waiter, held byte, connection or task is left, nothing failed
-unseen, and there is one access line for each request counted.
+After each scenario no slot, waiter, held byte, connection or task is left, no exception was logged, and there is one
+access line for each request that was counted.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import json
 import logging
 import re
 import shutil
+import socket
 import ssl
 import subprocess
 import time
@@ -24,16 +25,18 @@ from typing import Any
 
 import pytest
 
-import turns
-from client_wire import ClientWire
-from config import load_config
+from config.loader import load_config
 from gateway import Gateway
-from parts import Parts
+from proxy.app import App
+from proxy.request import Request
+from proxy.session import CLOSING
 from support.backend import Backend
-from support.clock import HURRY, Clock
+from support.clock import HURRY, PATIENCE_S, Clock
 from support.hurry import HurriedLoop, HurriedSelector
-from support.rawclient import PATIENCE_S, RawClient, Response
-from turns import Outbox
+from support.rawclient import RawClient, Response
+from transport import write_batching
+from transport.client_protocol import ClientProtocol
+from transport.write_batching import WriteBatcher
 
 KEY = b"sk-alice-0123456789abcdef"
 OPERATOR_KEY = b"sk-olga-0123456789abcdef"
@@ -44,7 +47,8 @@ bob:{OTHER_KEY.decode()}:1000000
 olga:{OPERATOR_KEY.decode()}:1000000 role=operator
 """
 CHAT = b"/v1/chat/completions"
-SCENARIO_S = 60.0 * HURRY
+CROSSING_MS = 60_000  # a loaded machine may take any time between a request and the end that crosses it
+SCENARIO_S = 2 * PATIENCE_S * HURRY
 
 Setting = str | Callable[[Path], str]
 
@@ -55,14 +59,16 @@ DEFAULTS = {
     "MAX_CONCURRENT_REQUESTS": "1000",
     "KEYS_WATCH_SECONDS": "0",
     "USAGE_FILE": "",
+    "METRICS_AUTH_ENABLED": "false",
     "LOG_FORMAT": "json",
+    "HEALTH_TIMEOUT": "60",  # of its own requests to the backend: a busy machine may take any time
 }
 
 
 def request(
     method: bytes, target: bytes, body: bytes | None = None, *fields: bytes, key: bytes | None = KEY, minor: int = 1
 ) -> bytes:
-    """A request as bytes. `fields` are whole lines without their CRLF."""
+    """Return a request as bytes. `fields` are whole lines without CRLF."""
     lines = [b"%b %b HTTP/1.%d" % (method, target, minor), b"Host: gateway"]
     if key is not None:
         lines.append(b"Authorization: Bearer " + key)
@@ -81,21 +87,21 @@ def post(target: bytes = CHAT, body: bytes = b"{}", *fields: bytes, key: bytes |
 
 
 def undated(raw: bytes) -> bytes:
-    """An answer without the Date that the gateway adds to those of a backend that gives none."""
+    """Return a response without the Date that the gateway adds if the backend sends none."""
     rest, dates = re.subn(rb"(\r\nDate: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT)(?=\r\n)", b"", raw)
     assert dates == 1
     return rest
 
 
 async def until(condition: Callable[[], Any], what: str = "") -> None:
-    """Let the loop turn until something is so; fail where it never is."""
+    """Wait until the condition is true. Asserts that it becomes true."""
     give_up_s = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < give_up_s, f"never came true: {what or inspect.getsource(condition)}"
         await asyncio.sleep(0.001)
 
 
-class Unseen(logging.Handler):
+class LogRecords(logging.Handler):
     """Keeps what the gateway logs."""
 
     def __init__(self) -> None:
@@ -107,7 +113,7 @@ class Unseen(logging.Handler):
 
 
 class Stack:
-    """The gateway, its backend, its clients, and what it has written down."""
+    """The gateway, its backend, its clients, its log and its access log."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], clock: Callable[[], float]) -> None:
         self.folder = folder
@@ -117,12 +123,14 @@ class Stack:
         self.keys_file = folder / "keys.txt"
         self.state_file = folder / "state.json"
         self.access_file = folder / "access.log"
-        self.finish = asyncio.Event()  # for a script to stall on
-        self.log = Unseen()
+        self.finish = asyncio.Event()  # scripts can stall on it
+        self.supervisor, self._drain_socket = socket.socketpair()
+        self.log = LogRecords()
         self.problems: list[dict[str, Any]] = []
         self._clients: list[RawClient] = []
         self._stopped = False
-        self.outbox = Outbox()
+        self._closed = False
+        self.batcher = WriteBatcher()
 
     # --- Life ---
 
@@ -145,47 +153,62 @@ class Stack:
             **made,
         }
         settings = load_config({name: value for name, value in environ.items() if value != "unset"})
-        self.parts = Parts(settings, self.clock, self.outbox)
-        self.gateway = Gateway(self.parts)
-        self.parts.reload()
+        self.app = App(settings, self.clock, self.batcher, crossing_ms=CROSSING_MS)
+        self.gateway = Gateway(self.app, settings, self._drain_socket)
+        await self.app.reload()
         self.port = await self.gateway.start()
         if environ["STATE_FILE"] != "unset" and '"ready"' in self.state_file.read_text():
-            await until(lambda: self.parts.readiness.ready, "ready")
+            await until(lambda: self.app.readiness.ready, "ready")
 
     async def stop(self) -> None:
-        """Let everybody leave; what is left then was leaked."""
+        """Close all clients. Asserts that nothing is left then."""
         if self._stopped:
             return
         self._stopped = True
         for client in self._clients:
             client.close()
-        await until(lambda: not self.parts.clients and not self.open_clients, "no connection is left")
-        letting_go = self.parts.letting_go  # these wait for /slots; the gateway's end ends that
-        await until(lambda: self.parts.gate.active == len(letting_go), "no slot is held")
-        self.advance(4)  # a backend connection that was made for one who left in that moment has its time, too
-        await self._close()
+        await until(lambda: not len(self.app.sessions), "no connection is left")
+        # The slots of cancelled requests wait for /slots, and are released when the gateway ends.
+        await until(lambda: self.app.numbers.active == self.app.pending_releases, "no slot is held")
+        self.advance(4)  # a connection to the backend whose client has just left is kept for a while
+        await self.close()
         self._check_nothing_left()
 
-    async def _close(self) -> None:
-        self._stopped = True
+    async def close(self) -> None:
+        """End the gateway, the clients and the backend, in whatever state they are."""
+        if self._closed:
+            return
+        self._stopped = self._closed = True
         await self.gateway.close()
+        self.supervisor.close()
+        self._drain_socket.close()
         logging.getLogger("gateway").removeHandler(self.log)
         for client in self._clients:
             client.close()
+        self.backend.resume_reading()
         with contextlib.suppress(AssertionError):
             await until(lambda: not self.backend.open)
         await self.backend.stop()
 
     def _check_nothing_left(self) -> None:
-        parts = self.parts
-        left = (parts.gate.active, parts.gate.queued, parts.buffered_bytes, parts.relaying, len(self.backend.open))
+        app = self.app
+        left = (
+            app.numbers.active,
+            app.numbers.queued,
+            app.memory.held_bytes,
+            app.sessions.backend_slots,
+            len(self.backend.open),
+        )
         assert left == (0, 0, 0, 0, 0), f"slots, waiters, held bytes, relays, backend connections: {left}"
         tasks = asyncio.all_tasks() - {asyncio.current_task(), self._main}
         assert not tasks, tasks
         assert not self.problems, self.problems
         bugs = [record.exc_text or record.getMessage() for record in self.log.records if record.exc_info]
         assert not bugs, bugs
-        lines, counted = self._text.count("\n"), sum(parts.metrics.requests._readings().values())
+        lines, counted = (
+            self._text.count("\n"),
+            sum(number for family in app.metrics.requests.families() for _, number in family.series),
+        )
         assert lines == counted, f"{lines} access lines, {counted} requests counted"
 
     # --- Clients ---
@@ -196,12 +219,22 @@ class Stack:
         return client
 
     @property
-    def open_clients(self) -> list[ClientWire]:
-        """Every connection with a client, those included that only wait for their last bytes to be taken."""
-        return [wire for wire in self.parts.deadlines if isinstance(wire, ClientWire)]
+    def clients(self) -> list[ClientProtocol]:
+        """The connections that are idle or served."""
+        return [session.client for session in self.app.sessions if session.state != CLOSING]
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests that are being served."""
+        return [session.request for session in self.app.sessions if session.request is not None]
+
+    @property
+    def open_clients(self) -> list[ClientProtocol]:
+        """All connections with clients, including those that only wait until their last bytes are sent."""
+        return [session.client for session in self.app.sessions]
 
     async def ask(self, raw: bytes) -> Response:
-        """One request on a connection of its own."""
+        """Send one request on a new connection; return the response."""
         client = await self.client()
         client.send(raw)
         response = await client.response(raw.partition(b" ")[0])
@@ -209,13 +242,13 @@ class Stack:
         assert not client.received
         return response
 
-    # --- Time, and the backend's state ---
+    # --- The time and the backend's state ---
 
     def advance(self, seconds: float) -> None:
-        """Let that much time pass at once."""
+        """Advance the clock, and tick."""
         assert isinstance(self.clock, Clock)
         self.clock.advance(seconds)
-        self.parts.deadlines.tick()
+        self.app.ticker.tick()
 
     def set_state(self, state: str) -> None:
         part = self.state_file.with_suffix(".part")
@@ -223,15 +256,15 @@ class Stack:
         part.replace(self.state_file)
 
     async def turn(self, state: str) -> None:
-        """Change the state file, and wait until the gateway has seen it."""
+        """Change the state file, and wait until the gateway has read it."""
         self.set_state(state)
-        await until(lambda: self.parts.readiness.state == state, state)
+        await until(lambda: self.app.readiness.state == state, state)
 
-    # --- What was written down ---
+    # --- Logs and counters ---
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """The access lines, once the stack has stopped."""
+        """The access lines. The stack must have stopped."""
         return [json.loads(line) for line in self._text.splitlines()]
 
     @property
@@ -242,9 +275,9 @@ class Stack:
         return text
 
     def counted(self, name: str, *labels: str) -> float:
-        """A counter's value."""
-        self.parts.observer.flush()
-        return float(getattr(self.parts.metrics, name).value(labels))
+        """Return the value of a counter."""
+        self.app.recorder.flush()
+        return float(getattr(self.app.metrics, name).value(labels))
 
     def logged(self) -> list[str]:
         return [record.getMessage() for record in self.log.records]
@@ -253,17 +286,17 @@ class Stack:
 def scenario(
     clock: Callable[[], Callable[[], float]] = Clock, **settings: Setting
 ) -> Callable[..., Callable[..., None]]:
-    """Make a test of a coroutine function whose first parameter is a Stack; others come from pytest as ever.
+    """Make a test of a coroutine function whose first parameter is a Stack. Others come from pytest.
 
-    A setting may be a function of the scenario's folder. KEYS and STATE are what the keys file and the state file say
-    at first; `unset` stands for no setting at all.
+    A setting may be a function of the scenario's folder. KEYS and STATE are the first contents of the keys file and the
+    state file. `unset` removes a setting.
     """
 
     def decorate(play: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         @functools.wraps(play)
         def test(tmp_path: Path, **names: Any) -> None:
             stack = Stack(tmp_path, dict(settings), clock())
-            turns.run(_play(play, stack, names), HurriedLoop(HurriedSelector(stack.outbox)))
+            write_batching.run(_play(play, stack, names), HurriedLoop(HurriedSelector(stack.batcher)))
 
         parameters = list(inspect.signature(play).parameters.values())[1:]
         own = inspect.Parameter("tmp_path", inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -274,7 +307,7 @@ def scenario(
 
 
 def tls_scenario(**settings: Setting) -> Callable[..., Callable[..., None]]:
-    """As `scenario`, over TLS, with a certificate for localhost: server.crt in the scenario's folder."""
+    """Like `scenario`, over TLS, with a certificate for localhost: server.crt in the scenario's folder."""
     tls: dict[str, Setting] = {
         "TLS_CERT_FILE": lambda folder: str(make_certificate(folder)),
         "TLS_KEY_FILE": lambda folder: str(folder / "server.key"),
@@ -289,21 +322,20 @@ async def _play(play: Callable[..., Awaitable[None]], stack: Stack, names: dict[
         await asyncio.wait_for(play(stack, **names), SCENARIO_S)
         await stack.stop()
     finally:
-        if not stack._stopped:
-            await stack._close()
+        await stack.close()
 
 
 def make_certificate(folder: Path, name: str = "server") -> Path:
-    """Write NAME.crt and NAME.key, self-signed, with the openssl command; return the former's path."""
+    """Write NAME.crt, self-signed, and NAME.key with the openssl command; return the path of NAME.crt."""
     certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
-    words = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
-    words += " -addext subjectAltName=DNS:localhost"
-    subprocess.run([*words.split(), "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    command = f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN={name}"
+    command += " -addext subjectAltName=DNS:localhost"
+    subprocess.run([*command.split(), "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
     return certificate
 
 
 def trusting(certificate: Path) -> ssl.SSLContext:
-    """A client's context that trusts one certificate."""
+    """Return a context for clients that trusts one certificate."""
     context = ssl.create_default_context(cafile=str(certificate))
     context.check_hostname = False
     return context

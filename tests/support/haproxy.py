@@ -1,4 +1,4 @@
-"""The shipped HAProxy configuration over real workers, and clients that say what became of each request."""
+"""The shipped HAProxy configuration over real workers, and clients that record the outcome of each request."""
 
 import hashlib
 import json
@@ -15,29 +15,44 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPSConnection, IncompleteRead
 from pathlib import Path
 
-from support.boot import Boot, free_ports
+from support.boot import PATIENCE_S, Boot
+from support.ports import free_ports
 
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "deploy" / "haproxy" / "haproxy.cfg"
-PATIENCE_S = 30.0
 FREE_KEY = "sk-free-0123456789abcdef"
 LOOSE_KEY = "sk-loose-0123456789abcdef"
 EXACT_KEY = "sk-exact-0123456789abcdef"
 RATE = 12
 KEYS_FILE = f"free:{FREE_KEY}:1000000\nloose:{LOOSE_KEY}:{RATE}\nexact:{EXACT_KEY}:{RATE}\n"
-MOCK = {"MOCK_BACKEND": "true", "MOCK_TOKENS_PER_SECOND": "200", "MOCK_PROMPT_MS": "20", "PARALLEL": "4"}
+MOCK = {
+    "TRUSTED_PROXIES": "127.0.0.1",
+    "METRICS_AUTH_ENABLED": "false",
+    "MOCK_BACKEND": "true",
+    "MOCK_TOKENS_PER_SECOND": "200",
+    "MOCK_PROMPT_MS": "20",
+    "PARALLEL": "4",
+}
+# HAProxy drops a line of a log to a file descriptor or a syslog socket rather than wait. It loses none in its memory.
+RING = """
+ring lines
+    format raw
+    maxlen 4096
+    size 16777216
+"""
 LOG_LINE = re.compile(r" clients~ (\w+)/(\S+) \S+ (-?\d+) \d+ \S+ \S+ (\S{4}) \S+ \S+ \{(.*?)\} ")
 
 
-def eventually(holds: Callable[[], bool], words: str) -> None:
+def eventually(holds: Callable[[], bool], what: str) -> None:
+    """Wait until it holds. Asserts that it does in time."""
     deadline_s = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < deadline_s, f"never: {words}"
+        assert time.monotonic() < deadline_s, f"never: {what}"
         time.sleep(0.01)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a client saw of one request: `whole` unless the body was cut, status 0 where there was no answer at all."""
+class Response:
+    """What a client received: `whole` unless the body was cut, status 0 if there was no response at all."""
 
     id: str
     status: int
@@ -53,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Logged:
-    """HAProxy's line on one request; `ending` is its four letters (S… = the worker's side ended it)."""
+    """HAProxy's log line of one request. `ending` is its termination state (S…: the worker's side ended it)."""
 
     backend: str
     worker: str
@@ -67,11 +82,11 @@ class Proxy:
     def __init__(self, folder: Path, workers: Sequence[Boot]) -> None:
         self.folder = folder
         self.port, self._spare_port, numbers_port = free_ports(3)
-        self._log = folder / "haproxy.log"
+        self._output = folder / "haproxy.out"
         self._make_certificate()
         digest = hashlib.sha256(EXACT_KEY.encode()).hexdigest()
         (folder / "exact_keys.lst").write_text(f"# of the one key\n{digest}\n")
-        text = _replace(SHIPPED.read_text(), "log /dev/log local0", "log stdout format raw local0")
+        text = _replace(SHIPPED.read_text(), "log /dev/log local0", "log ring@lines len 4096 format raw local0")
         text = _replace(text, "maxconn 20000", "maxconn 200")
         text = re.sub(r"    (chroot|user|group) .*\n", "", text)
         text = _replace(text, "/run/haproxy/admin.sock", f"{folder}/admin.sock")
@@ -80,7 +95,7 @@ class Proxy:
         text = _replace(text, "/etc/haproxy/exact_keys.lst", f"{folder}/exact_keys.lst")
         text = _replace(text, "127.0.0.1:8404", f"127.0.0.1:{numbers_port}")
         self.config = folder / "haproxy.cfg"
-        self.config.write_text(self._point_to(workers, text))
+        self.config.write_text(self._point_to(workers, text) + RING)
 
     def _make_certificate(self) -> None:
         (self.folder / "certs").mkdir()
@@ -99,7 +114,7 @@ class Proxy:
         subprocess.run(argv, check=True, capture_output=True)
 
     def _point_to(self, workers: Sequence[Boot], text: str) -> str:
-        """Give each server line its worker's ports; one without a worker leads nowhere."""
+        """Give each server line the ports of its worker. Without a worker, its port refuses connections."""
         backend = ""
 
         def point(match: "re.Match[str]") -> str:
@@ -110,8 +125,8 @@ class Proxy:
             number = int(match[2])
             env = workers[number - 1].env if number <= len(workers) else {}
             port, health = env.get("PORT", self._spare_port), env.get("PORT_HEALTH", self._spare_port)
-            asked = {"least": f" port {health}", "loading": f" port {port}", "exact": ""}[backend]
-            return f"server w{number} 127.0.0.1:{port}{asked}"
+            check = {"least": f" port {health}", "loading": f" port {port}", "exact": ""}[backend]
+            return f"server w{number} 127.0.0.1:{port}{check}"
 
         return re.sub(r"(?m)^backend (\w+)|server w(\d) 10\.0\.0\.\d:8000", point, text)
 
@@ -121,8 +136,8 @@ class Proxy:
 
     @contextmanager
     def running(self) -> Iterator["Proxy"]:
-        with self._log.open("wb") as log:
-            process = subprocess.Popen(["haproxy", "-db", "-f", str(self.config)], stdout=log, stderr=log)
+        with self._output.open("wb") as output:
+            process = subprocess.Popen(["haproxy", "-db", "-f", str(self.config)], stdout=output, stderr=output)
         try:
             eventually(lambda: self._listens(process), "HAProxy listens")
             yield self
@@ -131,11 +146,11 @@ class Proxy:
             process.wait(PATIENCE_S)
 
     def _listens(self, process: "subprocess.Popen[bytes]") -> bool:
-        assert process.poll() is None, self._log.read_text()
+        assert process.poll() is None, self._output.read_text()
         return (self.folder / "admin.sock").exists()
 
     def order(self, command: str) -> str:
-        """Say something to the admin socket."""
+        """Send a command to the admin socket; return the response."""
         with socket.socket(socket.AF_UNIX) as admin:
             admin.settimeout(PATIENCE_S)
             admin.connect(str(self.folder / "admin.sock"))
@@ -143,7 +158,7 @@ class Proxy:
             return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
 
     def up(self, backend: str) -> set[str]:
-        """The workers that a backend takes for well."""
+        """Return the workers that are up for a backend."""
         return {row[1] for row in self._servers(backend) if row[17] == "UP"}
 
     def sessions(self, backend: str, worker: str) -> int:
@@ -155,11 +170,11 @@ class Proxy:
         return [row for row in rows if row[0] == backend and row[1] != "BACKEND"]
 
     def logged(self, wanted: int) -> dict[str, Logged]:
-        """The lines of all requests that had an id, when there are so many."""
+        """Wait for so many log lines of requests with an id; return all by id."""
         found: dict[str, Logged] = {}
 
         def read() -> bool:
-            matches = LOG_LINE.finditer(self._log.read_text())
+            matches = LOG_LINE.finditer(self.order("show events lines"))
             found.update({m[5]: Logged(m[1], m[2], int(m[3]), m[4]) for m in matches})
             return len(found) >= wanted
 
@@ -167,20 +182,22 @@ class Proxy:
         return found
 
     def line(self, id: str) -> Logged:
-        """The line of one request, when it is there."""
+        """Wait for the log line of one request; return it."""
         eventually(lambda: id in self.logged(0), f"a line on {id}")
         return self.logged(0)[id]
 
-    # What clients do
+    # Clients
 
-    def connect(self) -> HTTPSConnection:
+    def connect(self, source: str = "127.0.0.1") -> HTTPSConnection:
+        """Return a connection for a client with this address."""
         context = ssl.create_default_context(cafile=str(self.certificate))
-        return HTTPSConnection("127.0.0.1", self.port, timeout=PATIENCE_S, context=context)
+        address = (source, 0)
+        return HTTPSConnection("127.0.0.1", self.port, timeout=PATIENCE_S, context=context, source_address=address)
 
     def request(
         self, id: str, key: str = FREE_KEY, tokens: int = 16, *, stream: bool = False, field: str = "Authorization"
-    ) -> Answer:
-        """One chat on a connection of its own."""
+    ) -> Response:
+        """Send one chat request on a new connection."""
         secret = f"Bearer {key}" if field == "Authorization" else key
         body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": tokens, "stream": stream}
         fields = {field: secret, "Content-Type": "application/json", "X-Request-Id": id}
@@ -191,21 +208,21 @@ class Proxy:
             response = connection.getresponse()
             worker = response.getheader("X-Worker", "")
             try:
-                return Answer(id, response.status, worker, response.read(), True, started_s)
+                return Response(id, response.status, worker, response.read(), True, started_s)
             except (IncompleteRead, OSError) as cut:
-                return Answer(id, response.status, worker, getattr(cut, "partial", b""), False, started_s)
+                return Response(id, response.status, worker, getattr(cut, "partial", b""), False, started_s)
         except (OSError, HTTPException):
-            return Answer(id, 0, "", b"", False, started_s)
+            return Response(id, 0, "", b"", False, started_s)
         finally:
             connection.close()
 
-    def together(self, count: int, key: str = FREE_KEY, tokens: int = 16) -> list[Answer]:
+    def together(self, count: int, key: str = FREE_KEY, tokens: int = 16) -> list[Response]:
         with ThreadPoolExecutor(count) as pool:
             return list(pool.map(lambda number: self.request(f"one-{key}-{number}", key, tokens), range(count)))
 
     @contextmanager
     def load(self, clients: int, each: int) -> Iterator["Load"]:
-        """Clients that ask one thing after the other, every second one streamed, until each has had its answers."""
+        """Run clients that send `each` requests one after the other, every second one a stream."""
         load = Load(self, clients, each)
         with ThreadPoolExecutor(clients) as pool:
             work = [pool.submit(load.ask, client) for client in range(clients)]
@@ -218,7 +235,7 @@ class Load:
     def __init__(self, proxy: Proxy, clients: int, each: int) -> None:
         self._proxy, self._each = proxy, each
         self._news = threading.Condition()
-        self.answers: list[Answer] = []
+        self.answers: list[Response] = []
         self.total = clients * each
 
     def ask(self, client: int) -> None:
@@ -240,14 +257,14 @@ def _replace(text: str, old: str, new: str) -> str:
 
 @contextmanager
 def cluster(folder: Path, workers: int = 3, **settings: str) -> Iterator[tuple[Proxy, list[Boot]]]:
-    """Workers started by start.sh, and HAProxy before them; it takes all of them for well unless some are loading."""
+    """Start workers with start.sh, and HAProxy in front of them. All workers are up, unless settings make them load."""
     with ExitStack() as stack:
         boots = []
         for number in range(1, workers + 1):
-            own = folder / f"w{number}"
-            (own / "data").mkdir(parents=True)
-            (own / "data" / "api_keys.txt").write_text(KEYS_FILE)
-            boot = Boot(own, {**MOCK, **settings}, by_shell=True)
+            home = folder / f"w{number}"
+            (home / "data").mkdir(parents=True)
+            (home / "data" / "api_keys.txt").write_text(KEYS_FILE)
+            boot = Boot(home, {**MOCK, **settings}, by_shell=True)
             boots.append(stack.enter_context(boot))
         for boot in boots:
             boot.await_line("gateway: version" if settings else "gateway: the backend is ready")

@@ -1,4 +1,4 @@
-"""A client that sends and reads bytes as they are, with a strict reader of responses that is not the product's."""
+"""A client that sends and reads plain bytes, with a strict response reader that is independent of the product."""
 
 import asyncio
 import json
@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from support.backend import reset_on_close
-from support.clock import HURRY
-
-PATIENCE_S = 20.0
+from support.clock import HURRY, PATIENCE_S
 
 
 @dataclass(frozen=True)
 class Response:
-    """One response: `head` and `coded` (the body in its transfer coding) exactly as they came, `body` decoded."""
+    """One response: `head` and `coded` (the body in its transfer coding) as received, and `body` decoded."""
 
     head: bytes
     coded: bytes
@@ -45,12 +43,12 @@ class Response:
 
     @property
     def code(self) -> str:
-        """The code of an error in OpenAI's envelope."""
+        """The code of an error in the OpenAI dialect."""
         return str(self.json["error"]["code"])
 
 
 class RawClient(asyncio.Protocol):
-    """One connection. `ended` is empty while it is open, then how it ended: "fin" or "reset"."""
+    """One connection. `ended` is empty while it is open, then "fin" or "reset"."""
 
     transport: asyncio.Transport
 
@@ -106,7 +104,7 @@ class RawClient(asyncio.Protocol):
         self.transport.write_eof()
 
     def close(self) -> None:
-        """Leave with a FIN (the kernel makes it a reset where bytes are unread)."""
+        """Leave with a FIN. The kernel sends a reset instead if received bytes are unread."""
         self.transport.abort()
 
     def reset(self) -> None:
@@ -125,35 +123,35 @@ class RawClient(asyncio.Protocol):
                     f"waited in vain; received {bytes(self.received[-2000:])!r} {self.ended}"
                 ) from None
 
-    async def take(self, octets: int) -> bytes:
-        """The next `octets` bytes."""
-        await self.until(lambda: len(self.received) >= octets or bool(self.ended))
-        assert len(self.received) >= octets, f"ended ({self.ended}) after {bytes(self.received)!r}"
-        taken = bytes(self.received[:octets])
-        del self.received[:octets]
+    async def take(self, size: int) -> bytes:
+        """Read so many bytes."""
+        await self.until(lambda: len(self.received) >= size or bool(self.ended))
+        assert len(self.received) >= size, f"ended ({self.ended}) after {bytes(self.received)!r}"
+        taken = bytes(self.received[:size])
+        del self.received[:size]
         return taken
 
     async def take_through(self, mark: bytes) -> bytes:
-        """All bytes up to and with the next `mark`."""
+        """Read up to the next `mark`, and the mark."""
         await self.until(lambda: mark in self.received or bool(self.ended))
         at = self.received.find(mark)
         assert at >= 0, f"ended ({self.ended}) after {bytes(self.received)!r}"
         return await self.take(at + len(mark))
 
     async def take_all(self) -> bytes:
-        """All bytes up to the end of the connection."""
+        """Read up to the end of the connection."""
         await self.until(lambda: bool(self.ended))
         return await self.take(len(self.received))
 
     async def silent(self) -> None:
-        """Nothing has come: what was sent before this call would be here after a few turns of the loop."""
+        """Assert that nothing arrives. What was sent before would arrive within a few iterations of the loop."""
         for _ in range(20):
             await asyncio.sleep(0)
         assert not self.received, f"received {bytes(self.received)!r}"
         assert not self.ended, f"ended ({self.ended})"
 
     async def response(self, method: bytes = b"GET") -> Response:
-        """Read one whole response; an interim one counts as one."""
+        """Read one whole response. An interim response counts as one."""
         head = await self.take_through(b"\r\n\r\n")
         response = Response(head, b"", b"")
         if method == b"HEAD" or response.status < 200 or response.status in (204, 304):
@@ -161,13 +159,14 @@ class RawClient(asyncio.Protocol):
         if response.field(b"transfer-encoding") is not None:
             assert response.field(b"transfer-encoding") == b"chunked"
             assert response.field(b"content-length") is None
-            coded, body = await self._chunks()
+            coded, body = await self.chunks()
             return Response(head, coded, body)
         length = response.field(b"content-length")
         coded = await self.take_all() if length is None else await self.take(int(length))
         return Response(head, coded, coded)
 
-    async def _chunks(self) -> tuple[bytes, bytes]:
+    async def chunks(self) -> tuple[bytes, bytes]:
+        """Read a chunked body. Returns it in its coding and decoded."""
         coded, payload, size = bytearray(), bytearray(), -1
         while size:
             line = await self.take_through(b"\r\n")

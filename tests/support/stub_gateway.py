@@ -1,58 +1,49 @@
-"""A gateway to order, for what a real one would have to be talked into: its /health is the file STUB_DIR/health.json.
+"""A gateway that a test controls by files in STUB_DIR.
 
-It drains at SIGTERM for as long as the file `undrained` is there, and tells its parent that it does. It says what it is
-asked and what signals it got.
+    health.json   the body of each response; without it, an idle gateway's /health
+    undrained     after SIGTERM it goes on until the file is removed
+    gateway_exit  it ends at once, with this status
+
+At SIGTERM it reports a drain on the socket of --drain-socket, as the gateway does. It prints each request and each
+signal.
 """
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from collections.abc import Mapping
 
-CONTROL = Path(os.environ["STUB_DIR"])
-IDLE = b'{"active": 0, "queued": 0, "backend_silent_s": 0.0, "idle_s": 0.0}'
+from stub_server import content_of, listen, ordered, serve
 
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        print(f"stub gateway: asked {self.path}", flush=True)
-        told = CONTROL / "health.json"
-        body = told.read_bytes() if told.exists() else IDLE
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+IDLE = '{"active": 0, "queued": 0, "backend_silent_s": 0.0, "idle_s": 0.0}'
 
 
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A probe that has its answer may reset the connection."""
+def respond(path: str, fields: Mapping[str, str]) -> tuple[int, bytes]:
+    print(f"stub gateway: asked {path}", flush=True)
+    return 200, (content_of("health.json") if ordered("health.json") else IDLE).encode()
 
 
 def leave(number: int, frame: object) -> None:
     print(f"stub gateway: signal {number}", flush=True)
-    os.kill(int(sys.argv[sys.argv.index("--parent") + 1]), signal.SIGUSR1)
+    socket.socket(fileno=int(sys.argv[sys.argv.index("--drain-socket") + 1])).send(b"drain")
     threading.Thread(target=drain).start()
 
 
 def drain() -> None:
-    while (CONTROL / "undrained").exists():
+    while ordered("undrained"):
         time.sleep(0.02)
     os._exit(0)
 
 
 def main() -> None:
-    if (CONTROL / "gateway_exit").exists():
-        sys.exit(int((CONTROL / "gateway_exit").read_text()))
+    if ordered("gateway_exit"):
+        sys.exit(int(content_of("gateway_exit")))
     signal.signal(signal.SIGTERM, leave)
     signal.signal(signal.SIGHUP, lambda *_: print("stub gateway: reloading", flush=True))
-    Server((os.environ["HOST"], int(os.environ["PORT"])), Handler).serve_forever()
+    serve(listen(os.environ["HOST"], int(os.environ["PORT"])), respond)
 
 
 if __name__ == "__main__":

@@ -1,98 +1,104 @@
-"""A llama-server to order: what it does is told by files in STUB_DIR, which may come and go while it runs.
+"""A llama-server that a test controls by files in STUB_DIR, which may appear and disappear while it runs.
 
-    unbound       the port stays unbound while the file is there (a download under way)
-    loading       everything answers 503
-    deaf          /health is not answered; `deaf_slots`: /slots is not
-    open          protected routes answer without the key
+    unbound       the port is not bound (as during a download)
+    loading       each response is 503
+    deaf          /health is not answered
+    deaf_slots    every other path is not answered
+    spinning      one thread works for a quarter of the time, alone
+    open          protected routes are 200 without the key
+    own_key       its key is another one than it was given
+    closed        its port is closed, and it lives on
     stubborn      SIGTERM is ignored
-    talkative     what is asked is printed
-    lines         printed at the start
+    talkative     each request is printed
+    lines         are printed at the start
+    version       is printed for --version
     exit, signal  end at once with this status, or by this signal
-    family        a process of its own is started; its pid goes to the file `grandchild`
+    family        start a child process, and write its pid to the file `grandchild`
 
 Each start adds a line to the file `starts`: a JSON object of pid, argv and environment.
 """
+
+import sys
+
+if "--version" in sys.argv:
+    from stub_server import content_of, ordered
+
+    print(content_of("version") if ordered("version") else "version: 11434 (stub)")
+    sys.exit()
 
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from collections.abc import Mapping
 
-CONTROL = Path(os.environ["STUB_DIR"])
+from stub_server import content_of, listen, order_path, ordered, serve
 
-
-def told(name: str) -> bool:
-    return (CONTROL / name).exists()
+WORK_S = 0.005
 
 
 def option(name: str) -> str:
-    return sys.argv[sys.argv.index(name) + 1]
+    return sys.argv[sys.argv.index(name) + 1] if name in sys.argv else ""
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        if told("talkative"):
-            print(f"asked {self.path}", flush=True)
-        while told("deaf" if self.path == "/health" else "deaf_slots"):
-            time.sleep(0.02)
-        if told("loading"):
-            self._answer(503, b'{"error":{"message":"Loading model"}}')
-        elif self.path == "/health":
-            self._answer(200, b'{"status":"ok"}')
-        elif self.headers.get("Authorization") != f"Bearer {KEY}" and not told("open"):
-            self._answer(401, b"{}")
-        else:
-            self._answer(200, b'{"total_slots":2}')
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A probe that has its answer may reset the connection."""
+def respond(path: str, fields: Mapping[str, str]) -> tuple[int, bytes]:
+    if ordered("talkative"):
+        print(f"asked {path}", flush=True)
+    while ordered("deaf" if path == "/health" else "deaf_slots"):
+        time.sleep(0.02)
+    if ordered("loading"):
+        return 503, b'{"error":{"message":"Loading model"}}'
+    if path == "/health":
+        return 200, b'{"status":"ok"}'
+    if ordered("own_key") or (fields.get("authorization") != f"Bearer {KEY}" and not ordered("open")):
+        return 401, b"{}"
+    return 200, b'{"total_slots":2}'
 
 
 def begin() -> None:
-    with (CONTROL / "starts").open("a") as file:
+    with open(order_path("starts"), "a", encoding="utf-8") as file:
         file.write(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "environ": dict(os.environ)}) + "\n")
-    if told("lines"):
-        print((CONTROL / "lines").read_text(), flush=True)
-    if told("signal"):
-        os.kill(os.getpid(), int((CONTROL / "signal").read_text()))
-    if told("exit"):
-        sys.exit(int((CONTROL / "exit").read_text()))
-    if told("family"):
-        child = subprocess.Popen(["sleep", "600"])
-        (CONTROL / "grandchild").write_text(str(child.pid))
+    if ordered("lines"):
+        print(content_of("lines"), flush=True)
+    if ordered("signal"):
+        os.kill(os.getpid(), int(content_of("signal")))
+    if ordered("exit"):
+        sys.exit(int(content_of("exit")))
+    if ordered("family"):
+        child = os.spawnlp(os.P_NOWAIT, "sleep", "sleep", "600")
+        with open(order_path("grandchild"), "w", encoding="utf-8") as file:
+            file.write(str(child))
+
+
+def work() -> None:
+    """Keep the processor busy for a moment."""
+    end_s = time.monotonic() + WORK_S
+    while time.monotonic() < end_s:
+        pass
 
 
 def main() -> None:
     begin()
-    signal.signal(signal.SIGTERM, lambda *_: None if told("stubborn") else os._exit(0))
-    while told("unbound"):
+    signal.signal(signal.SIGTERM, lambda *_: None if ordered("stubborn") else os._exit(0))
+    while ordered("unbound"):
         time.sleep(0.02)
-    Server.address_family = socket.AF_INET6 if ":" in option("--host") else socket.AF_INET
-    server = Server((option("--host"), int(option("--port"))), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    listener = listen(option("--host"), int(option("--port") or 0))
+    threading.Thread(target=serve, args=(listener, respond), daemon=True).start()
     print("0.00.026.518 I srv  llama_server: listening", flush=True)
     print("0.00.026.519 W srv  a warning", file=sys.stderr, flush=True)
+    while not ordered("closed"):
+        if ordered("spinning"):
+            work()
+        time.sleep(0.02)
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
     while True:
         signal.pause()
 
 
 if __name__ == "__main__":
-    KEY = Path(option("--api-key-file")).read_text().strip()
+    with open(option("--api-key-file"), encoding="utf-8") as file:
+        KEY = file.read().strip()
     main()

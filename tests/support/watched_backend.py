@@ -1,8 +1,8 @@
-"""The mock backend as a process that can be looked into: it remembers whose requests it saw, in order.
+"""The mock backend as a process that reports its state: slots, waiters, connections and the requests that it received.
 
-Flags and knobs are those of mock_backend.py. The first line on stdout tells the port; each SIGUSR1 brings another line:
-what is at work just then, and the X-Request-Id of every POST since the last. Run as a module, with scripts/ and tests/
-on PYTHONPATH.
+Flags and environment are those of mock_backend.py. The first line on stdout contains the port. Each SIGUSR1 prints
+another line: the current state, and the X-Request-Id of each POST since the last line, in order. Run it as a module,
+with scripts/ and tests/ on PYTHONPATH.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 
-from mock_backend import Exchange, MockBackend, Settings, load_settings
+from mock_backend import HttpRequest, MockBackend, Settings, load_settings
 
 
 class WatchedBackend(MockBackend):
@@ -20,19 +20,19 @@ class WatchedBackend(MockBackend):
         self.seen: list[str] = []
         self.connections = 0
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         try:
-            await super()._serve(reader, writer)
+            await super().serve_connection(reader, writer)
         finally:
             self.connections -= 1
 
-    async def _answer(self, exchange: Exchange) -> None:
-        if exchange.method == "POST":
-            self.seen.append(exchange.fields.get("x-request-id", "-"))
-        await super()._answer(exchange)
+    async def answer(self, request: HttpRequest) -> None:
+        if request.method == "POST":
+            self.seen.append(request.fields.get("x-request-id", "-"))
+        await super().answer(request)
 
-    def look(self) -> dict[str, object]:
+    def state(self) -> dict[str, object]:
         seen, self.seen = self.seen, []
         held = {
             "backend slots": len(self.busy),
@@ -42,8 +42,8 @@ class WatchedBackend(MockBackend):
         return {"held": held, "seen": seen}
 
 
-def tell(news: object) -> None:
-    print(json.dumps(news), flush=True)
+def report(value: object) -> None:
+    print(json.dumps(value), flush=True)
 
 
 async def serve() -> None:
@@ -51,9 +51,9 @@ async def serve() -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: tell(backend.look()))
+    loop.add_signal_handler(signal.SIGUSR1, lambda: report(backend.state()))
     server = await backend.start()
-    tell({"port": server.sockets[0].getsockname()[1]})
+    report({"port": server.sockets[0].getsockname()[1]})
     await stop.wait()
 
 

@@ -1,7 +1,7 @@
-"""The gateway as a process that can be looked into: `gateway.py` with one signal more.
+"""The gateway as a process that reports its state.
 
-Settings come from the environment. The first line on stdout tells the port; each SIGUSR1 brings another line: what the
-gateway holds just then. Run as a module, with scripts/ and tests/ on PYTHONPATH. No part of the product.
+Settings come from the environment. The first line on stdout contains the port. Each SIGUSR1 prints another line: what
+the gateway holds now. Run it as a module, with scripts/ and tests/ on PYTHONPATH. It is not part of the product.
 """
 
 import asyncio
@@ -13,61 +13,59 @@ import signal
 import sys
 
 import gateway
-import logs
-import turns
-from backend_wire import BackendWire
-from config import Config, load_config
-from parts import Parts
-from turns import Outbox
+from config.loader import load_config
+from config.schema import Config
+from core import logs
+from proxy.app import App
+from transport import write_batching
+from transport.write_batching import WriteBatcher
 
 
-def held(parts: Parts) -> dict[str, int]:
-    """Count everything that somebody has to give back."""
-    wires = list(parts.deadlines)
-    backend = sum(isinstance(wire, BackendWire) for wire in wires)
+def held(app: App) -> dict[str, int]:
+    """Count everything that must be released."""
     return {
-        "slots": parts.gate.active,
-        "waiters": parts.gate.queued,
-        "exchanges": len(parts.clients),
-        "client connections": len(wires) - backend,
-        "backend connections": backend,
+        "slots": app.queue.active,
+        "waiters": app.queue.queued,
+        "requests": sum(session.request is not None for session in app.sessions),
+        "client connections": len(app.sessions),
+        "backend connections": len(app.pool),
         "tasks": len(asyncio.all_tasks()),
-        "held octets": parts.buffered_bytes,
-        "relays": parts.relaying,
-        "public-only connections": len(parts.public_only),
+        "held bytes": app.memory.held_bytes,
+        "relays": app.sessions.backend_slots,
+        "public-only connections": sum(session.public_only for session in app.sessions),
     }
 
 
-def tell(news: object) -> None:
-    print(json.dumps(news), flush=True)
+def report(value: object) -> None:
+    print(json.dumps(value), flush=True)
 
 
-class WatchedParts(Parts):
-    """The gateway's parts; they tell what they hold when asked by SIGUSR1."""
+class WatchedApp(App):
+    """The gateway's app. It reports what it holds at each SIGUSR1."""
 
-    def __init__(self, config: Config, *, outbox: Outbox) -> None:
-        super().__init__(config, outbox=outbox)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._tell)
+    def __init__(self, config: Config, *, batcher: WriteBatcher) -> None:
+        super().__init__(config, batcher=batcher)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, self._report)
 
-    def _tell(self) -> None:
-        tell({"ready": self.readiness.ready, "held": held(self)})
+    def _report(self) -> None:
+        report({"ready": self.readiness.ready, "held": held(self)})
 
 
 class Announcer(logging.Handler):
-    """Tells the port, which the gateway only logs."""
+    """Reports the port, which the gateway only logs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if found := re.search(r"listens on .* port (\d+)", record.getMessage()):
-            tell({"port": int(found[1])})
+            report({"port": int(found[1])})
 
 
 def main() -> int:
     settings = load_config(os.environ)
     logs.setup("gateway", settings.log.level, settings.log.format, sys.stderr)
     logging.getLogger("gateway").addHandler(Announcer())
-    gateway.Parts = WatchedParts  # type: ignore[assignment, misc]
-    outbox = Outbox()
-    return turns.run(gateway.serve(settings, outbox), turns.new_loop(outbox))
+    gateway.App = WatchedApp  # type: ignore[assignment, misc]
+    batcher = WriteBatcher()
+    return write_batching.run(gateway.serve(settings, batcher), write_batching.new_loop(batcher))
 
 
 if __name__ == "__main__":

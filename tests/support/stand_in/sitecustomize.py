@@ -1,11 +1,11 @@
-"""On a test's PYTHONPATH: whoever starts gateway.py gets support/stub_gateway.py in its place.
+"""On a test's PYTHONPATH: a process that starts gateway.py runs support/stub_gateway.py instead.
 
-So the other scripts run from where they are, and their coverage counts.
+So the other scripts need not be copied, and their coverage counts.
 """
 
 import os
 import sys
-from pathlib import Path
 
-if "gateway.py" in [Path(word).name for word in sys.orig_argv]:
-    os.execv(sys.executable, [sys.executable, str(Path(__file__).parent.parent / "stub_gateway.py"), *sys.argv[1:]])
+if "gateway.py" in map(os.path.basename, sys.orig_argv):
+    stub = os.path.join(os.path.dirname(os.path.dirname(__file__)), "stub_gateway.py")
+    os.execv(sys.executable, [sys.executable, stub, *sys.argv[1:]])

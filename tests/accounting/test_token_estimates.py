@@ -1,0 +1,263 @@
+"""token_estimates.py: what is charged for that no report counts it."""
+
+import json
+import random
+from math import ceil
+from typing import Any
+
+import pytest
+
+from accounting.request_record import Outcome, RequestRecord
+from accounting.token_counter import TokenCounter
+from accounting.token_estimates import MARGIN, OVERRUN_TOKENS, TOKENS_PER_BYTE, TokenEstimator, limit_of
+from accounting.usage_reports import Tokens
+from policy.token_limits import TokensAsked
+from support.paths import TESTS
+from support.records import ANSWER, CHAT, EVENTS, PING, counted, prepare, record
+
+COMPLETIONS = prepare("POST", "/v1/completions")
+NATIVE = prepare("POST", "/completion")
+EMBEDDINGS = prepare("POST", "/v1/embeddings")
+OTHER = prepare("GET", "/v1/models")
+
+
+def tokens_of(made: RequestRecord, estimator: TokenEstimator | None = None) -> Tokens | None:
+    return (estimator or TokenEstimator()).tokens_of(made)
+
+
+def left(of: Any = CHAT, **changes: Any) -> RequestRecord:
+    """Return a request whose client left while the backend worked on it."""
+    changes = {"outcome": Outcome.CANCELLED, "is_unfinished": True, "usage_source": None, "bytes_in": 100} | changes
+    return record(of, **changes)
+
+
+def taught() -> TokenEstimator:
+    """Return an estimator that has seen a response: 10 tokens for 40 bytes of a body, 40 tokens/s."""
+    estimator = TokenEstimator()
+    seen = record(bytes_in=40)
+    estimator.learn([seen], [estimator.tokens_of(seen)])
+    return estimator
+
+
+# --- Reports ---
+
+
+AS_FORMATTED = (TESTS / "answers" / "chat.json").read_bytes()
+
+
+def test_a_response_as_llama_server_formats_it() -> None:
+    assert tokens_of(record(usage_source=AS_FORMATTED)) == Tokens(28, 27, 6, 0.349, 0.736)
+    assert tokens_of(record(usage_source=AS_FORMATTED, asked=TokensAsked(choices=2))) == Tokens(28, 27, 6, 0.349, 0.736)
+
+
+@pytest.mark.parametrize("source", [ANSWER, counted(ANSWER)])
+def test_what_is_reported_is_no_estimate(source: object) -> None:
+    assert tokens_of(record(usage_source=source)) == Tokens(10, 3, 20, 350.0, 500.0)
+
+
+def test_a_request_that_used_nothing_has_no_tokens() -> None:
+    assert tokens_of(record(PING)) is None
+    assert tokens_of(record(usage_source=None)) is None
+    assert tokens_of(record(usage_source=counted(b"\x1f\x8b"))) is None
+
+
+# --- Clients that left ---
+
+
+def test_the_prompt_of_a_client_that_left_is_estimated_by_its_body() -> None:
+    tokens = tokens_of(left(EMBEDDINGS))
+    assert tokens == Tokens(30, 0, 0, estimated=30)
+    tokens = tokens_of(left(bytes_in=400), taught())
+    assert tokens is not None
+    assert tokens.prompt == 100
+
+
+def test_what_was_generated_for_a_client_that_left_is_estimated_by_the_time() -> None:
+    # 25 tokens of the prompt at 20/s leave 0.25 s of the 1.25 s, and llama-server notices after a second.
+    tokens = tokens_of(left(), taught())
+    assert tokens == Tokens(25, 0, 40, estimated=65)
+    assert tokens_of(left(asked=TokensAsked(choices=2)), taught()) == Tokens(25, 0, 80, estimated=105)
+    assert tokens_of(left(asked=TokensAsked(choices=2, max_tokens=7)), taught()) == Tokens(25, 0, 14, estimated=39)
+
+
+def test_what_the_backend_was_seen_to_generate_precedes_the_time() -> None:
+    assert tokens_of(left(generated=7), taught()) == Tokens(25, 0, 7, estimated=32)
+    assert tokens_of(left(generated=0), taught()) == Tokens(25, 0, 0, estimated=25)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.TIMED_OUT, Outcome.TRUNCATED])
+def test_a_request_that_the_gateway_gave_up_is_charged_likewise(outcome: str) -> None:
+    assert tokens_of(left(outcome=outcome), taught()) == Tokens(25, 0, 40, estimated=65)
+
+
+def test_a_request_that_the_backend_did_not_answer_is_not_charged() -> None:
+    assert tokens_of(left(outcome=Outcome.REFUSED)) is None
+    assert tokens_of(left(OTHER)) is None
+
+
+def test_a_stream_that_was_left_is_charged_for_its_events_and_its_prompt() -> None:
+    tokens = tokens_of(left(usage_source=counted(*EVENTS)))
+    assert tokens == Tokens(30, 0, 1 + OVERRUN_TOKENS, estimated=31 + OVERRUN_TOKENS)  # the first has the role only
+    assert tokens_of(left(usage_source=counted(*EVENTS), asked=TokensAsked(max_tokens=2))) == Tokens(
+        30, 0, 2, estimated=32
+    )
+    cut = tokens_of(left(usage_source=counted(*EVENTS), outcome=Outcome.TRUNCATED))  # it did not go on
+    assert cut == Tokens(30, 0, 1, estimated=31)
+
+
+def test_a_stream_of_which_the_backend_could_not_send_all_is_charged_by_the_time() -> None:
+    tokens = tokens_of(left(usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=11.0), taught())
+    assert tokens == Tokens(25, 0, 80, estimated=105)
+    capped = left(
+        usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=11.0, asked=TokensAsked(max_tokens=50)
+    )
+    assert tokens_of(capped, taught()) == Tokens(25, 0, 50, estimated=75)
+
+
+def test_a_stream_that_was_left_before_its_first_event_is_charged_by_the_time() -> None:
+    tokens = tokens_of(left(usage_source=TokenCounter(CHAT.route.label)), taught())
+    assert tokens == Tokens(25, 0, 40, estimated=65)
+
+
+def test_a_choice_without_its_report_is_charged_for_its_events() -> None:
+    done = b'data: {"choices":[{"finish_reason":"stop","index":0}],"timings":{"prompt_n":4,"predicted_n":1}}\n\n'
+    source = counted(*EVENTS, *EVENTS, *EVENTS, done)
+    assert tokens_of(left(usage_source=source, asked=TokensAsked(choices=2), outcome=Outcome.TRUNCATED)) == Tokens(
+        4, 0, 6, estimated=5
+    )
+    assert tokens_of(record(usage_source=source, asked=TokensAsked(choices=2))) == Tokens(4, 0, 6, estimated=5)
+    assert tokens_of(record(usage_source=source)) == Tokens(4, 0, 1)
+
+
+def test_choices_whose_events_each_report_their_own_tokens_are_charged_for_all() -> None:
+    """With `return_progress` and `timings_per_token` the last event reports what its choice has so far."""
+    choice = b'data: {"choices":[{"finish_reason":null,"index":%d,"delta":{}}],'
+    progress = choice % 0 + b'"prompt_progress":{"total":9},"timings":{"prompt_n":9,"predicted_n":0}}'
+    each = choice + b'"timings":{"prompt_n":9,"predicted_n":%d}}'
+    events = [each % (index, number) for number in range(1, 51) for index in range(4)]
+    pieces = [event + b"\n\n" for event in (progress, *events)]
+    tokens = tokens_of(left(usage_source=counted(*pieces), asked=TokensAsked(choices=4), outcome=Outcome.TRUNCATED))
+    assert tokens == Tokens(9, 0, 201, estimated=201)  # events about the prompt look alike
+    alone = tokens_of(left(usage_source=counted(*pieces[:2], *pieces[5::4]), outcome=Outcome.TRUNCATED))
+    assert alone == Tokens(9, 0, 50, estimated=50)
+
+
+# --- Responses without their reports ---
+
+
+def test_a_response_that_was_asked_for_without_its_report_is_charged_by_its_text() -> None:
+    text = json.dumps({"content": "x" * 100}).encode()
+    tokens = tokens_of(record(NATIVE, usage_source=text, bytes_in=50))
+    assert tokens == Tokens(15, 0, 34, estimated=49)
+    assert tokens_of(record(NATIVE, usage_source=text, bytes_in=50, asked=TokensAsked(max_tokens=9))) == Tokens(
+        15, 0, 9, estimated=24
+    )
+
+
+def test_a_response_without_report_and_text_is_charged_by_the_time() -> None:
+    tokens = tokens_of(record(NATIVE, usage_source=b'{"id_slot":1}', bytes_in=10), taught())
+    assert tokens is not None
+    assert tokens.completion > 20
+
+
+def test_half_a_report_counts() -> None:
+    half = b'{"content":"xxxx","tokens_predicted":6}'
+    assert tokens_of(record(NATIVE, usage_source=half, bytes_in=10)) == Tokens(3, 0, 6, estimated=3)
+
+
+def test_an_embedding_without_a_report_is_charged_for_its_prompt() -> None:
+    embedding = b'[{"index":0,"embedding":[[0.5,0.25]]}]'
+    assert tokens_of(record(EMBEDDINGS, usage_source=embedding, bytes_in=10)) == Tokens(3, 0, 0, estimated=3)
+
+
+# --- Whole responses with several choices ---
+
+
+def whole(counts: list[int], texts: list[str], reasons: list[str], prompt: int = 5) -> bytes:
+    choices = [
+        {"index": at, "text": text, "finish_reason": why}
+        for at, (text, why) in enumerate(zip(texts, reasons, strict=True))
+    ]
+    timings = {"cache_n": 0, "prompt_n": prompt, "predicted_n": counts[0]}
+    return json.dumps({"choices": choices, "timings": timings}, separators=(",", ":")).encode()
+
+
+def test_choices_that_the_limit_ended_have_as_many_tokens_as_the_first() -> None:
+    raw = whole([100], ["a" * 300, "b" * 200, "c" * 400], ["length"] * 3)
+    assert tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=3))) == Tokens(5, 0, 300)
+    assert tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=3, max_tokens=100))) == Tokens(
+        5, 0, 300
+    )
+
+
+def test_prompts_of_a_whole_response_are_estimated_and_share_the_limit() -> None:
+    raw = whole([100], ["a" * 300, "b" * 200], ["length"] * 2)
+    tokens = tokens_of(
+        record(COMPLETIONS, usage_source=raw, asked=TokensAsked(prompts=2, max_tokens=100), bytes_in=100)
+    )
+    assert tokens == Tokens(30, 0, 200, estimated=25)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_other_choices_are_charged_no_less_than_generated_and_at_most_a_quarter_above(seed: int) -> None:
+    """Texts of 200 to 600 tokens with 1 to 7 bytes each, as a model's are."""
+    dice = random.Random(seed)
+    counts = [dice.randrange(200, 600) for _ in range(3)]
+    texts = ["".join("x" * dice.randrange(1, 8) for _ in range(count - 1)) for count in counts]
+    raw = whole(counts, texts, ["stop"] * 3)
+    tokens = tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=3)))
+    assert tokens is not None
+    assert sum(counts) <= tokens.completion <= 1.25 * sum(counts)
+    assert tokens.estimated == tokens.completion - counts[0]
+
+
+def test_no_choice_is_charged_above_the_limit() -> None:
+    raw = whole([10], ["a" * 40, "b" * 4000], ["stop", "stop"])
+    assert tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=2, max_tokens=50))) == Tokens(
+        5, 0, 60, estimated=50
+    )
+
+
+def test_choices_with_log_probabilities_are_exact() -> None:
+    logprobs = {"content": [{"token": "a"}] * 7}
+    choices = [{"index": 0, "text": "a"}, {"index": 1, "text": "b", "logprobs": logprobs}]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 2, "predicted_n": 3}}).encode()
+    assert tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=2))) == Tokens(2, 0, 10)
+
+
+# --- Learning ---
+
+
+def test_text_is_measured_from_time_to_time() -> None:
+    estimator = TokenEstimator()
+    native = b'{"content":"%b","timings":{"prompt_n":2,"predicted_n":50}}'
+    for ended_s, size in ((100.0, 100), (101.0, 1000), (111.0, 100)):
+        seen = record(NATIVE, usage_source=native % (b"x" * size), ended_s=ended_s)
+        estimator.learn([seen], [estimator.tokens_of(seen)])
+    tokens = tokens_of(record(NATIVE, usage_source=b'{"content":"%b"}' % (b"x" * 100)), estimator)
+    assert tokens is not None
+    assert tokens.completion == ceil(50 * MARGIN)
+
+
+def test_nothing_is_learned_from_estimates_or_nothing() -> None:
+    for records, tokens in (
+        ([left()], [Tokens(1000, 0, 1000, estimated=2000)]),
+        ([record(bytes_in=0), record(PING)], [Tokens(1000, 0, 0), None]),
+        ([record(usage_source=b"{}")], [Tokens(0, 0, 5)]),
+    ):
+        estimator = TokenEstimator()
+        estimator.learn(records, tokens)
+        assert estimator.prompt_tokens(CHAT.route.label, 100) == round(100 * TOKENS_PER_BYTE)
+
+
+def test_lessons_are_a_second_apart() -> None:
+    estimator = taught()
+    for ended_s, expected in ((102.5, 25), (103.0, 33)):
+        seen = record(bytes_in=10, ended_s=ended_s)
+        estimator.learn([seen], [estimator.tokens_of(seen)])
+        assert estimator.prompt_tokens(CHAT.route.label, 100) == expected
+
+
+def test_the_limit_is_that_of_all_choices() -> None:
+    assert limit_of(record()) is None
+    assert limit_of(record(asked=TokensAsked(max_tokens=5, choices=2, prompts=3))) == 30

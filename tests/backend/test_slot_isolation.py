@@ -1,0 +1,204 @@
+"""slot_isolation.py: leases in order, slots emptied before they change hands, and backends that are found unfit."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from backend.slot_isolation import SlotIsolation, SlotLease, UnfitBackend
+from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
+from support.clock import Clock
+
+DIGESTS = (b"a",)
+ERASED = (200, b'{"id_slot": 0, "n_erased": 1}')
+
+
+class Backend:
+    """Two slots. `cached` is what it finds of a prompt that it has seen before the slots were emptied."""
+
+    def __init__(self) -> None:
+        self.erased: list[int] = []
+        self.prompts: list[str] = []
+        self.erase_answer = ERASED
+        self.completion_status = 200
+        self.cached = 0
+        self.slots: object = [{}, {}]
+        self.stalls = False
+
+    async def fetch(self, target: bytes) -> tuple[int, bytes]:
+        assert target == b"/slots"
+        return 200, json.dumps(self.slots).encode()
+
+    async def post(self, target: bytes, body: bytes) -> tuple[int, bytes]:
+        if target.startswith(b"/slots/"):
+            self.erased.append(int(target[7:8]))
+            if self.stalls:
+                await asyncio.Event().wait()
+            return self.erase_answer
+        prompt = json.loads(body)["prompt"]
+        cached = self.cached if prompt in self.prompts else 0
+        self.prompts.append(prompt)
+        return self.completion_status, json.dumps({"timings": {"cache_n": cached}}).encode()
+
+
+class Around:
+    def __init__(self) -> None:
+        self.backend = Backend()
+        self.clock = Clock()
+        self.isolation = SlotIsolation(self.backend.fetch, self.backend.post, self.clock)
+
+    async def prepare(self) -> None:
+        assert await self.isolation.prepare(5) == 2
+        self.backend.erased.clear()
+
+    async def lease(self, owner: str, *, floating: bool = False) -> SlotLease:
+        lease = self.isolation.lease(owner, None if floating else DIGESTS)
+        await asyncio.wait_for(lease.acquire(), 5)
+        return lease
+
+
+def with_isolation(play: Callable[[Around], Awaitable[None]]) -> Callable[[], None]:
+    async def run() -> None:
+        around = Around()
+        await play(around)
+
+    return lambda: asyncio.run(run())
+
+
+@with_isolation
+async def test_a_slot_is_emptied_for_another_key_only(around: Around) -> None:
+    await around.prepare()
+    for owner in ("alice", "alice"):
+        lease = await around.lease(owner)
+        assert (lease.slot, lease.is_valid) == (0, True)
+        lease.release()
+    assert around.backend.erased == [0]  # of which nothing was known
+    (await around.lease("bob")).release()
+    (await around.lease("carol")).release()
+    assert around.backend.erased == [0, 1, 0]
+    assert around.isolation.handovers == 1
+
+
+@with_isolation
+async def test_leases_are_granted_in_order(around: Around) -> None:
+    await around.prepare()
+    alice = await around.lease("alice")
+    bob = asyncio.ensure_future(around.lease("bob", floating=True))
+    carol = asyncio.ensure_future(around.lease("carol"))
+    await asyncio.sleep(0)
+    assert not bob.done()
+    alice.release()
+    (await bob).release()
+    (await carol).release()
+    assert around.isolation.table.busy == around.isolation.table.floating == 0
+
+
+@with_isolation
+async def test_a_lease_can_be_given_up_while_it_waits(around: Around) -> None:
+    await around.prepare()
+    alice = await around.lease("alice")
+    bob = around.isolation.lease("bob", None)
+    waiting = asyncio.ensure_future(bob.acquire())
+    carol = asyncio.ensure_future(around.lease("carol"))
+    await asyncio.sleep(0)
+    bob.release()
+    waiting.cancel()
+    assert (await carol).slot == 1
+    alice.release()
+
+
+@with_isolation
+async def test_a_lease_can_be_given_up_while_its_slot_is_emptied(around: Around) -> None:
+    await around.prepare()
+    around.backend.stalls = True
+    lease = around.isolation.lease("alice", None)
+    waiting = asyncio.ensure_future(lease.acquire())
+    while not around.backend.erased:
+        await asyncio.sleep(0)
+    lease.release()
+    lease.release()
+    waiting.cancel()
+    around.backend.stalls = False
+    (await around.lease("bob", floating=True)).release()
+    assert around.backend.erased == [0, 0, 1]
+
+
+@pytest.mark.parametrize("answer", [(501, b"{}"), (200, b"{}")])
+def test_a_slot_that_is_not_emptied_is_an_error(answer: tuple[int, bytes]) -> None:
+    @with_isolation
+    async def play(around: Around) -> None:
+        await around.prepare()
+        around.backend.erase_answer = answer
+        lease = around.isolation.lease("alice", DIGESTS)
+        with pytest.raises(GatewayError) as caught:
+            await lease.acquire()
+        assert caught.value.kind is BACKEND_UNAVAILABLE
+        lease.release()
+        assert around.isolation.table.busy == 0
+
+    play()
+
+
+@with_isolation
+async def test_a_request_that_may_not_have_begun_keeps_its_slot_for_a_while(around: Around) -> None:
+    await around.prepare()
+    lease = await around.lease("alice", floating=True)
+    lease.settle(1_000_000)
+    lease.release()
+    assert around.isolation.table.floating == 1
+    (await around.lease("alice")).release()
+    waiting = asyncio.ensure_future(around.lease("bob"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    waiting.cancel()
+
+
+@with_isolation
+async def test_a_lease_is_not_valid_for_another_process(around: Around) -> None:
+    await around.prepare()
+    lease = await around.lease("alice")
+    await around.isolation.prepare(5)
+    assert around.backend.erased == [0]  # the slot is at work: it is not checked again
+    assert not lease.is_valid
+    lease.release()
+    assert (await around.lease("alice")).is_valid
+    assert around.backend.erased == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flaw", "message"),
+    [
+        ({"erase_answer": (501, b"{}")}, "--slot-save-path"),
+        ({"cached": 20}, "--cache-ram 0"),
+        ({"slots": {}}, "--slots"),
+    ],
+)
+def test_a_backend_that_cannot_keep_the_promise_is_unfit(flaw: dict[str, object], message: str) -> None:
+    @with_isolation
+    async def play(around: Around) -> None:
+        vars(around.backend).update(flaw)
+        with pytest.raises(UnfitBackend, match=message):
+            await around.isolation.prepare(5)
+        vars(around.backend).update(vars(Backend()))
+        with pytest.raises(UnfitBackend, match=message):  # it is not asked each time
+            await around.isolation.prepare(5)
+        around.clock.advance(6)
+        assert await around.isolation.prepare(5) == 2
+
+    play()
+
+
+@with_isolation
+async def test_a_backend_for_embeddings_keeps_no_prompts_elsewhere(around: Around) -> None:
+    around.backend.completion_status = 501
+    await around.isolation.prepare(5)
+    assert len(around.backend.prompts) == 1
+
+
+@with_isolation
+async def test_a_backend_that_does_not_respond_is_not_unfit(around: Around) -> None:
+    around.backend.stalls = True
+    with pytest.raises(GatewayError) as caught:
+        await around.isolation.prepare(0.01)
+    assert caught.value.kind is BACKEND_TIMEOUT

@@ -1,0 +1,240 @@
+"""slots.py: the number of slots, and when the slot of a cancelled request is released."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+
+import pytest
+
+from backend.generation_watch import GenerationWatch
+from backend.slots import SlotReclaimer, busy_slots, total_slots
+from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
+from policy.fair_queue import FairQueue, Ticket
+from support.clock import Clock
+from support.gateway import until
+from support.hurry import HurriedLoop, HurriedSelector
+from transport import write_batching
+from transport.write_batching import WriteBatcher
+
+Reply = int | Kind | tuple[int, bytes]
+UNREADABLE: list[Reply] = [
+    (501, b"[]"),
+    (200, b"{}"),
+    (200, b"[1]"),
+    (200, b"["),
+    (200, b"[" * 100_000),
+    BACKEND_MALFORMED,
+]
+
+
+class Backend:
+    """Responds as scripted: with this many busy slots, with an error, or with a status and a body.
+
+    The last reply is repeated.
+    """
+
+    def __init__(self, *replies: Reply) -> None:
+        self._replies = list(replies)
+        self.polls = 0
+
+    async def fetch(self, target: bytes) -> tuple[int, bytes]:
+        self.polls += 1
+        reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
+        if isinstance(reply, Kind):
+            raise GatewayError(reply)
+        if isinstance(reply, tuple):
+            return reply
+        assert target == b"/slots"
+        return 200, json.dumps([{"is_processing": True}] * reply + [{"is_processing": False}]).encode()
+
+
+# --- The number of slots ---
+
+
+@pytest.mark.parametrize(
+    ("reply", "slots"),
+    [
+        ((200, b'{"total_slots": 4}'), 4),
+        ((200, b'{"total_slots": 0}'), 1),
+        ((200, b'{"total_slots": 4097}'), 1),
+        ((200, b'{"total_slots": true}'), 1),
+        ((200, b'{"total_slots": "4"}'), 1),
+        ((200, b"{}"), 1),
+        ((200, b"[4]"), 1),
+        ((200, b"no JSON"), 1),
+        ((404, b'{"total_slots": 4}'), 1),
+        (BACKEND_UNAVAILABLE, 1),
+        (BACKEND_MALFORMED, 1),
+    ],
+)
+def test_total_slots_is_read_from_props(reply: Reply, slots: int) -> None:
+    assert asyncio.run(total_slots(Backend(reply).fetch)) == slots
+
+
+def test_busy_slots_are_those_that_are_processing() -> None:
+    assert len(asyncio.run(busy_slots(Backend(3).fetch))) == 3
+
+
+@pytest.mark.parametrize("reply", UNREADABLE)
+def test_a_backend_that_does_not_report_its_slots_is_a_value_error(reply: Reply) -> None:
+    with pytest.raises(ValueError, match=r"^(not a list of slots|no such page|nested too deeply|Expecting value.*)$"):
+        asyncio.run(busy_slots(Backend(reply).fetch))
+
+
+def test_a_backend_that_does_not_respond_is_a_gateway_error() -> None:
+    with pytest.raises(GatewayError):
+        asyncio.run(busy_slots(Backend(BACKEND_TIMEOUT).fetch))
+
+
+# --- Cancelled requests ---
+
+
+class Cancelled:
+    """A queue, and cancelled requests whose slots are reclaimed."""
+
+    def __init__(self, backend: Backend, timeout_s: float = 3600.0) -> None:
+        self.queue = FairQueue(8, 0, Clock())
+        self.relaying = 0
+        self.reclaimer = SlotReclaimer(backend.fetch, lambda: self.relaying, timeout_s)
+
+    def cancel(self, *, streamed: bool = True) -> Ticket:
+        ticket = self.queue.acquire("alice")
+        self.reclaimer.release(ticket, streamed=streamed)
+        return ticket
+
+
+def run(play: Callable[[], Coroutine[None, None, None]]) -> None:
+    write_batching.run(play(), HurriedLoop(HurriedSelector(WriteBatcher())))
+
+
+def test_slots_are_released_as_the_backend_stops_working_on_them() -> None:
+    async def play() -> None:
+        backend = Backend(3, 3, 2, 1)
+        cancelled = Cancelled(backend)
+        cancelled.relaying = 1
+        cancelled.cancel()
+        cancelled.cancel(streamed=False)
+        await until(lambda: backend.polls == 3)
+        await until(lambda: cancelled.queue.active == 1)
+        assert len(cancelled.reclaimer) == 1
+        await until(lambda: cancelled.queue.active == 0)
+        assert (backend.polls, len(cancelled.reclaimer)) == (4, 0)
+
+    run(play)
+
+
+@pytest.mark.parametrize("kind", [BACKEND_TIMEOUT, BACKEND_UNAVAILABLE])
+def test_a_backend_that_is_too_busy_to_respond_is_polled_again(kind: Kind) -> None:
+    """While it processes a long prompt, /slots takes long. It may still be working on cancelled requests."""
+
+    async def play() -> None:
+        backend = Backend(kind, kind, 1, 0)
+        cancelled = Cancelled(backend)
+        cancelled.cancel()
+        await until(lambda: backend.polls == 3)
+        assert cancelled.queue.active == 1
+        await until(lambda: cancelled.queue.active == 0)
+        cancelled.cancel()
+        await until(lambda: cancelled.queue.active == 0)
+        assert backend.polls == 5
+
+    run(play)
+
+
+@pytest.mark.parametrize("reply", UNREADABLE)
+def test_a_backend_that_does_not_report_its_slots_is_polled_once(reply: Reply) -> None:
+    async def play() -> None:
+        backend = Backend(reply)
+        cancelled = Cancelled(backend)
+        cancelled.cancel()
+        await until(lambda: cancelled.queue.active == 0)
+        cancelled.cancel()
+        assert cancelled.queue.active == 0
+        assert backend.polls == 1
+        cancelled.reclaimer.reset()
+        cancelled.cancel()
+        await until(lambda: cancelled.queue.active == 0)
+        assert backend.polls == 2
+
+    run(play)
+
+
+def test_each_slot_is_released_after_the_timeout() -> None:
+    async def play() -> None:
+        backend = Backend(8)
+        cancelled = Cancelled(backend, timeout_s=0.5)
+        clock = asyncio.get_running_loop().time
+        first = cancelled.cancel()
+        await until(lambda: backend.polls == 1)
+        second_s, second = clock(), cancelled.cancel()
+        await until(lambda: not first.running)
+        assert second.running or clock() - second_s >= 0.5  # a busy machine may come too late to see it
+        await until(lambda: not second.running)
+        assert clock() - second_s >= 0.5
+
+    run(play)
+
+
+def test_close_releases_all_slots() -> None:
+    async def play() -> None:
+        cancelled = Cancelled(Backend(8))
+        await cancelled.reclaimer.close()
+        cancelled.cancel()
+        await cancelled.reclaimer.close()
+        assert cancelled.queue.active == 0
+
+    run(play)
+
+
+def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_is_released() -> None:
+    def listed(tokens: int) -> Reply:
+        slot = {"id": 0, "id_task": 5, "is_processing": True, "next_token": [{"n_decoded": tokens}]}
+        return 200, json.dumps([slot]).encode()
+
+    async def play() -> None:
+        backend, ended = Backend(1, listed(10), listed(20), 0), list[tuple[int | None, int]]()
+        cancelled = Cancelled(backend)
+        cancelled.cancel()
+        await until(lambda: backend.polls == 1)
+        ticket = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(1, 1.0, None, None, lambda generated: ended.append((generated, ticket.slots)))
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: cancelled.queue.active == 0)
+        ((generated, held),) = ended
+        assert generated is not None
+        assert (generated > 20, held) == (True, 1)
+
+    run(play)
+
+
+@pytest.mark.parametrize("polls", [0, 1])
+def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) -> None:
+    async def play() -> None:
+        backend, ended = Backend((501, b"{}")), list[int | None]()
+        cancelled = Cancelled(backend)
+        for _ in range(polls):
+            cancelled.cancel()
+            await until(lambda: cancelled.queue.active == 0)
+        ticket = cancelled.queue.acquire("bob")
+        cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(1, 1.0, None, None, ended.append))
+        await until(lambda: cancelled.queue.active == 0)
+        assert ended == [None]
+
+    run(play)
+
+
+def test_a_look_for_one_request_releases_no_other_one_early() -> None:
+    """A slot that is idle so soon says nothing: another task of the stream may not have begun."""
+
+    async def play() -> None:
+        backend = Backend(0)
+        cancelled = Cancelled(backend)
+        cancelled.cancel()
+        other = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        cancelled.reclaimer.release(other, streamed=False, watch=watch)
+        await until(lambda: backend.polls == 1)
+        assert cancelled.queue.active == 2
+        await until(lambda: cancelled.queue.active == 0)
+
+    run(play)

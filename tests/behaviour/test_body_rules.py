@@ -1,0 +1,66 @@
+"""What bodies may ask for, as a client sees it: on every relayed route, in the dialect of its API."""
+
+import json
+
+import pytest
+
+from policy.routes import TABLE
+from support.backend import answer, send
+from support.gateway import CHAT, OPERATOR_KEY, Stack, post, scenario
+
+NESTED = b'{"messages":[{"role":"user","content":"x","x":' + b"[" * 50_000 + b"]" * 50_000 + b"}]}"
+TRIGGERS = b'{"messages": [], "grammar_triggers": [{"type": 2, "value": "([\\\\s\\\\S]+)+"}]}'
+RELAYED = [path.replace(":id", "0") for method, path, kind in TABLE if method == "POST" and not kind.local]
+
+
+@pytest.mark.parametrize("path", RELAYED)
+@scenario(ADMIN_ROUTES="true")
+async def test_a_deep_body_is_refused_on_every_route(stack: Stack, path: str) -> None:
+    client = await stack.client()
+    client.send(post(path.encode(), NESTED, key=OPERATOR_KEY))
+    response = await client.response()
+    assert (response.status, response.field(b"x-should-retry")) == (400, b"false")
+    assert b"MAX_JSON_DEPTH" in response.body
+    assert stack.backend.calls == []
+
+
+@scenario(MAX_JSON_DEPTH="12", ALLOW_PATHS="/new")
+async def test_the_depth_is_a_setting_and_holds_for_allowed_paths(stack: Stack) -> None:
+    client = await stack.client()
+    stack.backend.script(send(answer()))
+    client.send(post(b"/new", b"[" * 12 + b"]" * 12))
+    assert (await client.response()).status == 200
+    client.send(post(b"/new", b"[" * 13 + b"]" * 13))
+    assert (await client.response()).status == 400
+
+
+@pytest.mark.parametrize("path", [CHAT, b"/v1/responses", b"/v1/messages", b"/completion"])
+@scenario()
+async def test_a_member_is_refused_by_name_in_the_clients_dialect(stack: Stack, path: bytes) -> None:
+    client = await stack.client()
+    client.send(post(path, TRIGGERS))
+    response = await client.response()
+    assert (response.status, response.field(b"x-should-retry")) == (400, b"false")
+    error = json.loads(response.body)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert "grammar_triggers" in error["message"]
+    assert stack.backend.calls == []
+
+
+@scenario(MEMBER_RULES="grammar_triggers=allow")
+async def test_what_is_allowed_passes_byte_for_byte(stack: Stack) -> None:
+    client = await stack.client()
+    stack.backend.script(send(answer()))
+    client.send(post(CHAT, TRIGGERS))
+    assert (await client.response()).status == 200
+    assert stack.backend.calls[0].body == TRIGGERS
+
+
+@scenario()
+async def test_a_body_that_comes_in_pieces_is_checked_as_well(stack: Stack) -> None:
+    client = await stack.client()
+    raw = post(CHAT, TRIGGERS, b"Expect: 100-continue")
+    client.send(raw[: -len(TRIGGERS)])
+    await client.take_through(b"\r\n\r\n")
+    client.send(TRIGGERS)
+    assert (await client.response()).status == 400

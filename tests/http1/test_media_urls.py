@@ -1,0 +1,61 @@
+"""media_urls.py: addresses of media in JSON, in every spelling and in pieces of any size."""
+
+import json
+
+import pytest
+
+from http1.media_urls import MediaUrls
+
+URL = "http://10.0.0.1/a.png"
+PLAIN = json.dumps({"messages": [{"content": [{"type": "image_url", "image_url": {"url": URL}}]}]}).encode()
+
+
+def found(body: bytes, size: int = 1 << 15) -> tuple[str, ...]:
+    urls = MediaUrls()
+    for at in range(0, len(body), size):
+        urls.feed(body[at : at + size])
+    return urls.found
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        PLAIN,
+        b'{"input":[{"content":[{"type":"input_image","image_url":"http://10.0.0.1/a.png"}]}]}',
+        b'{"messages":[{"content":[{"type":"image","source":{"type":"url","url":"http://10.0.0.1/a.png"}}]}]}',
+        b'{"messages":[{"content":[{"type":"input_audio","input_audio":{"data":"http://10.0.0.1/a.png"}}]}]}',
+        b'{"a": {"image_url" \n\t:\r { "x": "}", "url"'
+        + b" " * 90_000
+        + b":"
+        + b"\n" * 90_000
+        + b'"http://10.0.0.1/a.png" }}}',
+        b'{"\\u0069mage_url":{"\\u0075rl":"\\u0068ttp:\\/\\/10.0.0.1/a.png"}}',
+        b'{"image\\u005furl":{"url":"http://10.0.0.1/a.png"}}',
+        b'{"x":"\\"","image_url":"ht\\u0074p://10.0.0.1/a.png"}',
+    ],
+)
+def test_an_address_is_found(body: bytes) -> None:
+    assert found(body) == (URL,)
+    assert found(body, 7) == (URL,)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[{"content":[{"type":"image_url","image_url":{"url":"data:image/png;base64,aHR0cA=="}}]}]}',
+        b'{"messages":[{"content":"http://10.0.0.1/a.png"}],"image_url":{}}',
+        json.dumps({"messages": [{"content": PLAIN.decode()}]}).encode(),  # quoted in a text
+        b'{"tools":[{"parameters":{"properties":{"url":{"default":"http://a"},"image_url":{"type":"string"}}}}]}',
+        b'{"input":[{"annotations":[{"type":"url_citation","url":"http://a.example/"}]}]}',  # nothing fetches it
+        b'{"url":"ftp://a","image_url":{}}',
+    ],
+)
+def test_what_is_no_address_of_media_is_not(body: bytes) -> None:
+    assert found(body) == ()
+
+
+def test_a_file_and_several_hosts_are_found_and_a_number_of_them_is_kept() -> None:
+    assert found(b'{"image_url":"file:///etc/passwd"}') == ("file:///etc/passwd",)
+    many = json.dumps([{"image_url": f"http://{number}/"} for number in range(99)]).encode()
+    assert len(found(many)) == 32
+    assert found(b'{"image_url":"http://\xff"}') == ("http://ÿ",)

@@ -1,0 +1,294 @@
+"""`make run`: one command, one key, one curl command that works; or one line with the error."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import quickstart
+from boot.probes import Address
+from boot.shutdown import StartupError
+from config.loader import load_config
+from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
+from support.fileserver import Site, serve
+from support.ports import free_ports
+from support.together import ENVIRON, aside
+
+LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
+
+
+class Run(Boot):
+    """start.sh --quickstart in an empty folder. Its ports come from the environment, as for any boot."""
+
+    def __init__(self, tmp_path: Path, **settings: str) -> None:
+        super().__init__(tmp_path, {**LOCAL, **settings}, by_shell=True, after=["--quickstart"])
+
+    @property
+    def curl(self) -> list[str]:
+        (line,) = [line for line in self.lines if line.startswith("  curl ")]
+        return shlex.split(line)
+
+
+@aside
+def test_one_command_creates_a_key_and_prints_a_curl_command_that_works(tmp_path: Path) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("no curl here")
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        ready = next(number for number, line in enumerate(run.lines) if line.startswith("Ready"))
+        assert ready <= 6
+        assert run.lines[0].startswith("No model is set")
+        assert re.search(
+            "\nFor a model: MODEL_HF=[^ ]+ make run .*\nFor a llama-server: https://.*LLAMA_BIN", run.output
+        )
+        assert run.lines[-1].startswith("  curl ")
+        assert "the built-in mock answers" in run.lines[0]
+        (key,) = re.findall(r"is shown this once: (\S+)", run.output)
+        assert f"Ready (mock): http://127.0.0.1:{run.env['PORT']} " in run.output
+        done = subprocess.run(run.curl, env=ENVIRON, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+        assert '"choices"' in done.stdout
+        assert key not in (tmp_path / "data" / "api_keys.txt").read_text()
+        pids = run.family()
+        run.signal(signal.SIGINT)
+        assert run.end() == 0
+        assert "Traceback" not in run.output
+        assert [command_line(pid) for pid in pids if alive(pid)] == []
+
+
+@aside
+def test_the_second_time_no_key_is_created(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "api_keys.txt").write_text("mine:sk-0123456789abcdef\n")
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        run.await_line("YOUR_KEY is a key that exists already; to create another: python3 .*key_mgmt.py --file")
+        assert "is shown this once" not in run.output
+        assert run.stop() == 0
+
+
+@aside
+def test_with_a_model_it_starts_llama_server(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin" / "llama-server", sys.executable, str(SUPPORT / "stub_llama.py"))
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with Run(tmp_path, MODEL_PATH=str(tmp_path / "m.gguf"), PATH=path) as run:
+        run.await_line("^  curl ")
+        assert len(run.starts) == 1
+        assert "mock" not in run.output
+        assert f"Ready: http://127.0.0.1:{run.env['PORT']} " in run.output
+        assert run.stop() == 0
+
+
+@aside
+def test_a_second_one_at_the_same_time_is_one_line(tmp_path: Path) -> None:
+    with Run(tmp_path) as run:
+        run.await_line("^  curl ")
+        ports = {name: run.env[name] for name in ("PORT", "PORT_HEALTH", "PORT_BACKEND")}
+        with Run(tmp_path, **ports) as again:
+            assert again.end() == 5
+        assert re.fullmatch(
+            r"run: error: PORT: cannot listen on 127.0.0.1 port \d+: it is already in use .*", again.output
+        )
+        assert run.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "output"),
+    [
+        ({"AUTH_ENABLED": "ture"}, 2, r"run: error: AUTH_ENABLED: .*"),
+        ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: error: .*/dev/null/x/api_keys.txt.*Not a directory"),
+        ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: error: / cannot be read: .*"),
+    ],
+)
+@aside
+def test_an_error_is_one_line(tmp_path: Path, settings: dict[str, str], status: int, output: str) -> None:
+    with Run(tmp_path, **settings) as run:
+        assert run.end() == status
+    assert re.fullmatch(output, run.output)
+
+
+@aside
+def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
+    with Run(tmp_path, MOCK_BACKEND="false") as run:
+        assert run.end() == 3
+    assert "Ready" not in run.output
+    assert "no model is set" in run.output
+
+
+def path_without_llama_server(tmp_path: Path) -> str:
+    path = tmp_path / "bin"
+    path.mkdir()
+    for tool in ("bash", "dirname", "env", "sh"):
+        (path / tool).symlink_to(shutil.which(tool) or "/bin/false")
+    program(path / "python3", sys.executable)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"MODEL_PATH": "/nope/x.gguf"}, "MODEL_PATH=/nope/x.gguf"),
+        ({"MODEL_NAME": "x.gguf"}, "MODEL_NAME=x.gguf"),
+        ({"MODEL_HF": "a/b:Q4_0"}, "MODEL_HF=a/b:Q4_0"),
+        ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
+    ],
+)
+@aside
+def test_a_model_without_a_llama_server_gets_the_mock_and_both_are_named(
+    tmp_path: Path, settings: dict[str, str], shown: str
+) -> None:
+    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
+        run.await_line("^  curl ")
+        lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
+        assert run.lines[0] == f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true)."
+        assert "Ready (mock): " in run.output
+        assert "secret" not in run.output
+        assert run.stop() == 0
+
+
+@aside
+def test_a_model_without_a_llama_server_is_an_error_if_the_mock_is_excluded(tmp_path: Path) -> None:
+    settings = {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}
+    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
+        assert run.end() == 2
+    assert run.output == (
+        "run: error: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the PATH:"
+        " set LLAMA_BIN (or MOCK_BACKEND=true)"
+    )
+    assert not (tmp_path / "data").exists()
+
+
+@aside
+def test_a_wrong_llama_bin_is_an_error(tmp_path: Path) -> None:
+    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", LLAMA_BIN="/none") as run:
+        assert run.end() == 2
+    assert run.output == "run: error: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file"
+
+
+@aside
+def test_mock_backend_is_used_also_if_a_model_is_set(tmp_path: Path) -> None:
+    path = path_without_llama_server(tmp_path)
+    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", MOCK_BACKEND="true", PATH=path) as run:
+        run.await_line("^  curl ")
+        assert "Ready (mock): " in run.output
+        assert run.stop() == 0
+
+
+def test_preparing_chooses_the_mock_and_creates_the_first_key_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tmp_path / "new" / "keys"
+    environ = {"DATA_DIR": str(tmp_path), "AUTH_KEYS_FILE": str(keys), "HOST": "127.0.0.1"}
+    port, port_health, port_backend = free_ports(3)
+    environ |= {
+        "PORT": str(port),
+        "PORT_HEALTH": str(port_health),
+        "PORT_BACKEND": str(port_backend),
+        "GATEWAY_PORT": "",
+    }
+    env, _, key = quickstart.prepare(environ)
+    assert env["MOCK_BACKEND"] == "true"
+    assert "GATEWAY_PORT" not in env
+    assert key
+    assert key in capsys.readouterr().out
+    trial = quickstart.prepare(env)[2]
+    assert trial not in (None, key)
+    assert quickstart.prepare(env)[2] not in (None, key, trial)
+    assert [line.partition(":")[0] for line in keys.read_text().splitlines() if "sha256" in line] == ["first", "trial"]
+    assert quickstart.prepare({**environ, "AUTH_ENABLED": "no"})[2] is None
+    handed_in = {"AUTH_KEYS_FILE": str(tmp_path / "none"), "API_KEYS": "a:sk-0123456789abcdef"}
+    assert quickstart.prepare({**environ, **handed_in})[2] is None
+    with pytest.raises(StartupError):
+        quickstart.create_first_key(Path("/dev/null/keys"))
+
+
+def test_it_is_announced_when_it_is_ready_and_not_if_it_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart.announce(-1, Address("127.0.0.1", 1), "Ready")
+    assert capsys.readouterr().out == ""
+    with serve(Site(statuses=[503])) as url:
+        quickstart.announce(os.getppid(), Address("127.0.0.1", int(url.rpartition(":")[2])), "Ready")
+    assert capsys.readouterr().out == "Ready\n"
+
+
+@pytest.mark.parametrize(
+    ("settings", "address", "curl"),
+    [
+        (
+            {},
+            Address("0.0.0.0", 8000),
+            "  curl http://127.0.0.1:8000/v1/chat/completions -H 'Authorization: Bearer K' -H",
+        ),
+        ({"AUTH_ENABLED": "no"}, Address("::", 1), "  curl http://[::1]:1/v1/chat/completions -H 'Content-Type"),
+        ({"AUTH_ENABLED": "no"}, Address("h", 1, True), "  curl -k https://h:1/v1/chat/completions -H 'Content-Type"),
+    ],
+)
+def test_the_curl_command_has_the_gateways_address(settings: dict[str, str], address: Address, curl: str) -> None:
+    text = quickstart.instructions(load_config({"DATA_DIR": "/d", **settings}), address, "K")
+    assert text.splitlines()[1].startswith(curl)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        ({}, ""),
+        ({"MODELS": "router"}, "chat"),
+        ({"MODELS": "router", "MODELS_PRESET": "models.ini", "MODELS_MAX": "2"}, "small"),
+        ({"MODELS": "router", "MODELS_PRELOAD": "embed"}, "embed"),
+        ({"MODELS": "router", "DEFAULT_MODEL": "embed"}, ""),
+        ({"MODELS": "router", "DATA_DIR": "/none", "MODELS_DIR": "/none"}, ""),
+    ],
+)
+def test_with_several_models_the_curl_command_names_one(tmp_path: Path, settings: dict[str, str], model: str) -> None:
+    for name in ("chat", "embed"):
+        (tmp_path / f"{name}.gguf").write_bytes(b"GGUF" + bytes(1000))
+    preset = tmp_path / "models.ini"
+    preset.write_text(f"[small]\nmodel = {tmp_path}/embed.gguf\nload-on-startup = true\n")
+    settings = {"DATA_DIR": str(tmp_path), "MODELS_DIR": str(tmp_path), **settings}
+    if "MODELS_PRESET" in settings:
+        settings["MODELS_PRESET"] = str(preset)
+    config = load_config(settings)
+    assert quickstart.model_to_name(config, settings) == model
+    text = quickstart.instructions(config, Address("127.0.0.1", 1), "K", model)
+    body = json.loads(shlex.split(text.splitlines()[1])[-1])
+    assert body.get("model", "") == model
+    assert body["messages"]
+
+
+def test_a_router_is_started_as_it_is_set() -> None:
+    environ = {"MODELS": "router", "MODELS_DIR": "/none"}
+    assert quickstart.choose_backend(environ, load_config(environ)) == environ
+
+
+def test_a_keys_file_that_cannot_be_trusted_counts_as_having_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    assert not quickstart.has_keys(keys)
+    keys.write_text("# no key yet\n")
+    assert not quickstart.has_keys(keys)
+    keys.write_bytes(b"\xff\xfe not text\n")
+    assert quickstart.has_keys(keys)
+    keys.write_text("me:sk-0123456789abcdef\n")
+    assert quickstart.has_keys(keys)
+
+
+@aside
+def test_help_is_printed_and_nothing_is_started(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, quickstart.__file__, "--help"],
+        env=ENVIRON,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: quickstart.py")
+    assert list(tmp_path.iterdir()) == []

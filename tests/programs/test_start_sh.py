@@ -1,0 +1,652 @@
+"""The whole boot as an operator sees it: start.sh with an environment, its output, its end; and start.sh itself."""
+
+import hashlib
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+
+import pytest
+
+from boot.start_check import check_start
+from support.boot import (
+    FOR_COVERAGE,
+    PATIENCE_S,
+    SCRIPTS,
+    SUPPORT,
+    UNSET,
+    Boot,
+    alive,
+    ask,
+    command_line,
+    program,
+    scripts_without,
+)
+from support.fileserver import Site, serve
+from support.together import aside
+
+START = SCRIPTS / "start.sh"
+GGUF = b"GGUF" + bytes(5000)
+SHA256 = hashlib.sha256(GGUF).hexdigest()
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+@dataclass(frozen=True)
+class World:
+    """What the tables of boots share: a folder of models, a web server, a port in use, programs of all kinds."""
+
+    models: Path
+    url: str
+    taken_port: int
+    programs: Path
+
+
+@contextmanager
+def made_world(folder: Path) -> Iterator[World]:
+    models, programs = folder / "models", folder / "programs"
+    models.mkdir()
+    programs.mkdir()
+    contents = {
+        "good.gguf": GGUF, "bad.gguf": b"\x80\x02}q\x00" * 9, "empty.gguf": b"", "page.gguf": b"<!DOCTYPE html>",
+        "pointer.gguf": b"version https://git-lfs.github.com/spec/v1\n", "half-00001-of-00002.gguf": GGUF,
+        "set-00001-of-00002.gguf": GGUF, "set-00002-of-00002.gguf": GGUF,
+    }  # fmt: skip
+    for name, content in contents.items():
+        (models / name).write_bytes(content)
+    program(programs / "llama-server", sys.executable, str(SUPPORT / "stub_llama.py"))
+    (programs / "garbage").write_bytes(b"\x7fELF but not really")
+    (programs / "garbage").chmod(0o755)
+    site = Site(files={"good.gguf": GGUF, "page.gguf": b"<html>"}, missing="none.gguf")
+    with serve(site) as url, socket.create_server(("127.0.0.1", 0)) as port:
+        yield World(models, url, port.getsockname()[1], programs)
+
+
+Settings = Callable[[World, Path], Mapping[str, str]]
+
+
+def given(**settings: str) -> Settings:
+    return lambda world, folder: settings
+
+
+def named(name: str, **settings: str) -> Settings:
+    return lambda world, folder: {"MODEL_PATH": str(world.models / name), **settings}
+
+
+def good(**settings: str) -> Settings:
+    return named("good.gguf", **settings)
+
+
+def fetched(name: str, **settings: str) -> Settings:
+    return lambda world, folder: {"MODEL_URL": f"{world.url}/{name}", **settings}
+
+
+def below_a_file(setting: str) -> Settings:
+    """A folder that cannot be made, even by root."""
+
+    def settings(world: World, folder: Path) -> Mapping[str, str]:
+        (folder / "file").touch()
+        return {**good()(world, folder), setting: str(folder / "file" / "inside")}
+
+    return settings
+
+
+def in_use(setting: str) -> Settings:
+    return lambda world, folder: {**good()(world, folder), setting: str(world.taken_port)}
+
+
+def binary(name: str) -> Settings:
+    return lambda world, folder: {**good()(world, folder), "LLAMA_BIN": str(world.programs / name)}
+
+
+# Boots that must fail: exit status, the one error (a pattern), settings, orders to the stub
+
+
+@dataclass(frozen=True)
+class Failing:
+    status: int
+    error: str
+    settings: Settings
+    orders: Mapping[str, str] = field(default_factory=dict)
+
+
+FAILING = {
+    "no model set": Failing(3, "no model is set: set MODEL_PATH", given()),
+    "no such file": Failing(3, r"none.gguf does not exist", named("none.gguf")),
+    "no such name": Failing(
+        3, r"nope does not exist \(.* contains bad", lambda w, f: {"MODEL_NAME": "nope", "MODELS_DIR": str(w.models)}
+    ),
+    "not a GGUF file": Failing(3, r"bad.gguf is not a GGUF file", named("bad.gguf")),
+    "a folder": Failing(3, r"models/. is a folder|is a folder", named(".")),
+    "a part of a set is missing": Failing(
+        3, r"half-00002-of-00002.gguf does not exist", named("half-00001-of-00002.gguf")
+    ),
+    "a set by its second part": Failing(3, r"is not the first part", named("set-00002-of-00002.gguf")),
+    "a wrong digest": Failing(3, r"MODEL_SHA256 is 0000", good(MODEL_SHA256="0" * 64)),
+    "a download that is refused": Failing(3, r"cannot be fetched: HTTP status 404", fetched("none.gguf")),
+    "a download that is a page": Failing(3, r"the file at http\S+ is a web page", fetched("page.gguf")),
+    "a download with a wrong digest": Failing(
+        3, r"MODEL_SHA256 is 0000", fetched("good.gguf", MODEL_SHA256="0" * 64)
+    ),
+    "a download from nowhere": Failing(
+        6, r"cannot be fetched: .*refused",
+        given(MODEL_URL="http://127.0.0.1:1/m.gguf", MODEL_FETCH_TIMEOUT="0"),
+    ),
+    "plain http without a digest": Failing(2, r"MODEL_SHA256", given(MODEL_URL="http://models.example/m.gguf")),
+    "two sources": Failing(2, r"MODEL_HF excludes MODEL_PATH", good(MODEL_HF="a/b")),
+    "LLAMA_BIN that is not there": Failing(2, r"LLAMA_BIN: .*none is not an executable file", binary("none")),
+    "no llama-server": Failing(2, r"llama-server is neither /app/llama-server nor on the PATH", good(LLAMA_BIN=UNSET)),
+    "another machine's llama-server": Failing(
+        2, r"cannot be executed .*not a program for this machine", binary("garbage")
+    ),
+    "PORT in use": Failing(5, r"PORT: cannot listen on 127.0.0.1 port \d+: it is already in use", in_use("PORT")),
+    "PORT_HEALTH in use": Failing(5, r"PORT_HEALTH: cannot listen on .* already in use", in_use("PORT_HEALTH")),
+    "PORT_BACKEND in use": Failing(5, r"PORT_BACKEND: cannot listen on .* already in use", in_use("PORT_BACKEND")),
+    "another machine's address": Failing(5, r"PORT: cannot listen on 192.0.2.1 port .*assign", good(HOST="192.0.2.1")),
+    "STATE_FILE that cannot be written": Failing(
+        2, r"STATE_FILE: .*inside cannot be written", below_a_file("STATE_FILE")
+    ),
+    "a boolean that is none": Failing(2, r"AUTH_ENABLED: the value .*ture", good(AUTH_ENABLED="ture")),
+    "DEBUG_SHELL that is none": Failing(2, r"DEBUG_SHELL: the value", good(DEBUG_SHELL="maybe")),
+    "one port twice": Failing(2, r"PORT and PORT_HEALTH are both", good(PORT="20001", PORT_HEALTH="20001")),
+    "EXTRA_ARGS with a host": Failing(2, r"EXTRA_ARGS: .*--host", good(EXTRA_ARGS="--host 0.0.0.0")),
+    "EXTRA_ARGS with half a quote": Failing(2, r"EXTRA_ARGS: .*quote", good(EXTRA_ARGS="--alias 'x")),
+    "a backend key that is none": Failing(2, r"BACKEND_API_KEY: the value does not", good(BACKEND_API_KEY="hush")),
+    "a backend key's file that is not there": Failing(2, r"BACKEND_API_KEY_FILE: ", good(BACKEND_API_KEY_FILE="/none")),
+    "a certificate that is not there": Failing(
+        2, r"TLS_CERT_FILE, TLS_KEY_FILE: .* No such file", good(TLS_CERT_FILE="/none", TLS_KEY_FILE="/none")
+    ),
+    "a certificate that is none": Failing(
+        2, r"TLS_CERT_FILE, TLS_KEY_FILE: .* cannot be loaded: not a certificate",
+        lambda w, f: {**good()(w, f), **dict.fromkeys(("TLS_CERT_FILE", "TLS_KEY_FILE"), str(w.models / "page.gguf"))},
+    ),
+    "a crash at the first start": Failing(
+        4, r"ended with exit status 1; giving up", good(MAX_RESTARTS="0"), {"exit": "1"},
+    ),
+    "an argument that llama-server does not know": Failing(
+        2, r"error: EXTRA_ARGS: llama-server does not know the argument --no$",
+        good(EXTRA_ARGS="--no 1"), {"exit": "1", "lines": "error: invalid argument: --no"},
+    ),
+    "CUDA is missing": Failing(
+        4, r"exit status 127; CUDA is missing \(libcuda.so.1\)",
+        good(MAX_RESTARTS="0"), {"exit": "127", "lines": "x: error while loading shared libraries: libcuda.so.1: no"},
+    ),
+    "a load that takes too long": Failing(
+        4, r"did not load within 0.2 s .*; giving up", good(MAX_RESTARTS="0", MODEL_LOAD_TIMEOUT="0.2"), {"loading": ""}
+    ),
+}  # fmt: skip
+
+
+# What only the start itself can find out: what llama-server does, and what a whole download contains.
+UNCHECKED = {name for name, case in FAILING.items() if case.orders} | {"a download with a wrong digest"}
+
+
+def leftovers(boot: Boot) -> list[str]:
+    left = [str(path) for path in boot.folder.glob("state.json*")]
+    if boot.starts:
+        left += [str(boot.key_file)] if boot.key_file.parent.exists() else []
+        left += [f"llama-server {start['pid']}" for start in boot.starts if alive(start["pid"])]
+    return left
+
+
+@pytest.mark.parametrize("name", FAILING)
+@aside
+def test_a_boot_that_must_fail_has_one_error_and_its_status(tmp_path: Path, name: str) -> None:
+    case, folder = FAILING[name], tmp_path / "boot"
+    folder.mkdir()
+    with made_world(tmp_path) as world:
+        settings = case.settings(world, folder)
+        by_shell = "DEBUG_SHELL" in settings  # the only setting that start.sh reads; it execs the supervisor
+        with Boot(folder, settings, by_shell=by_shell, stub_gateway=True, orders=case.orders) as boot:
+            assert boot.end() == case.status, boot.output
+            assert len([line for line in boot.lines if re.search(f"error: .*(?:{case.error})", line)]) == 1, boot.output
+            assert any(f": exit status {case.status}: " in line for line in boot.lines), boot.output
+            assert "Traceback" not in boot.output
+            assert leftovers(boot) == []
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_check_makes_nothing_and_finds_what_the_start_would_refuse_with_its_status(tmp_path: Path, name: str) -> None:
+    case, folder, out = FAILING[name], tmp_path / "boot", io.StringIO()
+    folder.mkdir()
+    with made_world(tmp_path) as world:
+        status = check_start(Boot(folder, case.settings(world, folder), orders=case.orders).env, out)
+    assert {path.name for path in folder.iterdir()} <= {"control", "file", "stub-llama"}
+    if name not in UNCHECKED:
+        assert status == case.status, out.getvalue()
+        assert re.search(f"error: .*(?:{case.error})", out.getvalue()), out.getvalue()
+
+
+@aside
+def test_a_check_as_a_process(tmp_path: Path) -> None:
+    for settings, status, line in ((MOCK, 0, "Nothing else would"), ({}, 3, "error: no model is set: set MODEL_PATH")):
+        done = run([str(START), "--check"], tmp_path, **Boot(tmp_path, settings).env)
+        assert (done.returncode, done.stderr) == (status, "")
+        assert any(each.startswith(line) for each in done.stdout.splitlines()), done.stdout
+
+
+@aside
+def test_all_wrong_settings_are_reported_at_once(tmp_path: Path) -> None:
+    wrong = {"AUTH_ENABLED": "ture", "PORT": "x", "NGL": "-1", "LOG_LEVEL": "loud", "EXTRA_ARGS": "--port 1"}
+    with Boot(tmp_path, wrong, by_shell=True) as boot:
+        assert boot.end() == 2
+    assert all(any(line.startswith(f"supervisor: error: {name}:") for line in boot.lines) for name in wrong)
+
+
+@aside
+def test_a_missing_module_is_fatal(tmp_path: Path) -> None:
+    scripts = scripts_without("auth.py", tmp_path)
+    with Boot(tmp_path, {"MOCK_BACKEND": "true"}, scripts=scripts, by_shell=True) as boot:
+        assert boot.end() == 5
+        assert "error: the gateway ended with exit status 1 before it answered: it cannot start" in boot.output
+
+
+# Boots that must succeed
+
+
+@dataclass(frozen=True)
+class Good:
+    settings: Settings
+    check: Callable[[Boot], object] = lambda boot: True
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def argv_of(boot: Boot) -> list[str]:
+    return list(boot.starts[0]["argv"])
+
+
+def model_of(boot: Boot) -> Path:
+    return Path(argv_of(boot)[argv_of(boot).index("-m") + 1])
+
+
+SUCCEEDING = {
+    "MODEL_PATH": Good(good(), lambda boot: model_of(boot).read_bytes() == GGUF),
+    "MODEL_NAME": Good(lambda w, f: {"MODEL_NAME": "good.gguf", "MODELS_DIR": str(w.models)}),
+    "MODEL_NAME without its suffix": Good(
+        lambda w, f: {"MODEL_NAME": "good", "MODELS_DIR": str(w.models)},
+        lambda boot: model_of(boot).name == "good.gguf",
+    ),
+    "a split set": Good(
+        named("set-00001-of-00002.gguf"), lambda boot: model_of(boot).name == "set-00001-of-00002.gguf"
+    ),
+    "a download": Good(
+        fetched("good.gguf", MODEL_SHA256=SHA256), lambda boot: model_of(boot).read_bytes() == GGUF
+    ),
+    "a download that is resumed": Good(
+        fetched("good.gguf"), lambda boot: model_of(boot).read_bytes() == GGUF,
+        {"data/models/good.gguf.part": GGUF[:1234]},
+    ),
+    "a download that is there already": Good(
+        given(MODEL_URL="https://models.example/m.gguf"), lambda boot: model_of(boot).name == "m.gguf",
+        {"data/models/m.gguf": GGUF},
+    ),
+    "MODEL_HF": Good(
+        given(MODEL_HF="someone/something:Q4_K_M"),
+        lambda boot: argv_of(boot)[6:8] == ["-hf", "someone/something:Q4_K_M"]
+        and boot.starts[0]["environ"]["LLAMA_CACHE"].endswith("data/models"),
+    ),
+    "MOCK_BACKEND": Good(
+        given(MOCK_BACKEND="true", LLAMA_BIN=UNSET),
+        lambda boot: any("the built-in mock answers" in line for line in boot.lines),
+    ),
+    "llama-server on the PATH": Good(
+        lambda w, f: {**good()(w, f), "LLAMA_BIN": UNSET, "PATH": f"{w.programs}:{PATH}"}
+    ),
+    "a keys file with only comments": Good(
+        good(), lambda boot: boot.status("/v1/models", key="sk-any") == 401, {"data/api_keys.txt": b"# no key yet\n"}
+    ),
+    "no keys file": Good(good(), lambda boot: boot.status("/v1/models", key="sk-any") == 401),
+    "AUTH_ENABLED=1 means on": Good(
+        good(AUTH_ENABLED="1"), lambda boot: boot.status("/v1/models") == 401
+    ),
+    "AUTH_ENABLED=off": Good(good(AUTH_ENABLED="off"), lambda boot: boot.status("/v1/models") == 200),
+    "quotes in EXTRA_ARGS": Good(
+        good(EXTRA_ARGS="""--chat-template-kwargs '{"a": 1}' --alias "two words" """),
+        lambda boot: argv_of(boot)[-3:] == ['{"a": 1}', "--alias", "two words"],
+    ),
+    "LOG_FORMAT=json": Good(
+        good(LOG_FORMAT="json"),
+        lambda boot: boot.await_line('"process": "start"')  # the GPUs are reported in the background
+        or {json.loads(line)["process"] for line in boot.lines} >= {"start", "health"},
+    ),
+    "IPv6": Good(good(HOST="::1", BACKEND_HOST="::1")),
+    "any free port": Good(good(PORT="0", PORT_HEALTH="0")),
+    "everything set": Good(
+        good(WORKER_TYPE="chat", INSTANCE_ID="box", NGL="7", CTX="0", THREADS="2", PARALLEL="3", DRAIN_TIMEOUT="1"),
+        lambda boot: (boot.folder / "data/logs/llama-chat/latest").exists()
+        and argv_of(boot)[-8:] == ["-ngl", "7", "-c", "0", "-t", "2", "-np", "3"],
+    ),
+    "logs and ledger off": Good(
+        good(ACCESS_LOG="", USAGE_FILE=""), lambda boot: not (boot.folder / "data/logs/api_access.log").exists()
+    ),
+    "a backend key from a file": Good(
+        lambda w, f: {**good()(w, f), "BACKEND_API_KEY_FILE": str(f / "mine")},
+        lambda boot: boot.key_file.read_text() == "gateway-" + "k" * 43 + "\n",
+        {"mine": b"gateway-" + b"k" * 43 + b"\n"},
+    ),
+    "the old name of the port": Good(
+        lambda w, f: {**good()(w, f), "PORT": UNSET, "GATEWAY_PORT": "0"}, lambda boot: "GATEWAY_PORT" in boot.output
+    ),
+    "LOG_DIR that cannot be written": Good(
+        below_a_file("LOG_DIR"),
+        lambda boot: re.search(r"WARNING .* cannot be kept in \S+/file/inside/llama .*: Not a dir", boot.output),
+    ),
+    "DATA_DIR that cannot be written": Good(
+        below_a_file("DATA_DIR"),
+        lambda boot: re.search(r"WARNING .* cannot be kept in \S+/file/inside/logs/llama .*: Not a dir", boot.output),
+    ),
+    "DATA_DIR unset": Good(
+        good(DATA_DIR=UNSET), lambda boot: Path("/data").exists() or (boot.folder / "data/logs/llama/latest").exists()
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SUCCEEDING)
+@aside
+def test_a_boot_that_must_succeed_serves_and_ends_with_0(tmp_path: Path, name: str) -> None:
+    case, folder = SUCCEEDING[name], tmp_path / "boot"
+    folder.mkdir()
+    for path, content in case.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    with (
+        made_world(tmp_path) as world,
+        Boot(folder, case.settings(world, folder), by_shell=True, covered=False) as boot,
+    ):
+        boot.await_ready()
+        boot.await_line("health.*listening")
+        boot.await_line("gateway.*the backend is ready")
+        ports = [int(port) for port in re.findall(r"listen\w* on \S+ port (\d+)", boot.output)]
+        # The health server knows /ready, the gateway does not.
+        statuses = sorted(ask(boot.env["HOST"], port, "/ready", {}) or 0 for port in ports)
+        assert statuses in ([200, 401], [200, 404]), boot.output
+        assert case.check(boot), boot.output
+        pids = boot.family()
+        assert boot.stop() == 0, boot.output
+        assert "Traceback" not in boot.output
+        assert leftovers(boot) == []
+        assert [command_line(pid) for pid in pids if alive(pid)] == []
+
+
+# A boot with a stream
+
+
+MOCK = {"MOCK_BACKEND": "true", "LLAMA_BIN": UNSET, "AUTH_ENABLED": "false"}
+CHAT = b'{"messages": [{"role": "user", "content": "hello"}], "stream": true, "max_tokens": 1000}'
+
+
+@contextmanager
+def streaming(boot: Boot) -> Iterator[HTTPResponse]:
+    """Start a stream and read its first event."""
+    connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
+    with closing(connection):
+        connection.request("POST", "/v1/chat/completions", CHAT, {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            assert response.status == 200
+            assert response.readline().startswith(b"data: ")
+            yield response
+
+
+@aside
+def test_a_stream_that_ends_within_drain_timeout_is_complete(tmp_path: Path) -> None:
+    settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "2000"}
+    with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("gateway: the backend is ready")
+        with streaming(boot) as response:
+            boot.signal(signal.SIGTERM)
+            assert response.read().rstrip().endswith(b"data: [DONE]")
+        assert boot.end() == 0
+
+
+@aside
+def test_an_endless_stream_is_cut_at_drain_timeout_with_0(tmp_path: Path) -> None:
+    settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "0.5"}
+    with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("gateway: the backend is ready")
+        with streaming(boot) as response:
+            pids = boot.family()
+            boot.signal(signal.SIGTERM)
+            # The connection is aborted, so that the client sees the truncation.
+            with suppress(HTTPException, OSError):
+                assert b"[DONE]" not in response.read()
+        assert boot.end() == 0
+        assert "Traceback" not in boot.output
+        assert [command_line(pid) for pid in pids if alive(pid)] == []
+
+
+def drain(boot: Boot, key: str = "") -> None:
+    connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
+    with closing(connection):
+        connection.request("POST", "/drain", headers={"Authorization": f"Bearer {key}"} if key else {})
+        assert connection.getresponse().status == 202
+
+
+@aside
+def test_a_drain_requested_by_an_operator_ends_everything_with_0(tmp_path: Path) -> None:
+    key = "sk-operator-0123456789"
+    (tmp_path / "keys").write_text(f"ops:{key} role=operator\n")
+    settings = {**MOCK, "AUTH_ENABLED": "true", "AUTH_KEYS_FILE": str(tmp_path / "keys"), "ADMIN_ROUTES": "true"}
+    with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("gateway: the backend is ready")
+        drain(boot, key)
+        assert boot.end() == 0
+
+
+@aside
+def test_a_drain_requested_by_an_operator_is_reported_to_probes_while_streams_finish(tmp_path: Path) -> None:
+    settings = {**MOCK, "ADMIN_ROUTES": "true", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "1000"}
+    with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("gateway: the backend is ready")
+        boot.await_line("health: listening")
+        with streaming(boot) as response:
+            drain(boot)
+            boot.await_line("state draining")
+            assert boot.status("/ready", port="PORT_HEALTH") == 503
+            assert boot.status("/", port="PORT_HEALTH") == 200
+            assert boot.state["detail"] == "the gateway drains"
+            events = [line for line in (response.readline() for _ in range(10)) if line.startswith(b"data: {")]
+            assert len(events) >= 4
+            assert "the gateway has drained and ended" not in boot.output
+
+
+# start.sh itself
+
+
+def shell(tmp_path: Path, *argv: str, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return run([str(START), *argv], tmp_path, **environ)
+
+
+def run(argv: list[str], tmp_path: Path, **environ: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        argv,
+        env=environ,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+def tools(folder: Path, **pythons: str) -> str:
+    """Return a PATH with the tools that start.sh needs, and these Pythons (bodies of shell scripts)."""
+    folder.mkdir()
+    for name in ("bash", "dirname", "env", "sleep", "cat", "sh"):
+        (folder / name).symlink_to(shutil.which(name) or "/bin/false")
+    for name, body in pythons.items():
+        path = folder / name.replace("_", ".")
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(folder)
+
+
+def test_it_is_short_and_strict() -> None:
+    lines = START.read_text().splitlines()
+    assert len(lines) < 200
+    assert "set -Eeuo pipefail" in lines
+    assert START.stat().st_mode & stat.S_IXUSR
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = shutil.which("shellcheck", path=PATH)
+    if not shellcheck:
+        pytest.skip("no shellcheck here")
+    done = subprocess.run([shellcheck, str(START)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_sourcing_it_does_nothing() -> None:
+    done = subprocess.run(["bash", "-c", f"source {START}; type -t main"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "function\n", "")
+
+
+def test_it_has_no_arithmetic_command() -> None:
+    """`((n++))` from 0 has the status 1, which ends the script under `set -e`."""
+    assert "((" not in START.read_text()
+
+
+@aside
+def test_no_python_is_one_line(tmp_path: Path) -> None:
+    done = shell(tmp_path, PATH=tools(tmp_path / "bin", python3="exit 1", python3_10="exit 127"))
+    assert done.returncode == 5
+    assert done.stderr == "start: error: no Python 3.10 or later found (python3, python3.13 … python3.10)\n"
+
+
+@aside
+def test_an_old_python3_is_skipped(tmp_path: Path) -> None:
+    path = tools(tmp_path / "bin", python3="exit 1", python3_12=f'exec {sys.executable} "$@"')
+    done = shell(tmp_path, PATH=path, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
+    assert (done.returncode, "no model is set" in done.stdout) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("tool", "body", "report"),
+    [
+        ("nvidia-smi", 'echo "NVIDIA A100, 80 GiB"; echo "NVIDIA T4, 16 GiB"', "GPU: NVIDIA A100, 80 GiB; NVIDIA"),
+        ("nvidia-smi", "exit 9", "GPU: nvidia-smi is installed but reports none"),
+        ("rocm-smi", "echo device,name; echo card0,MI300", "GPU: card0,MI300"),
+        ("rocm-smi", "exit 1", "GPU: rocm-smi is installed but reports none"),
+    ],
+)  # fmt: skip
+@aside
+def test_the_gpu_is_reported(tmp_path: Path, tool: str, body: str, report: str) -> None:
+    path = tools(tmp_path / "bin", **{tool: body, "python3": f'exec {sys.executable} "$@"'})
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "supervisor.py"), "--report-gpu"],
+        env={**FOR_COVERAGE, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, report in done.stdout) == (0, True)
+
+
+@aside
+def test_a_slow_gpu_tool_delays_nothing_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho asked > /proc/$PPID/fd/1\nexec sleep 600\n")
+    smi.chmod(0o755)
+    with Boot(tmp_path, {**MOCK, "PATH": f"{tmp_path / 'bin'}:{PATH}"}, by_shell=True) as boot:
+        boot.await_line("asked")
+        pids = boot.family()
+        while not any(re.search("nvidia-smi|sleep 600", command_line(pid)) for pid in pids):
+            pids = boot.family()  # it may have been between two programs, when it has no command line
+        boot.await_ready()
+        pids += boot.family()
+        assert boot.stop() == 0
+        assert [command_line(pid) for pid in pids if alive(pid)] == []
+
+
+@aside
+def test_it_becomes_the_supervisor(tmp_path: Path) -> None:
+    with Boot(tmp_path, MOCK, by_shell=True) as boot:
+        boot.await_ready()
+        assert "supervisor.py" in command_line(boot.process.pid)
+
+
+# No model is set, so a start would end with status 3.
+PROGRAMS = pytest.mark.parametrize(
+    "argv", [[str(START)], [sys.executable, str(SCRIPTS / "supervisor.py")]], ids=["start.sh", "supervisor.py"]
+)
+
+
+@PROGRAMS
+@pytest.mark.parametrize("option", ["--help", "-h"])
+@aside
+def test_help_is_printed_and_nothing_is_started(tmp_path: Path, argv: list[str], option: str) -> None:
+    done = run([*argv, option], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {Path(argv[-1]).name}")
+
+
+@PROGRAMS
+@pytest.mark.parametrize("arguments", [["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"]])
+@aside
+def test_an_unknown_argument_is_status_2_and_starts_nothing(
+    tmp_path: Path, argv: list[str], arguments: list[str]
+) -> None:
+    done = run([*argv, *arguments], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"(start|supervisor.py): error: .*", done.stderr.splitlines()[-1])
+
+
+@aside
+def test_an_empty_argument_is_ignored(tmp_path: Path) -> None:
+    """A template makes one from a variable that is not set."""
+    done = shell(tmp_path, "", PATH=PATH, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
+    assert (done.returncode, "no model is set" in done.stdout) == (3, True)
+
+
+def test_debug_shell_without_a_terminal_waits_for_a_signal(tmp_path: Path) -> None:
+    with Boot(tmp_path, {"DEBUG_SHELL": "yes", "PORT": "nonsense"}, by_shell=True) as boot:
+        boot.await_line("DEBUG_SHELL is on: no service is started")
+        assert boot.stop() == 0
+
+
+def exit_status(pid: int) -> int:
+    """Wait for a child of pty.fork and return its exit status; kill it if it does not end."""
+    handle = os.pidfd_open(pid)
+    if not select.select([handle], [], [], PATIENCE_S)[0]:
+        os.kill(pid, signal.SIGKILL)
+    os.close(handle)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_debug_shell_on_a_terminal_is_a_shell(tmp_path: Path) -> None:
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(START, [str(START)], {"PATH": PATH, "DEBUG_SHELL": "1", "PS1": "", "HOME": str(tmp_path)})
+    os.write(terminal, b"echo $((40+2)); exit 7\n")
+    output = b""
+    while b"42" not in output:
+        output += os.read(terminal, 1000)
+    assert exit_status(pid) == 7
+    os.close(terminal)
+
+
+def test_a_closed_terminal_stops_everything(tmp_path: Path) -> None:
+    env = Boot(tmp_path, MOCK).env
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, [sys.executable, str(SCRIPTS / "supervisor.py")], env)
+    output = b""
+    while b"state ready" not in output:
+        output += os.read(terminal, 1000)
+    os.close(terminal)
+    assert exit_status(pid) == 0
+    assert ask(env["HOST"], int(env["PORT"]), "/ping", {}) is None

@@ -1,0 +1,303 @@
+"""admission.py: when a request may go to the backend, and when its slot is free again."""
+
+import pytest
+
+from accounting.request_record import Outcome, Stage
+from backend.readiness import DEAD, LOADING, READY
+from core.errors import (
+    DRAINING,
+    QUEUE_TIMEOUT,
+)
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
+from support.gateway import CHAT, get, post, request
+from support.memory_gateway import WHOLE, MemoryGateway, in_memory
+from support.memory_transport import ABORTED, CLOSING, turns_until
+
+STREAM_BODY = b'{"stream": true}'
+ADMIN = request(b"POST", b"/v1/chat/completions/control", b"{}")
+
+
+# --- The queue ---
+
+
+@in_memory()
+async def test_a_request_waits_for_a_slot(gateway: MemoryGateway) -> None:
+    busy = [gateway.queue.acquire("bob"), gateway.queue.acquire("bob")]
+    served = gateway.serve(post())
+    assert (served.request.stage, gateway.queue.queued) == (Stage.QUEUED, 1)
+    gateway.link.advance(5)
+    busy[0].release()
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+    assert (served.record.queued_s, served.record.left_queue_s, gateway.queue.active) == (1000, 1005, 1)
+
+
+@in_memory()
+async def test_a_request_that_waits_too_long_is_refused(gateway: MemoryGateway) -> None:
+    gateway.fill_slots()
+    served = gateway.serve(post())
+    gateway.link.advance(60)
+    assert (served.code, served.record.left_queue_s, served.returned) == ("queue_timeout", 1060, [True])
+    assert (served.record.refusal, gateway.queue.active) == (QUEUE_TIMEOUT, 2)
+    gateway.expect_end(served, Outcome.TIMED_OUT, 503)
+
+
+@in_memory(slots=1, queue_size=1)
+async def test_a_request_that_finds_the_queue_full_is_refused(gateway: MemoryGateway) -> None:
+    gateway.queue.acquire("alice")
+    waiting = gateway.serve(post())
+    served = gateway.serve(post())
+    assert (served.code, served.returned) == ("queue_full", [True])
+    assert waiting.request.stage == Stage.QUEUED
+
+
+@in_memory()
+async def test_a_client_that_leaves_the_queue_leaves_its_place(gateway: MemoryGateway) -> None:
+    gateway.fill_slots()
+    served = gateway.serve(post())
+    served.transport.receive_eof()
+    assert served.record.stage == Stage.QUEUED
+    gateway.expect_end(served, Outcome.CANCELLED, 499)
+
+
+@in_memory(alice={"parallel": 1})
+async def test_a_keys_own_limit_makes_it_wait(gateway: MemoryGateway) -> None:
+    first = gateway.serve(post())
+    await gateway.asked()
+    assert gateway.serve(post()).request.stage == Stage.QUEUED
+    assert first.request.stage == Stage.AWAITING_RESPONSE
+
+
+@in_memory()
+async def test_a_route_without_a_slot_does_not_wait_for_one(gateway: MemoryGateway) -> None:
+    gateway.fill_slots()
+    served = gateway.serve(get(b"/v1/models"))
+    (await gateway.asked()).receive(answer())
+    assert (served.status, served.record.left_queue_s) == (200, 0)
+
+
+@in_memory()
+async def test_a_drain_that_began_while_the_body_came_refuses_what_would_have_to_wait(gateway: MemoryGateway) -> None:
+    gateway.fill_slots()
+    served = gateway.serve(post(CHAT, b"hello")[:-2])
+    gateway.lifecycle.drain()
+    served.transport.receive(b"lo")
+    assert (served.record.refusal, served.returned) == (DRAINING, [False])
+    gateway.expect_end(served, Outcome.REFUSED, 503)
+
+
+# --- The backend's state ---
+
+
+@in_memory()
+async def test_a_request_waits_for_the_model(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = LOADING
+    served = gateway.serve(post())
+    assert (served.request.stage, gateway.backends.asked) == (Stage.QUEUED, [])
+    gateway.readiness.turn_ready()
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("state", "message"), [(LOADING, b"The model is loading."), (DEAD, b"The backend is down; it is being restarted.")]
+)
+@in_memory()
+async def test_a_request_that_needs_no_slot_does_not_wait(gateway: MemoryGateway, state: str, message: bytes) -> None:
+    gateway.readiness.state = state
+    served = gateway.serve(post(b"/tokenize"))
+    assert (served.code, message in served.sent) == ("loading", True)
+    gateway.expect_end(served, Outcome.REFUSED, 503)
+
+
+@pytest.mark.parametrize("state", [LOADING, DEAD])
+@in_memory()
+async def test_a_backend_that_has_just_become_ready_is_noticed(gateway: MemoryGateway, state: str) -> None:
+    gateway.readiness.state, gateway.readiness.news = state, READY
+    served = gateway.serve(post(b"/tokenize"))
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+    gateway.readiness.state, gateway.readiness.news = LOADING, DEAD
+    refused = gateway.serve(post(b"/tokenize"))
+    await turns_until(lambda: refused.returned)
+    assert refused.code == "loading"
+
+
+@in_memory()
+async def test_a_dead_backend_that_is_ready_by_now_is_asked(gateway: MemoryGateway) -> None:
+    gateway.readiness.state, gateway.readiness.news = DEAD, READY
+    served = gateway.serve(post())
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+
+
+@in_memory()
+async def test_a_dead_backend_that_loads_by_now_is_waited_for(gateway: MemoryGateway) -> None:
+    gateway.readiness.state, gateway.readiness.news = DEAD, LOADING
+    served = gateway.serve(post())
+    await turns_until(lambda: gateway.readiness.pending)
+    assert (served.request.stage, gateway.backends.asked) == (Stage.QUEUED, [])
+    gateway.readiness.turn_ready()
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+
+
+@in_memory()
+async def test_a_dead_backend_that_is_still_dead_at_the_next_look_is_refused(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = gateway.readiness.news = DEAD
+    served = gateway.serve(post())
+    await turns_until(lambda: served.returned)
+    assert b"The backend is down; it is being restarted." in served.sent
+    assert gateway.queue.queued == 0
+    gateway.expect_end(served, Outcome.REFUSED, 503)
+
+
+@pytest.mark.parametrize("raw", [answer(HELLO), STREAM_HEAD + chunk(HELLO) + LAST_CHUNK], ids=["whole", "in pieces"])
+@in_memory()
+async def test_a_list_of_models_is_sent_again_while_the_model_loads(gateway: MemoryGateway, raw: bytes) -> None:
+    gateway.serve(get(b"/v1/models"))
+    (await gateway.asked()).receive(raw)
+    gateway.readiness.state = LOADING
+    gateway.link.advance(30)
+    served = gateway.serve(get(b"/v1/models"))
+    assert served.sent.endswith(b"\r\nAge: 30\r\n\r\n" + HELLO)
+    assert (served.record.stage, served.record.backend_status, served.returned) == (Stage.DONE, 0, [True])
+
+
+@in_memory()
+async def test_a_model_that_takes_too_long_is_a_refusal(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = LOADING
+    served = gateway.serve(post())
+    gateway.link.advance(120)
+    assert (served.code, gateway.readiness.pending[0].cancelled()) == ("loading", True)
+    assert gateway.queue.active == 0
+    gateway.expect_end(served, Outcome.REFUSED, 503)
+
+
+@in_memory()
+async def test_a_dead_backend_is_refused_at_once(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = DEAD
+    served = gateway.serve(post())
+    assert b"The backend is down; it is being restarted." in served.sent
+    gateway.expect_end(served, Outcome.REFUSED, 503)
+
+
+@pytest.mark.parametrize("state", [LOADING, DEAD])
+@in_memory()
+async def test_a_backend_that_refuses_the_connection_is_waited_for(gateway: MemoryGateway, state: str) -> None:
+    gateway.backends.error, gateway.readiness.doubted = ConnectionRefusedError(), state
+    served = gateway.serve(post())
+    await turns_until(lambda: gateway.readiness.doubts)
+    assert (served.request.stage, gateway.queue.active) == (Stage.QUEUED, 1)  # it keeps its slot
+    gateway.backends.error = None
+    gateway.readiness.turn_ready()
+    (await gateway.asked()).receive(answer())
+    assert served.sent == WHOLE
+    assert gateway.queue.active == 0
+
+
+@in_memory()
+async def test_such_a_wait_counts_from_the_first_attempt(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = LOADING
+    served = gateway.serve(post())
+    gateway.link.advance(100)
+    gateway.backends.error = ConnectionRefusedError()
+    gateway.readiness.turn_ready()
+    await turns_until(lambda: gateway.readiness.doubts)
+    gateway.link.advance(19.75)
+    assert served.sent == b""
+    gateway.link.advance(0.25)
+    assert served.code == "loading"
+
+
+@in_memory()
+async def test_such_a_wait_may_be_over_when_it_begins(gateway: MemoryGateway) -> None:
+    gateway.readiness.state = LOADING
+    served = gateway.serve(post())
+    gateway.backends.error = ConnectionRefusedError()
+    gateway.link.clock.advance(120)  # no tick has come since
+    gateway.readiness.turn_ready()
+    await turns_until(lambda: served.returned)
+    assert served.code == "loading"
+
+
+@in_memory()
+async def test_a_connection_that_is_not_made_in_time_counts_as_refused(gateway: MemoryGateway) -> None:
+    gateway.backends.hang = True
+    served = gateway.serve(post())
+    await turns_until(lambda: gateway.backends.asked)
+    gateway.link.advance(10)
+    await turns_until(lambda: gateway.readiness.doubts)
+    assert served.request.stage == Stage.QUEUED
+
+
+# --- Slots of requests that were cut short ---
+
+
+@in_memory()
+async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_stopped(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post())
+    backend = await gateway.asked()
+    served.transport.receive_eof()
+    assert backend.state == ABORTED
+    ((ticket, streamed),) = gateway.releases
+    assert (streamed, gateway.queue.active) == (False, 1)
+    ticket.release()
+    assert gateway.queue.active == 0
+    gateway.expect_end(served, Outcome.CANCELLED, 499)
+
+
+@in_memory()
+async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post())
+    (await gateway.asked()).receive(STREAM_HEAD)
+    served.transport.receive_eof()
+    assert [streamed for _, streamed in gateway.releases] == [True]
+    assert (served.record.stage, served.record.status) == (Stage.STREAMING, 200)
+    gateway.expect_end(served, Outcome.CANCELLED, 200)
+
+
+@in_memory()
+async def test_a_slot_that_was_waited_for_is_released_in_the_same_way(gateway: MemoryGateway) -> None:
+    busy = [gateway.queue.acquire("bob"), gateway.queue.acquire("bob")]
+    served = gateway.serve(post())
+    busy[0].release()
+    await gateway.asked()
+    served.transport.receive_eof()
+    assert [ticket.running for ticket, _ in gateway.releases] == [True]
+
+
+@in_memory()
+async def test_a_stream_that_is_cut_is_recorded_as_truncated(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post())
+    backend = await gateway.asked()
+    backend.receive(STREAM_HEAD)
+    backend.receive_eof()
+    assert (len(gateway.releases), served.returned, served.transport.state) == (1, [False], CLOSING)
+    gateway.expect_end(served, Outcome.TRUNCATED, 200)
+
+
+@in_memory()
+async def test_a_stream_that_falls_silent_is_recorded_as_timed_out(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post())
+    (await gateway.asked()).receive(STREAM_HEAD)
+    gateway.link.advance(300)
+    gateway.expect_end(served, Outcome.TIMED_OUT, 200)
+
+
+@in_memory()
+async def test_a_request_without_a_slot_releases_none(gateway: MemoryGateway) -> None:
+    served = gateway.serve(get(b"/v1/models"))
+    await gateway.asked()
+    assert not served.request.backend_slots
+    served.transport.receive_eof()
+    assert gateway.releases == []
+
+
+@in_memory()
+async def test_a_client_that_leaves_while_its_connection_is_made_has_a_slot_no_more(gateway: MemoryGateway) -> None:
+    gateway.backends.hang = True
+    served = gateway.serve(post())
+    served.transport.receive_eof()
+    assert (gateway.queue.active, gateway.releases) == (0, [])
+    gateway.expect_end(served, Outcome.CANCELLED, 499)

@@ -1,0 +1,150 @@
+"""body_scan.py: bodies are read as they come, a little in each turn of the loop."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from http1.json_members import Members
+from http1.member_screen import MemberScreen
+from proxy.body_scan import BodyScan, BodyScans
+
+SCREEN = MemberScreen(("n",), ("prompt",))
+DENSE = b'{"a": [' + b"{}," * 100_000 + b'0], "n": 3}'
+
+
+class StepClock:
+    """Each look at it takes as long as a fourth of a turn."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 0.00025
+        return self.now_s
+
+
+def pieces_of(body: bytes, size: int) -> list[bytes | bytearray]:
+    return [body[at : at + size] for at in range(0, len(body), size)]
+
+
+def read_at_once(pieces: Sequence[bytes | bytearray], screen: MemberScreen | None = None) -> Members | None:
+    scan = BodyScan(pieces, screen, is_complete=True)
+    while scan.step():
+        pass
+    assert scan.waiter.done
+    return scan.waiter.result()
+
+
+def n_of(members: Members | None) -> object:
+    assert members is not None
+    return members.found["n"].value
+
+
+def test_a_body_is_read_whatever_its_pieces() -> None:
+    for size in (1, 2, 3, 7, 100):
+        assert n_of(read_at_once(pieces_of(b'{"a": "n", "n": 3}', size))) == 3
+    assert n_of(read_at_once(pieces_of(DENSE, 70_001))) == 3
+
+
+def test_a_body_that_has_none_of_the_members_is_not_read() -> None:
+    for body in (b"", b'{"a": "x", "stream": true}', b'{"prompt": "[n]"}', b'{"a": "\\u00e9"}' * 9000):
+        assert read_at_once([body], SCREEN) is None
+
+
+def test_a_member_torn_between_pieces_is_seen() -> None:
+    for body in (b'{"a": 1, "n": 3}', b'{"\\u006e": 3}', b'{"prompt"  :  [1], "n": 3}'):
+        for size in range(1, len(body)):
+            assert n_of(read_at_once(pieces_of(body, size), SCREEN)) == 3
+
+
+def test_a_body_is_read_as_it_comes() -> None:
+    pieces: list[bytes | bytearray] = []
+    scan = BodyScan(pieces, SCREEN, is_complete=False)
+    scans = BodyScans(lambda: 0.0)
+
+    async def play() -> Members | None:
+        scans.read_on(scan)
+        pieces.append(bytearray(b'{"n"'))
+        scans.read_on(scan)
+        pieces[0] += b": 3, "
+        scans.read_on(scan)
+        pieces.append(b'"a": 1}')
+        scans.read_on(scan)
+        assert not scan.waiter.done
+        scan.complete()
+        scans.read_on(scan)
+        return await scan.waiter.wait()
+
+    assert n_of(asyncio.run(play())) == 3
+
+
+def turns_of(*bodies: bytes, cancelled: int | None = None) -> tuple[list[int], int]:
+    """Which bodies are known first, and how many turns of the loop pass until all are."""
+    known: list[int] = []
+
+    def note(number: int) -> Callable[[], None]:
+        return lambda: known.append(number)
+
+    async def play() -> int:
+        scans = BodyScans(StepClock())
+        begun = [BodyScan([body], None, is_complete=True) for body in bodies]
+        for number, scan in enumerate(begun):
+            scan.waiter.on_done = note(number)
+            scans.read_on(scan)
+        if cancelled is not None:
+            begun[cancelled].cancel()
+        turns = 0
+        while len(known) < len(bodies) - (cancelled is not None):
+            turns += 1
+            await asyncio.sleep(0)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return turns
+
+    turns = asyncio.run(play())
+    return known, turns
+
+
+def test_a_small_body_is_known_at_once() -> None:
+    assert turns_of(b'{"n": 3}') == ([0], 0)
+    assert turns_of(b"") == ([0], 0)
+
+
+def test_a_large_body_is_read_in_turns_and_a_small_one_passes_it() -> None:
+    known, turns = turns_of(DENSE, DENSE, b'{"n": 3}')
+    assert known[0] == 2
+    assert sorted(known) == [0, 1, 2]
+    assert turns > 10
+
+
+def test_a_cancelled_scan_says_nothing_and_holds_up_no_other() -> None:
+    for cancelled in range(3):
+        known, _ = turns_of(DENSE, DENSE, DENSE, cancelled=cancelled)
+        assert set(known) == {0, 1, 2} - {cancelled}
+
+
+def test_a_request_that_fails_holds_up_no_other() -> None:
+    known: list[int] = []
+
+    def fail() -> None:
+        raise RuntimeError("no matter what")
+
+    async def play() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        scans = BodyScans(StepClock())
+        for on_done in (fail, lambda: known.append(1)):
+            scan = BodyScan([DENSE], None, is_complete=True)
+            scan.waiter.on_done = on_done
+            scans.read_on(scan)
+        for _ in range(200):
+            await asyncio.sleep(0)
+
+    asyncio.run(play())
+    assert known == [1]
+
+
+def test_a_form_is_read_by_its_boundary() -> None:
+    form = b'--X\r\nContent-Disposition: form-data; name="n"\r\n\r\n3\r\n--X--\r\n'
+    scan = BodyScan([form], None, is_complete=True, boundary=b"X")
+    while scan.step():
+        pass
+    assert n_of(scan.waiter.result()) == "3"

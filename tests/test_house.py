@@ -1,0 +1,533 @@
+"""The rules of CONTRIBUTING.md: names, test files, and the steps of "How do I …". Each message says what to do.
+
+The few exceptions are listed with their reasons. An exception that is no longer needed fails.
+"""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Collection, Iterator, Mapping
+from functools import cache
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import keyfile
+from accounting.access_lines import FIELDS
+from auth import Caller, Keyring
+from config.schema import Config
+from config.settings import SETTINGS
+from core import errors
+from key_mgmt import COMMANDS, LIMITS, OPTIONS
+from policy.cors import Cors
+from policy.routes import TABLE
+from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
+from support.gateway import CHAT, Stack, get, post, scenario, until
+from support.paths import ROOT, SCRIPTS, TESTS
+from support.rawclient import Response
+
+# --- Exceptions ---
+
+# Not read after the start: it makes the default of another setting.
+NOT_READ = {
+    "WORKER_TYPE",
+}
+
+# --- What the rules read ---
+
+# Words that are no longer used, and what to use.
+RETIRED = {
+    "Backlog": "DrainWaiter",
+    "BackendWire": "BackendProtocol",
+    "Borrowed, borrowed": "ScrapedFamilies, scraped families",
+    "ClientWire": "ClientProtocol",
+    "Columns, columns": "RecordBatch, batch",
+    "Deadlines, watched": "Ticker, wants_tick",
+    "Ending, Hopeless": "StartupError",
+    "Exchange, exchange, exchanges": "RequestRecord, record",
+    "Gate": "FairQueue",
+    "LettingGo, Held": "SlotReclaimer, PendingRelease",
+    "Meter, keep_whole": "TokenCounter, buffer_if_small",
+    "Misused, Refused": "UsageError",
+    "Observer, observer": "Recorder",
+    "Opening, opening, open_response": "ResponseInfo, parse_response",
+    "Outbox, letter": "WriteBatcher, write",
+    "Parts": "App",
+    "Patience, Pulse": "UpstreamTimeouts, LastActivity",
+    "Plan, Planner, plan": "PreparedRequest, RequestCache",
+    "Promise, Expectant": "Waiter",
+    "Rates, give_back": "RateLimiter, refund",
+    "Strangers, strangers": "InvalidKeyLog",
+    "Usher": "handshake reader",
+    "ahead, surplus, choked, feeder": "receive_buffer, trailing_data, write_paused, upstream",
+    "conversation, converse": "request handler, run_handler",
+    "fault, stand_in, no_plan": "error, fallback",
+    "hear, hearer, heard": "expect_head, head waiter, saw_activity",
+    "identify": "authenticate",
+    "is_straight": "fast_path, if any is left",
+    "let_go": "release",
+    "make_room": "evict_idle, raise_fd_limit, shed_for_fairness",
+    "plainly, tell, judge, wish": "describe, report, current_state, exit_request",
+    "tells, told": "has_usage, usage source, reported",
+    "words": "message, help, request_line",
+}
+# Modules in which a retired word has its everyday meaning: a measurement has a plan, a file can tell its position, a
+# stream has opening events, and a model's answer consists of words.
+RETIRED_BUT_FINE = {
+    "opening": {"mock_backend.py", "mock/generation.py"},
+    "plan": {"benchmark.py"},
+    "tell": {"boot/model_download.py"},
+    "words": {"mock/generation.py", "mock_backend.py"},
+}
+# Public, though they begin with an underscore.
+PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}
+
+
+@cache
+def trees(folder: Path) -> Mapping[str, ast.Module]:
+    """Every module below a folder, by its path relative to that."""
+    return {
+        str(path.relative_to(folder)): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.py"))
+        if path.stem != "__init__"
+    }
+
+
+def check(broken: Mapping[str, str], exceptions: Collection[str] = (), name: str = "") -> None:
+    """Fail with the sentence of each broken rule, and with one for each exception that is no longer needed."""
+    sentences = [broken[key] for key in sorted(broken) if key not in exceptions]
+    kept = sorted(key for key in exceptions if key not in broken)
+    sentences += [f"{key} keeps the rule now: delete it from {name} in tests/test_house.py." for key in kept]
+    assert not sentences, "\n" + "\n".join(sentences)
+
+
+def identifiers(tree: ast.Module) -> Iterator[str]:
+    """Every name in a module, without leading underscores."""
+    for node in ast.walk(tree):
+        names: tuple[str | None, ...] = ()
+        if isinstance(node, ast.Name):
+            names = (node.id,)
+        elif isinstance(node, ast.Attribute):
+            names = (node.attr,)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names = (node.name,)
+        elif isinstance(node, (ast.arg, ast.keyword)):
+            names = (node.arg,)
+        elif isinstance(node, ast.alias):
+            names = (node.name.rpartition(".")[2], node.asname)
+        yield from (name.lstrip("_") for name in names if name)
+
+
+def attributes(module: str) -> set[str]:
+    """The attributes that a module reads: every `x.name` that is not an assignment."""
+    nodes = (node for node in ast.walk(trees(SCRIPTS)[module]) if isinstance(node, ast.Attribute))
+    return {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
+
+
+def read_outside(*modules: str) -> set[str]:
+    """The attributes that are read in scripts/, except in these modules."""
+    return set(chain.from_iterable(attributes(module) for module in trees(SCRIPTS) if module not in modules))
+
+
+# --- The rules ---
+
+
+def test_every_module_has_its_test_file() -> None:
+    broken = {}
+    for module in trees(SCRIPTS):
+        path = Path(module)
+        own = path.parent / f"test_{path.stem}.py"
+        if len(path.parts) == 1 and '__name__ == "__main__"' in (SCRIPTS / path).read_text(encoding="utf-8"):
+            own = Path("programs") / own
+        if not (TESTS / own).exists():
+            broken[module] = f"scripts/{module} has no tests/{own}: write it."
+    check(broken)
+
+
+def test_retired_words_are_gone() -> None:
+    retired = {word: instead for words, instead in RETIRED.items() for word in words.split(", ")}
+    broken = {
+        f"{word} in {module}": f"scripts/{module} has the retired word {word}: use {retired[word]}."
+        for module, tree in trees(SCRIPTS).items()
+        for word in set(identifiers(tree)) & retired.keys()
+    }
+    fine = [f"{word} in {module}" for word, modules in RETIRED_BUT_FINE.items() for module in modules]
+    check(broken, fine, "RETIRED_BUT_FINE")
+
+
+def test_no_two_classes_share_a_name() -> None:
+    found: dict[str, list[str]] = {}
+    for module, tree in trees(SCRIPTS).items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    broken = {
+        name: f"The class {name} is defined in {' and in '.join(modules)}: rename all but one."
+        for name, modules in found.items()
+        if len(modules) > 1
+    }
+    check(broken)
+
+
+def test_test_functions_are_annotated() -> None:
+    broken = {}
+    for module, tree in trees(TESTS).items():
+        bare = [node.name for node in functions_of_tests(tree) if not is_annotated(node)]
+        if bare:
+            broken[module] = f"tests/{module}: annotate {', '.join(bare)} (every parameter, and `-> None`)."
+    check(broken)
+
+
+def functions_of_tests(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
+            yield node
+
+
+def is_annotated(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    given = function.args
+    parameters = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    return function.returns is not None and all(each.annotation for each in parameters if each.arg != "self")
+
+
+def test_test_names_say_what_they_mean() -> None:
+    broken = {}
+    for module, tree in trees(TESTS).items():
+        numbered = [node.name for node in functions_of_tests(tree) if re.search(r"pitfall_[0-9]", node.name)]
+        if numbered:
+            broken[module] = f"tests/{module}: a number says nothing to a reader: rename {', '.join(numbered)}."
+    check(broken)
+
+
+def test_tests_use_public_names_only() -> None:
+    broken = {}
+    for module, tree in trees(TESTS).items():
+        private = sorted({f"{text} (line {line})" for line, text in private_names(tree)})
+        if private:
+            broken[module] = (
+                f"tests/{module} uses {', '.join(private)}: test through a public name, or make one public."
+            )
+    check(broken)
+
+
+def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Private attributes of anything but the object itself, and private names that are imported."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "super()"):
+                yield node.lineno, f"{owner}.{node.attr}"
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, alias.name) for alias in node.names if is_private(alias.name))
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
+
+
+# --- CONTRIBUTING.md, "How do I …": each step that can be forgotten ---
+
+
+def test_a_setting_has_its_row_and_its_field() -> None:
+    parts = {part: getattr(kind, "_fields", None) for part, kind in Config.__annotations__.items()}
+    fields = {f"{part}.{name}" for part, names in parts.items() for name in names or ()}
+    fields |= {part for part, names in parts.items() if names is None} - {"warnings", "at_default"}
+    paths = {setting.path: setting.name for setting in SETTINGS}
+    check(
+        {
+            path: f"{paths[path]} is Config.{path}: add that field to its class in scripts/config/schema.py."
+            for path in paths.keys() - fields
+        }
+        | {
+            path: f"Config.{path} has no setting: add a row to SETTINGS in scripts/config/settings.py."
+            for path in fields - paths.keys()
+        }
+    )
+
+
+def test_a_setting_is_read() -> None:
+    read = read_outside("config/loader.py", "config/schema.py", "config/settings.py")
+    check(
+        {
+            setting.name: f"Nothing reads Config.{setting.path} ({setting.name}): hand it to the part that it is for."
+            for setting in SETTINGS
+            if setting.path.rpartition(".")[2] not in read
+        },
+        NOT_READ,
+        "NOT_READ",
+    )
+
+
+def test_a_setting_is_in_the_tests_of_the_loader() -> None:
+    tested = (TESTS / "config" / "test_loader.py").read_text(encoding="utf-8")
+    check(
+        {
+            setting.name: f"tests/config/test_loader.py does not test {setting.name}: add its default, and a value."
+            for setting in SETTINGS
+            if not re.search(rf"\b{setting.name}\b", tested)
+        }
+    )
+
+
+def test_a_route_has_its_row_in_the_tests_of_who_may_call_it() -> None:
+    tested = (TESTS / "policy" / "test_routes.py").read_text(encoding="utf-8")
+    check(
+        {
+            f"{method} {path}": f"tests/policy/test_routes.py does not say who may call {method} {path}: add it to the "
+            "group of its callers."
+            for method, path, _ in TABLE
+            if f"{method} {path.replace(':id', '0')}" not in tested
+        }
+    )
+
+
+def test_an_endpoint_has_its_handler() -> None:
+    nodes = ast.walk(trees(SCRIPTS)["proxy/endpoints.py"])
+    handled = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    check(
+        {
+            path: f"{method} {path} is the gateway's own by scripts/policy/routes.py: add its method, "
+            "and its entry in HANDLERS, to scripts/proxy/endpoints.py."
+            for method, path, kind in TABLE
+            if kind.local and path not in handled
+        }
+    )
+
+
+def test_an_endpoint_has_its_section_in_the_docs() -> None:
+    page = (ROOT / "docs" / "API_REFERENCE.md").read_text(encoding="utf-8")
+    check(
+        {
+            path: f'docs/API_REFERENCE.md has no section "### {method} {path}": write what the endpoint answers.'
+            for method, path, kind in TABLE
+            if kind.local and f"\n### {method} {path}\n" not in page
+        }
+    )
+
+
+def documented_headers() -> Mapping[str, str]:
+    """The header fields that docs/API_REFERENCE.md says the gateway adds, in lower case, and to which answers."""
+    page = (ROOT / "docs" / "API_REFERENCE.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Answers\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| (`[^|]+) \| ([^|]*) \|", section)
+    return {name.lower(): answers for names, answers in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
+async def kinds_of_answers(stack: Stack) -> Mapping[str, Response]:
+    """Return one answer for each way in which the gateway makes a head."""
+    found = {"GET /ping": await stack.ask(get(b"/ping")), "an error": await stack.ask(get(b"/nowhere"))}
+    found["a relayed answer"] = await stack.ask(post())
+    stream = send(STREAM_HEAD + chunk(event("1")) + LAST_CHUNK)
+    stack.backend.script(stream)
+    found["a relayed stream"] = await stack.ask(post())
+    stack.backend.script(stall(stack.finish), stream)
+    client = await stack.client()
+    client.send(post(CHAT, b'{"stream": true}'))
+    await stack.backend.call(2)
+    stack.advance(15)
+    found["a stream that the gateway begins"] = Response(await client.take_through(b"\r\n\r\n"), b"", b"")
+    stack.finish.set()
+    await client.take_through(LAST_CHUNK)
+    return found
+
+
+@scenario(SSE_HEARTBEAT="15")
+async def test_a_header_is_documented_and_on_every_answer(stack: Stack) -> None:
+    listed = documented_headers()
+    everywhere = {name for name, answers in listed.items() if answers == "every answer"}
+    assert "x-request-id" in everywhere
+    broken = {}
+    for kind, response in (await kinds_of_answers(stack)).items():
+        names = {name.decode().lower() for name, _ in response.fields} - {"transfer-encoding"}
+        for name in names - listed.keys():
+            broken[f"{kind} {name}"] = (
+                f"The gateway adds {name} to {kind}: list it in docs/API_REFERENCE.md, section Answers."
+            )
+        for name in everywhere - names:
+            broken[f"{kind} {name}"] = (
+                f"docs/API_REFERENCE.md says that every answer has {name}, but {kind} lacks it: add it to "
+                "`lines` in Response.__init__ (scripts/proxy/response.py), so that all answers get it."
+            )
+    check(broken)
+
+
+@scenario()
+async def test_a_header_on_every_answer_is_the_gateways_alone(stack: Stack) -> None:
+    everywhere = [name.encode() for name, answers in documented_headers().items() if answers == "every answer"]
+    stack.backend.script(send(answer(HELLO, b"200 OK", *[b"%b: the backend's" % name for name in everywhere])))
+    response = await stack.ask(post())
+    check(
+        {
+            name.decode(): f"The backend's own {name.decode()} passes to the client: add it to "
+            "_NOT_PASSED in scripts/proxy/response_info.py."
+            for name in everywhere
+            if b"the backend's" in response.all(name)
+        }
+    )
+
+
+def test_a_header_on_every_answer_can_be_read_by_web_pages() -> None:
+    exposed = dict(Cors(("*",)).fields(None))[b"Access-Control-Expose-Headers"].decode().split(", ")
+    tested = (TESTS / "policy" / "test_cors.py").read_text(encoding="utf-8")
+    everywhere = [name for name, answers in documented_headers().items() if answers == "every answer"]
+    check(
+        {
+            name: f"Web pages cannot read {name}: add it to the exposed headers in scripts/policy/cors.py."
+            for name in everywhere
+            if name not in exposed
+        }
+        | {
+            f"{name} in the tests": f"tests/policy/test_cors.py does not expect {name}: add it to EXPOSED."
+            for name in everywhere
+            if name not in tested
+        }
+    )
+
+
+def test_a_metric_is_counted() -> None:
+    broken = {}
+    for module, tree in trees(SCRIPTS).items():
+        for kind in (
+            node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.endswith("Metrics")
+        ):
+            for name in metrics_made_in(kind) - set(chain.from_iterable(map(attributes, trees(SCRIPTS)))):
+                broken[name] = f"{kind.name}.{name} (scripts/{module}) is registered but never counted: count it in "
+                broken[name] += "scripts/accounting/recorder.py."
+    check(broken)
+
+
+def metrics_made_in(kind: ast.ClassDef) -> set[str]:
+    """The attributes of self to which a class assigns a new counter or histogram."""
+    return {
+        target.attr
+        for node in ast.walk(kind)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        for target in node.targets
+        if isinstance(target, ast.Attribute) and ast.unparse(node.value.func) in ("counter", "histogram")
+    }
+
+
+def test_metrics_are_found() -> None:
+    kinds = [node for tree in trees(SCRIPTS).values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert len(set(chain.from_iterable(map(metrics_made_in, kinds)))) >= 10
+
+
+def test_an_access_log_field_is_in_the_tested_lines() -> None:
+    tested = (TESTS / "accounting" / "test_access_lines.py").read_text(encoding="utf-8")
+    leading = {"ts", "key", "request_line", "status"}  # without their names in the text form
+    missing = "tests/accounting/test_access_lines.py lacks the field {} in the whole {} line: add it with its value."
+    check(
+        {
+            f"{field.name} text": missing.format(field.name, "text")
+            for field in FIELDS
+            if field.text and field.name not in leading and f" {field.name}=" not in tested
+        }
+        | {
+            f"{field.name} json": missing.format(field.name, "JSON")
+            for field in FIELDS
+            if field.json and f'"{field.name}": ' not in tested
+        }
+    )
+
+
+def test_an_error_is_raised_somewhere() -> None:
+    others = (tree for module, tree in trees(SCRIPTS).items() if module != "core/errors.py")
+    used = set(chain.from_iterable(map(identifiers, others)))
+    names = {name for name, value in vars(errors).items() if isinstance(value, errors.Kind)}
+    check(
+        {
+            name: f"errors.{name} is in the catalogue, but nothing raises it: raise it or delete it."
+            for name in names - used
+        }
+    )
+
+
+# The fields of an entry are the columns of its line, between colons, and its options: name=value words.
+OPTION_OF = {field: option for option, field in keyfile.FIELDS.items()}
+KEY_OPTIONS = sorted(
+    {OPTION_OF.get(field.name, field.name) for field in dataclasses.fields(keyfile.Entry)}
+    - {"key_id", "digest", "rate_limit", "expires_at"}
+)
+each_key_option = pytest.mark.parametrize("option", KEY_OPTIONS)
+
+
+@each_key_option
+def test_a_key_option_is_parsed(option: str) -> None:
+    """An empty value is refused by the option's own rule, and an unknown option by the list of all."""
+    refusal = ""
+    try:
+        keyfile.parse_line(f"alice:sk-0123456789abcdef {option}=")
+    except ValueError as error:
+        refusal = str(error)
+    unknown = refusal.startswith("the options are")
+    assert not unknown, f"scripts/keyfile.py does not parse {option}=…: add it to the options of a line."
+
+
+@each_key_option
+def test_a_key_option_reaches_the_caller(option: str) -> None:
+    field = keyfile.FIELDS.get(option, option)
+    fields = {each.name for each in dataclasses.fields(Caller)}
+    assert field in fields, f"auth.Caller has no field {field}: add it in scripts/auth.py, and fill it from the entry."
+    used = field in read_outside("keyfile.py", "key_mgmt.py")
+    assert used, f"Nothing reads Caller.{field}: use it in the module that applies it."
+    given = keyfile.parse_networks("192.0.2.0/24")
+    entry = dataclasses.replace(keyfile.Entry("alice", bytes(32)), **{field: given})
+    caller = Keyring.of([entry]).find(entry.digest, lambda: 0.0, ["192.0.2.7"])
+    assert getattr(caller, field) == given, (
+        f"auth.Caller.{field} does not have the entry's value: pass it on in _caller (scripts/auth.py)."
+    )
+
+
+@each_key_option
+def test_a_key_option_can_be_given_on_the_command_line(option: str) -> None:
+    name = "--" + option.replace("_", "-")
+    assert name in OPTIONS, f"scripts/key_mgmt.py has no option {name}: add it to OPTIONS."
+    for command in ("generate", "set"):
+        assert name in COMMANDS[command][1], f"`key_mgmt.py {command}` does not take {name}: add it to its options."
+    field = keyfile.FIELDS.get(option, option)
+    assert field in LIMITS, f"scripts/key_mgmt.py does not write {field} into the file: add it to LIMITS."
+
+
+@each_key_option
+def test_a_key_option_is_documented(option: str) -> None:
+    page = (ROOT / "docs" / "AUTHENTICATION.md").read_text(encoding="utf-8")
+    assert f"| `{option}=` |" in page, f"docs/AUTHENTICATION.md does not explain `{option}=`: add a row for it."
+    name = "--" + option.replace("_", "-")
+    assert f"`{name}`" in page, f"docs/AUTHENTICATION.md does not name {name}: add it to the options of `generate`."
+
+
+@each_key_option
+def test_a_key_option_is_in_the_tests(option: str) -> None:
+    written = (TESTS / "test_keyfile.py").read_text(encoding="utf-8")
+    assert f"{option}=" in written, (
+        f"tests/test_keyfile.py has no line with {option}=: add one, and a value to random_entry."
+    )
+    given = (TESTS / "programs" / "test_key_mgmt.py").read_text(encoding="utf-8")
+    assert f'"{option}": ' in given, (
+        f"tests/programs/test_key_mgmt.py does not give {option}: add it to test_generate_accepts_every_limit and to "
+        "test_list_shows_limits_and_never_a_key."
+    )
+
+
+@scenario(MAX_CONCURRENT_REQUESTS="1")
+async def test_the_slot_of_a_cancelled_request_is_released_when_the_backend_has_stopped(stack: Stack) -> None:
+    stack.backend.own[b"/slots"] = answer(b'[{"is_processing": true}]')
+    stack.backend.script(send(STREAM_HEAD), stall())
+    client = await stack.client()
+    client.send(post())
+    await client.take_through(b"\r\n\r\n")
+    client.reset()
+    await until(
+        lambda: b"/slots" in stack.backend.probes,
+        "GET /slots is asked after a client has left. scripts/proxy/admission.py must hand the slot of a request that "
+        "the backend has not finished to SlotReclaimer (scripts/backend/slots.py).",
+    )
+    assert stack.app.queue.active == 1, (
+        "The slot is free while GET /slots still shows it busy: SlotReclaimer (scripts/backend/slots.py) must hold it."
+    )
+    stack.backend.own[b"/slots"] = answer(b'[{"is_processing": false}]')
+    await until(
+        lambda: stack.app.queue.active == 0,
+        "the slot is free once GET /slots shows it idle. SlotReclaimer (scripts/backend/slots.py) must release it.",
+    )
