@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Build the Dockerfile and try the image, on a machine that has no Docker engine.
 #
-# buildah builds it (chroot isolation, plain folders as storage) on a base of Debian's or Ubuntu's own packages and a
+# buildah builds it (chroot isolation, plain folders as storage) on a base of Debian's or Ubuntu's packages and a
 # llama-server: the one that `make e2e` built, else a stand-in that serves the mock backend. tests/deploy/image_run.py
 # then runs it as its user, chats, reloads and stops it. Needs root and apt. The base is kept in
-# ${XDG_CACHE_HOME:-~/.cache}/llama-gguf-inference; remove image-base-* there to have it made again.
+# ${XDG_CACHE_HOME:-~/.cache}/llama-gguf-inference; if image-base-* is removed there, the next run makes it again.
 set -Eeuo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,10 +21,10 @@ say() { printf 'image-test: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
 require_machine() {
-  [[ $(uname -s) == Linux ]] || die "it needs Linux"
-  [[ $(id -u) == 0 ]] || die "it needs root: debootstrap, chroot and namespaces do"
+  [[ $(uname -s) == Linux ]] || die "this test needs Linux"
+  [[ $(id -u) == 0 ]] || die "this test needs root, for debootstrap, chroot and namespaces"
   unshare --mount --pid --fork true 2>/dev/null ||
-    die "this machine lets no namespace be made (a container without CAP_SYS_ADMIN?)"
+    die "namespaces cannot be created here (in a container without CAP_SYS_ADMIN?)"
 }
 
 require_tools() {
@@ -33,13 +33,13 @@ require_tools() {
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
   done
   ((${#missing[@]})) || return 0
-  command -v apt-get >/dev/null || die "not installed, and there is no apt-get to fetch it: ${missing[*]}"
+  command -v apt-get >/dev/null || die "not installed, and there is no apt-get to install it: ${missing[*]}"
   say "installing ${missing[*]}"
   { apt-get -qq update && apt-get -qq install -y --no-install-recommends "${missing[@]}"; } >"$scratch/apt.log" 2>&1 ||
     { cat "$scratch/apt.log" >&2; die "apt-get could not install ${missing[*]}"; }
 }
 
-# The base's files, of the suite that this machine runs, so that a llama-server that was built here runs there.
+# The base has the release that this machine runs, so that a llama-server that was built here runs there.
 make_base() {
   local suite id mirror
   suite=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
@@ -47,12 +47,12 @@ make_base() {
   case $id in
     debian) mirror=http://deb.debian.org/debian ;;
     ubuntu) mirror=http://archive.ubuntu.com/ubuntu ;;
-    *) die "no base can be made on $id: only on Debian and Ubuntu" ;;
+    *) die "a base can be made on Debian and Ubuntu only, not on $id" ;;
   esac
   if [[ $id == ubuntu && $(dpkg --print-architecture) != amd64 ]]; then mirror=http://ports.ubuntu.com/ubuntu-ports; fi
   base_files=$cache/image-base-$suite-$(dpkg --print-architecture).tar
   [[ ! -s $base_files ]] || return 0
-  say "making the base with debootstrap (once a machine): $base_files"
+  say "making the base with debootstrap (once per machine): $base_files"
   mkdir -p "$cache"
   debootstrap --variant=minbase --include=ca-certificates,libgomp1,libstdc++6 "$suite" "$scratch/base" "$mirror" \
     >"$scratch/debootstrap.log" 2>&1 || { tail -n 20 "$scratch/debootstrap.log" >&2; die "debootstrap failed"; }
@@ -70,7 +70,7 @@ cached_llama_server() {
   return 1
 }
 
-# /app as in llama.cpp's images: llama-server and its libraries. A stand-in needs no model that a real one could load.
+# /app as in llama.cpp's images: llama-server and its libraries. A stand-in needs only the header of a model.
 make_app() {
   local from
   mkdir -p "$scratch/app" "$scratch/data/models"
@@ -94,7 +94,7 @@ import_base() {
   container=$(images from scratch)
   images add --quiet "$container" "$base_files" / >/dev/null
   images add --quiet "$container" "$scratch/app" /app >/dev/null
-  # What llama.cpp's server images say, so that it shows whether ours says otherwise.
+  # The same settings as in llama.cpp's server images, so that the test shows whether ours replace them.
   images config --env LLAMA_ARG_HOST=0.0.0.0 --workingdir /app --entrypoint '["/app/llama-server"]' "$container"
   images commit --quiet --format docker --rm "$container" "$base" >/dev/null
 }
@@ -107,20 +107,20 @@ build() {
 # The bytes of the files below a folder.
 bytes_of() { du --summarize --bytes "$1" | cut -f1; }
 
-# $1: the image's files; $2: the bytes that the base has in /usr.
+# $1: the image's root folder; $2: the size of the base's /usr in bytes.
 check_size() {
   local mounted=$1 added
   added=$(bytes_of "$mounted/opt/llama-gguf-inference")
-  say "added beyond Python: $added bytes; Python and what it needs: $(($(bytes_of "$mounted/usr") - $2)) bytes"
-  ((added < most_added_bytes)) || die "what we add is not under $most_added_bytes bytes"
+  say "our files: $added bytes; Python and its dependencies: $(($(bytes_of "$mounted/usr") - $2)) bytes"
+  ((added < most_added_bytes)) || die "our files exceed $most_added_bytes bytes"
 }
 
 main() {
   local began=$SECONDS container base_container
   require_machine
-  # Not in $TMPDIR, which may be memory: an image and its base are a gigabyte.
+  # Not in $TMPDIR, which may be in memory: an image and its base take a gigabyte.
   mkdir -p "$cache"
-  # What a run that was killed has left.
+  # Remove what a killed run has left.
   find "$cache" -maxdepth 1 -name 'image-test.*' -mmin +120 -exec rm -rf {} +
   scratch=$(mktemp -d "$cache/image-test.XXXXXX")
   chmod 755 "$scratch"
