@@ -3,10 +3,9 @@
 
     python3 bench/run.py [options of scripts/benchmark.py]      make bench ARGS="--html report.html"
 
-Starts mock_backend.py and gateway.py on loopback, lets scripts/benchmark.py ask both by turns, stops them, and tells
-the CPU time that the gateway took. The mock sends 200 tokens a second in each of 32 slots, so that what is measured is
-the way there and back and not a model. It takes 75 s. docs/BENCHMARK.md explains the figures. Exit status: that of
-benchmark.py.
+Starts mock_backend.py and gateway.py on loopback, runs scripts/benchmark.py against both, stops them, and prints the
+CPU time of the gateway. The mock sends 200 tokens per second in each of 32 slots, so that the gateway is measured and
+not a model. It takes 75 s. docs/BENCHMARK.md explains the figures. Exit status: that of benchmark.py.
 """
 
 import os
@@ -24,12 +23,12 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 STOP_S = 15.0
 PLAN = ("--concurrency", "1,8,16", "--rounds", "3", "--requests", "32", "--max-tokens", "64")
 MOCK = {"MOCK_SLOTS": "32", "MOCK_TOKENS_PER_SECOND": "200", "MOCK_PROMPT_MS": "0"}
-HERE_ONLY = {"PATH": os.environ.get("PATH", ""), "HOST": "127.0.0.1", "PORT": "0"}
+LOCAL_ONLY = {"PATH": os.environ.get("PATH", ""), "HOST": "127.0.0.1", "PORT": "0"}
 
 
 @contextmanager
 def server(environ: Mapping[str, str], announcement: str, *argv: str) -> Iterator[tuple[int, int]]:
-    """Run a script until the block ends; yields its pid and the port that it announces."""
+    """Run a script until the block ends. Yields its pid and the port that it announces."""
     command = [sys.executable, str(SCRIPTS / argv[0]), *argv[1:]]
     process = subprocess.Popen(
         command,
@@ -51,39 +50,40 @@ def server(environ: Mapping[str, str], announcement: str, *argv: str) -> Iterato
 
 
 def announced_port(process: "subprocess.Popen[str]", announcement: str) -> int:
-    """Read on to the line that tells the port. Raises RuntimeError where none does."""
+    """Read the output up to the line with the port, which the regular expression finds. Raises RuntimeError."""
     assert process.stdout is not None
-    said = ""
+    output = ""
     for line in process.stdout:
-        said += line
+        output += line
         if found := re.search(announcement, line):
             return int(found[1])
-    raise RuntimeError(f"it ended before it listened:\n{said}")
+    raise RuntimeError(f"it ended before it listened:\n{output}")
 
 
 def cpu_s(pid: int) -> float:
-    """CPU seconds of a process, user and system."""
+    """Return the CPU seconds of a process, user and system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def total(page: str, name: str, label: str) -> float:
-    """Sum the samples of a counter that bear a label."""
+    """Sum the samples of a counter that have a label."""
     lines = [line.rsplit(" ", 1) for line in page.splitlines() if line.startswith(name + "{")]
     return sum(float(value) for series, value in lines if label in series)
 
 
-def tell_cpu(used_s: float, port: int) -> None:
-    """Say what each request and each token cost the gateway."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+def report_cpu(used_s: float, port: int, key: str) -> None:
+    """Print the CPU time of the gateway per request and per token."""
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         page = answer.read().decode()
     requests = total(page, "gateway_requests_total", 'code="200"')
     tokens = total(page, "gateway_tokens_total", 'type="completion"')
-    if not requests:  # after --help, or where every request failed
+    if not requests:  # after --help, or if every request failed
         return
     print(f"\nThe gateway used {used_s:.2f} s of CPU for {requests:.0f} requests and {tokens:.0f} tokens", end="")
     if tokens:
-        print(f": {used_s * 1e3 / requests:.2f} ms a request, {used_s * 1e6 / tokens:.0f} µs a token, all in", end="")
+        print(f": {used_s * 1e3 / requests:.2f} ms per request or {used_s * 1e6 / tokens:.0f} µs per token", end="")
     print(".")
 
 
@@ -92,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         keys = Path(folder) / "keys.txt"
         keys.write_text(f"bench:{key}:1000000000\n")
-        settings = HERE_ONLY | {"DATA_DIR": folder, "AUTH_KEYS_FILE": str(keys)}
-        mock = server(HERE_ONLY | MOCK, r"listening on http://\S+:(\d+)", "mock_backend.py", "--port", "0")
+        settings = LOCAL_ONLY | {"DATA_DIR": folder, "AUTH_KEYS_FILE": str(keys)}
+        mock = server(LOCAL_ONLY | MOCK, r"listening on http://\S+:(\d+)", "mock_backend.py", "--port", "0")
         with (
             mock as (_, backend_port),
             server(settings | {"PORT_BACKEND": str(backend_port)}, r"listens on .* port (\d+)", "gateway.py") as found,
@@ -101,10 +101,10 @@ def main(argv: Sequence[str]) -> int:
             pid, port = found
             command = [sys.executable, str(SCRIPTS / "benchmark.py"), *PLAN, *argv]
             command += ["--direct", f"http://127.0.0.1:{backend_port}", "--gateway", f"http://127.0.0.1:{port}"]
-            begun_s = cpu_s(pid)
+            started_s = cpu_s(pid)
             status = subprocess.run(command, env={**os.environ, "GATEWAY_API_KEY": key}, check=False).returncode
             if status in (0, 1):
-                tell_cpu(cpu_s(pid) - begun_s, port)
+                report_cpu(cpu_s(pid) - started_s, port, key)
     return status
 
 
