@@ -48,6 +48,7 @@ class SlotTable:
 
     def __init__(self) -> None:
         self._slots: list[Slot] = []
+        self._strays: list[Slot] = []
         self._uses = 0  # counts up; orders slots by when they were last used
         self._floating_owner = ""
         self.floating = 0
@@ -58,11 +59,16 @@ class SlotTable:
 
     @property
     def busy(self) -> int:
-        return sum(slot.holder is not None for slot in self._slots)
+        return sum(slot.holder is not None for slot in (*self._slots, *self._strays))
 
     def reset(self, total: int) -> None:
-        """The backend may be another process, with `total` slots. Requests that are at work keep their slots."""
+        """The backend may be another process, with `total` slots. Requests that are at work keep their slots.
+
+        A request may be on its way to a slot that there is no more. llama-server would take another one for it, the
+        number modulo `total`, so nothing starts before such a request has ended.
+        """
         self.generation += 1
+        self._strays = [slot for slot in (*self._strays, *self._slots[total:]) if slot.holder is not None]
         self._slots = [*self._slots[:total], *map(Slot, range(len(self._slots), total))]
         for slot in self._slots:
             slot.forget()
@@ -70,6 +76,8 @@ class SlotTable:
     def may_start(self, owner: str, *, floating: bool) -> bool:
         """Whether a request of a key may be sent now."""
         if self.floating and self._floating_owner != owner:
+            return False
+        if any(slot.holder is not None for slot in self._strays):
             return False
         if floating:
             return all(slot.holder is None or self._is_own(slot, owner) for slot in self._slots)

@@ -216,6 +216,25 @@ async def test_handovers_and_cached_tokens_are_counted(stack: Stack) -> None:
     assert b'\ngateway_cached_prompt_tokens_sum{mode="private"} %d\n' % len(HEAD) in page
 
 
+@isolated()
+async def test_a_request_that_came_to_a_process_with_fewer_slots_has_them_alone(stack: Stack) -> None:
+    model = await begin(stack, Model(total=3))
+    for name in (b"alice", b"bob"):
+        await cached(stack, name, COMPLETIONS, {"prompt": HEAD})
+    stream = await hold(stack, b"carol", COMPLETIONS, {"prompt": HEAD})
+    await stack.turn("loading")
+    model.slots.pop()  # which is carol's: that was sent before the gateway knew of the new process
+    await stack.turn("ready")
+    client = await stack.client()
+    client.send(asking(b"bob", COMPLETIONS, {"prompt": HEAD}))
+    await until(lambda: {each.record.key_id for each in stack.requests} == {"carol", "bob"})
+    for _ in range(4):  # it could empty a slot and be sent meanwhile
+        await stack.ask(asking(b"alice", b"/v1/messages/count_tokens", {"messages": "x"}))
+    assert not any(call.fields[b"x-client"] == b"bob" for call in stack.backend.calls[3:])
+    stream.close()
+    assert (await client.response()).status == 200
+
+
 # --- Whatever keys do ---
 
 SECRETS = [f"{HEAD[:-9]} {number}" for number in range(6)]

@@ -134,3 +134,18 @@ def test_a_new_process_of_the_backend_may_hold_anything_and_have_other_slots() -
     assert around.table.busy == 1
     assert slot.is_foreign("alice")
     assert not around.table.may_start("alice", floating=True)  # the slot may hold anything
+
+
+def test_nothing_starts_while_a_request_may_be_on_its_way_to_a_slot_that_is_gone() -> None:
+    around = Around()
+    around.begin("alice", A)
+    stray = [around.begin("alice", A), around.begin("alice", B)][-1]
+    around.table.reset(2)
+    for total in (2, 4):  # llama-server would take slot 0 for it; and another process follows
+        assert around.table.busy == 3
+        for floating in (True, False):
+            assert not around.table.may_start("alice", floating=floating)
+        around.table.reset(total)
+    stray.holder = None
+    assert around.table.busy == 2
+    assert around.table.may_start("alice", floating=False)
