@@ -371,6 +371,27 @@ def test_a_client_that_leaves_ends_the_relay_and_the_backend_is_read_on() -> Non
     assert (relayed.end, relayed.backend_end.reading, relayed.client.upstream) == (PeerGone, True, None)
 
 
+@pytest.mark.parametrize(("size", "is_behind"), [(1_000_000, False), (1_100_000, True)])
+def test_what_comes_for_a_client_that_has_left_is_counted_and_a_mebibyte_means_that_more_was_held_back(
+    size: int, is_behind: bool
+) -> None:
+    relayed = Relayed(CHUNKED, label="/v1/chat/completions").start()
+    relayed.backend_end.receive(chunk(EVENTS[0]))
+    relayed.transport.receive_eof()
+    remainder, ended = relayed.relay.count_remainder(relayed.backend), list[bool]()
+    assert remainder is not None
+    remainder.when_counted(ended.append)
+    piece = chunk(event(f'{{"choices":[{{"delta":{{"content":"{"x" * 49_000}"}}}}]}}'))
+    pieces = size // len(piece)
+    for _ in range(pieces):
+        relayed.backend_end.receive(piece)
+    assert not ended
+    relayed.backend_end.receive_eof()
+    assert ended == [is_behind]
+    assert relayed.counter is not None
+    assert relayed.counter.events == pieces
+
+
 def test_the_backend_is_read_no_faster_than_the_client_reads() -> None:
     relayed = Relayed(UNTIL_CLOSE, minor=0).start()
     relayed.transport.stall()
