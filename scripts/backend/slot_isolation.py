@@ -107,6 +107,8 @@ class SlotLease:
     def _claim(self) -> None:
         table = self._isolation.table
         self._state = _HELD
+        if not self.is_valid:  # another process has come meanwhile, of whose slots nothing is known
+            return
         if self._pinned is not None:
             table.claim(self._pinned, self.owner, self.digests or ())
         else:
@@ -176,10 +178,11 @@ class SlotIsolation:
 
     async def empty(self, slot: Slot) -> None:
         """Empty a slot. Raises GatewayError if the backend does not, and then nothing is known of the slot."""
-        had_owner = slot.owner is not None
+        had_owner, generation = slot.owner is not None, self.table.generation
         slot.forget()
         await self._erase(slot.number)
-        slot.clear()
+        if generation == self.table.generation:
+            slot.clear()
         self.handovers += had_owner
 
     async def _erase(self, number: int) -> None:

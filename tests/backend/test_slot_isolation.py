@@ -25,6 +25,12 @@ class Backend:
         self.cached = 0
         self.slots: object = [{}, {}]
         self.stalls = False
+        self._going_on = asyncio.Event()
+
+    def go_on(self) -> None:
+        """Let go what stalls."""
+        self.stalls = False
+        self._going_on.set()
 
     async def fetch(self, target: bytes) -> tuple[int, bytes]:
         assert target == b"/slots"
@@ -34,7 +40,7 @@ class Backend:
         if target.startswith(b"/slots/"):
             self.erased.append(int(target[7:8]))
             if self.stalls:
-                await asyncio.Event().wait()
+                await self._going_on.wait()
             return self.erase_answer
         prompt = json.loads(body)["prompt"]
         cached = self.cached if prompt in self.prompts else 0
@@ -164,6 +170,31 @@ async def test_a_lease_is_not_valid_for_another_process(around: Around) -> None:
     lease.release()
     assert (await around.lease("alice")).is_valid
     assert around.backend.erased == [0, 1]
+
+
+@pytest.mark.parametrize(("floating", "unknown"), [(False, [0, 1]), (True, [0])])
+def test_a_lease_that_was_begun_with_another_process_says_nothing_about_this_ones_slots(
+    floating: bool, unknown: list[int]
+) -> None:
+    @with_isolation
+    async def play(around: Around) -> None:
+        await around.prepare()
+        (await around.lease("bob")).release()
+        around.backend.stalls = True
+        lease = around.isolation.lease("alice", None if floating else DIGESTS)
+        acquiring = asyncio.ensure_future(lease.acquire())
+        while around.backend.erased != [0, 1 - floating]:
+            await asyncio.sleep(0)
+        await around.isolation.prepare(5)
+        around.backend.go_on()
+        await acquiring
+        assert not lease.is_valid
+        lease.release()
+        around.backend.erased.clear()
+        (await around.lease("alice", floating=True)).release()
+        assert around.backend.erased == unknown
+
+    play()
 
 
 @pytest.mark.parametrize(
