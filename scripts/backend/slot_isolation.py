@@ -158,6 +158,7 @@ class SlotIsolation:
         self._failed_s: float | None = None  # when the last check found the backend unfit, and what it found
         self._failure = ""
         self._is_checked = False
+        self._is_paused = True  # until it is known what the backend has
 
     def lease(self, owner: str, digests: Digests | None) -> SlotLease:
         """Return a lease for a request; None for `digests` if the backend will choose its slot."""
@@ -173,7 +174,11 @@ class SlotIsolation:
 
     def grant(self) -> None:
         """Let as many of the next requests start as may."""
-        while self._waiting and self.table.may_start(self._waiting[0].owner, floating=self._waiting[0].digests is None):
+        while (
+            not self._is_paused
+            and self._waiting
+            and self.table.may_start(self._waiting[0].owner, floating=self._waiting[0].digests is None)
+        ):
             self._waiting.popleft().start()
 
     async def empty(self, slot: Slot) -> None:
@@ -192,6 +197,11 @@ class SlotIsolation:
             raise GatewayError(BACKEND_UNAVAILABLE, reason)
 
     # --- The backend's process ---
+
+    def pause(self) -> None:
+        """The backend may be ending: let nothing start before `prepare` has seen the next process."""
+        self._is_paused = True
+        self.table.generation += 1
 
     async def prepare(self, limit_s: float) -> int:
         """The backend may be another process: forget what its slots hold, and check it; return how many it has.
@@ -219,6 +229,7 @@ class SlotIsolation:
             self._failed_s, self._failure = self.clock(), str(error)
             raise
         self._failed_s, self._failure, self._is_checked = None, "", True
+        self._is_paused = False
         self.grant()
         return total
 

@@ -193,6 +193,8 @@ class Admission:
         while self._lease is None or not self._lease.is_valid:
             if self._lease is not None:
                 self._lease.release()
+            if self._services.readiness.state != READY:
+                await self._until_ready()
             digests = prefix_digests(body.pieces) if self._may_be_pinned(body) else None
             self._lease = ticket.lease = isolation.lease(ticket.key_id, digests)
             self._begin_waiting()
@@ -200,6 +202,11 @@ class Admission:
             if self._lease.slot is not None:
                 body.add("id_slot", self._lease.slot)
                 body.add("cache_prompt", True)
+
+    @property
+    def has_stale_lease(self) -> bool:
+        """Whether the backend may have been started again since it got its slot."""
+        return self._lease is not None and not self._lease.is_valid
 
     def _may_be_pinned(self, body: IncomingBody) -> bool:
         """Whether the backend will obey an `id_slot` that is added to the body."""

@@ -488,6 +488,8 @@ class App:
             self.page_files.forget()
             self.queue.pause()
             self.pool.close_idle()
+            if self.isolation is not None:
+                self.isolation.pause()
 
     @property
     def pending_releases(self) -> int:

@@ -281,7 +281,7 @@ class Request:
                 await self._clear_to_send(caller, admission, was_cut=cut is not None)
             record.stage = Stage.AWAITING_RESPONSE
             backend = None if repeats else services.pool.acquire()
-            if backend is None and (backend := await self._connect(cut)) is None:
+            if backend is None and (backend := await self._connect(admission, cut)) is None:
                 cut = None
                 continue
             reusable = False
@@ -354,8 +354,8 @@ class Request:
         """How certain it must be that the backend has not read the request."""
         return Missed.IF_ALIVE if self._prepared.route.kind.repeatable else Missed.SURELY
 
-    async def _connect(self, cut: GatewayError | None) -> BackendProtocol | None:
-        """Open a connection to the backend; None if it does not accept one now.
+    async def _connect(self, admission: Admission, cut: GatewayError | None) -> BackendProtocol | None:
+        """Open a connection to the backend; None if it does not accept one now, or may have been started again.
 
         `cut` is the error by which the last connection ended. It is raised if the backend lives, and so has closed on
         purpose.
@@ -364,7 +364,11 @@ class Request:
         connect_s = services.upstream_timeouts.connect_s
         try:
             if cut is None:
-                return await self._client.run(services.pool.connect(), connect_s, BACKEND_UNAVAILABLE)
+                backend = await self._client.run(services.pool.connect(), connect_s, BACKEND_UNAVAILABLE)
+                if not admission.has_stale_lease:
+                    return backend
+                services.pool.release(backend, False)
+                return None
             # A process that dies may close its connections before its listener, so a connection proves nothing.
             lives = await self._client.run(services.backend_lives(), connect_s, BACKEND_UNAVAILABLE)
         except GatewayError as error:

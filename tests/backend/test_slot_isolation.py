@@ -172,6 +172,24 @@ async def test_a_lease_is_not_valid_for_another_process(around: Around) -> None:
     assert around.backend.erased == [0, 1]
 
 
+@pytest.mark.parametrize("floating", [False, True])
+def test_nothing_starts_while_the_backend_may_be_ending(floating: bool) -> None:
+    @with_isolation
+    async def play(around: Around) -> None:
+        await around.prepare()
+        before = await around.lease("alice")
+        around.isolation.pause()
+        assert not before.is_valid
+        before.release()
+        waiting = asyncio.ensure_future(around.lease("alice", floating=floating))
+        await asyncio.sleep(0)
+        assert (waiting.done(), around.backend.erased) == (False, [0])
+        await around.prepare()
+        assert (await waiting).is_valid
+
+    play()
+
+
 @pytest.mark.parametrize(("floating", "unknown"), [(False, [0, 1]), (True, [0])])
 def test_a_lease_that_was_begun_with_another_process_says_nothing_about_this_ones_slots(
     floating: bool, unknown: list[int]

@@ -72,6 +72,21 @@ async def test_a_connection_that_the_backend_closes_is_not_kept(gateway: MemoryG
     assert gateway.pool.idle_count == 0
 
 
+@in_memory(isolates=True)
+async def test_nothing_is_sent_to_a_process_that_was_started_after_its_slot_was_leased(gateway: MemoryGateway) -> None:
+    await gateway.isolation.prepare(5)
+    gateway.backends.meanwhile = gateway.isolation.pause
+    served = gateway.serve(post(CHAT, b"{}"))
+    await turns_until(lambda: gateway.backends.transports)
+    gateway.backends.meanwhile = lambda: None
+    await gateway.isolation.prepare(5)
+    backend = await gateway.asked(2)
+    assert backend.take().endswith(b'\r\n\r\n{"id_slot":0,"cache_prompt":true}')
+    assert gateway.backends.transports[0].take() == b""
+    backend.receive(answer())
+    gateway.expect_end(served, Outcome.DONE, 200)
+
+
 @in_memory()
 async def test_a_stream_is_relayed_in_pieces_and_counted(gateway: MemoryGateway) -> None:
     served = gateway.serve(post(CHAT, STREAM_BODY))

@@ -12,6 +12,7 @@ from accounting.token_estimates import TokenEstimator
 from auth import Caller, Keyring, RateLimiter
 from backend.generation_watch import GenerationWatch
 from backend.readiness import LOADING, READY
+from backend.slot_isolation import SlotIsolation
 from config.schema import CheapSettings, Limits
 from policy.body_rules import BodyRules
 from policy.cors import Cors
@@ -172,6 +173,14 @@ TIMEOUTS = RequestTimeouts(
 SETTINGS = SessionSettings(max_connections=4, header_s=10, keepalive_s=75, flush_s=300)
 
 
+async def list_slot(target: bytes) -> tuple[int, bytes]:
+    return 200, b"[{}]"
+
+
+async def erase_or_complete(target: bytes, body: bytes) -> tuple[int, bytes]:
+    return 200, b'{"n_erased": 0, "timings": {"cache_n": 0}}'
+
+
 class MemoryGateway:
     """Requests and sessions with real parts, except for what knows the backend's state and keeps accounts."""
 
@@ -182,10 +191,11 @@ class MemoryGateway:
         slots: int = 2,
         queue_size: int = 8,
         alice: Any = None,
+        isolates: bool = False,
         settings: SessionSettings = SETTINGS,
         **changes: Any,
     ) -> None:
-        """`alice` are fields of the key's caller, `changes` fields of RequestTimeouts."""
+        """`alice` are fields of the key's caller, `isolates`: each key has slots of its own, `changes` are timeouts."""
         self.link = Link(clock)
         self.backends = Connector()
         self.clients: list[ClientProtocol] = []  # without those of sessions
@@ -206,6 +216,7 @@ class MemoryGateway:
         quotas = TokenQuotas(self.ledger, TokenLimiter(clock), TokenEstimator(), lambda: None)  # type: ignore[arg-type]
         access = AccessControl(keys, self.limiter, quotas, enabled=True, admin_routes=False)
         parts: dict[str, Any] = {"readiness": self.readiness, "endpoints": self.endpoints, "reclaimer": self.releases}
+        self.isolation = SlotIsolation(list_slot, erase_or_complete, clock)
         self.suspects = Suspects(lambda model: iter([]), clock)
         self.services = RequestServices(
             clock=clock,
@@ -221,8 +232,8 @@ class MemoryGateway:
             queue=self.queue,
             cheap_routes=CheapRoutes(CheapSettings(2, 600, 1500), queue_size, clock),
             pool=self.pool,
-            isolation=None,
-            reads_members=False,
+            isolation=self.isolation if isolates else None,
+            reads_members=isolates,
             models=None,
             body_scans=BodyScans(lambda: 0.0),
             body_rules=BodyRules(),

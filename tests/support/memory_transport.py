@@ -212,7 +212,7 @@ class Connector:
     """In place of asyncio.open_connection: keeps the transports that were opened.
 
     If there is an `error`, it is raised instead. `at_eof`: the peer has closed a new connection already. `hang`: it
-    neither accepts nor refuses.
+    neither accepts nor refuses. `meanwhile` is what happens while a connection is made.
     """
 
     def __init__(self) -> None:
@@ -220,6 +220,7 @@ class Connector:
         self.asked: list[tuple[str, int]] = []
         self.error: OSError | None = None
         self.at_eof = self.hang = False
+        self.meanwhile: Callable[[], None] = lambda: None
 
     async def __call__(self, host: str, port: int) -> tuple[asyncio.StreamReader, MemoryWriter]:
         self.asked.append((host, port))
@@ -227,6 +228,7 @@ class Connector:
             raise self.error
         if self.hang:
             await asyncio.get_running_loop().create_future()
+        self.meanwhile()
         reader = asyncio.StreamReader()
         if self.at_eof:
             reader.feed_eof()
