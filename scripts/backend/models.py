@@ -12,6 +12,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -229,7 +230,7 @@ class Models:
 
     def _plan_look(self) -> None:
         changing = (LoadState.LOADING, LoadState.UNLOADING)
-        is_changing = any(model.state in changing for model in self.scheduler.models.values())
+        is_changing = self._ended or any(model.state in changing for model in self.scheduler.models.values())
         self._look_at_s = asyncio.get_running_loop().time() + (_LOOK_LOADING_S if is_changing else _LOOK_S)
 
     # --- What the router has ---
@@ -267,10 +268,8 @@ class Models:
     async def _follow(self, model: Model, entry: ListedModel) -> None:
         """Let what is known of a model follow the router's list."""
         scheduler, was = self.scheduler, model.state
-        if model.name in self._ended and entry.state is LoadState.UNLOADED:
-            self._ended.discard(model.name)
-            if entry.exit_status is not None:
-                self._hooks.on_death(model.name)
+        if model.name in self._ended and not await self._follow_end(model, entry):
+            return
         if was is LoadState.UNLOADING:
             if entry.state is LoadState.UNLOADED:
                 scheduler.ended(model)
@@ -289,6 +288,23 @@ class Models:
                 log.warning("the model %s has ended: %s", model.name, _ended_with(entry))
                 self._hooks.on_death(model.name)
             scheduler.ended(model, _ended_with(entry) if failed else "")
+
+    async def _follow_end(self, model: Model, entry: ListedModel) -> bool:
+        """Find out whether the list knows of a model's end already, or there was none; return False if it does not."""
+        if entry.state is LoadState.LOADED and not await self._answers(model):
+            return False
+        self._ended.discard(model.name)
+        if entry.state is LoadState.UNLOADED and entry.exit_status is not None:
+            self._hooks.on_death(model.name)
+        return True
+
+    async def _answers(self, model: Model) -> bool:
+        """Whether a model's process answers."""
+        try:
+            status, _ = await self._fetch_of(model.name)(b"/props")
+        except GatewayError:
+            return False
+        return status == HTTPStatus.OK
 
     async def _follow_loaded(self, model: Model) -> None:
         began_s = model.since_s if model.state is LoadState.LOADING else None
@@ -312,6 +328,9 @@ class Models:
     async def _order(self, order: Order) -> None:
         """Tell the router to load or unload a model."""
         model = order.model
+        if order.load and model.name in self._ended:  # as long as the router takes it for loaded, it would refuse
+            self.scheduler.postpone(model, _LOOK_LOADING_S)
+            return
         action = "load" if order.load else "unload"
         log.info("the model %s is to be %sed", model.name, action)
         if self._hooks.reasons is not None:

@@ -28,6 +28,7 @@ class FakeRouter:
         self.refusal: tuple[int, bytes] | None = None
         self.failing = False
         self.takes_orders = True
+        self.dead: set[str] = set()  # models whose process has ended, which it has not noticed
         self.loads = True  # at once; else a model that is to be loaded is loading
         self.status = 200
         self.listening = asyncio.Event()
@@ -37,6 +38,8 @@ class FakeRouter:
         self.targets.append(target)
         if self.failing:
             raise GatewayError(BACKEND_UNAVAILABLE)
+        if any(target.endswith(b"model=" + name.encode()) for name in self.dead):
+            return 500, b"proxy error: Could not establish connection"
         if target.startswith(b"/props"):
             return 200, b'{"total_slots": 4}'
         data = []
@@ -213,6 +216,41 @@ def test_the_death_of_a_loaded_model_is_reported_once(told: bool) -> None:
         assert router.deaths == ["chat"]
 
     play()
+
+
+@watched("chat")
+async def test_a_model_whose_end_the_router_has_not_noticed_is_loaded_again_once_it_has(router: Watched) -> None:
+    chat = router.models.find("chat")
+    chat.queue.acquire("alice")
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    router.router.dead.add("chat")
+    router.models.note_ended(chat)
+    waiting = chat.queue.acquire("bob").waiting
+    assert waiting is not None
+    for _ in range(3):
+        router.clock.advance(1)
+        looks = len(router.router.targets)
+        router.models.look_soon()
+        await router.until(lambda looks=looks: len(router.router.targets) > looks + 1)
+        assert (chat.state, waiting.done()) == (LoadState.UNLOADED, False)
+    assert router.router.orders == ["load chat"]
+    router.router.dead.clear()
+    router.router.states["chat"], router.router.exit_codes["chat"] = "unloaded", 9
+    await router.until(lambda: chat.state is LoadState.LOADED or router.clock.advance(0.1))
+    await waiting
+    assert router.loads == [("chat", "ok")] * 2
+    assert router.deaths == ["chat"]
+
+
+@watched("chat")
+async def test_a_model_that_answers_has_not_ended(router: Watched) -> None:
+    chat = router.models.find("chat")
+    chat.queue.acquire("alice")
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    router.models.note_ended(chat)
+    assert chat.state is LoadState.UNLOADED
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    assert (router.router.orders, router.deaths) == (["load chat"], [])
 
 
 @watched("chat")

@@ -92,6 +92,8 @@ def ask(url: str, key: str, model: str, max_tokens: int = 8, client: httpx.Clien
         return 0
     if answer.status_code == 200:
         assert answer.json()["usage"]["completion_tokens"] == max_tokens
+    else:
+        print(answer.text)
     return answer.status_code
 
 
