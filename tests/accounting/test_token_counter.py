@@ -111,10 +111,12 @@ def test_tokens_are_those_that_the_backend_reports(name: str, feed: str) -> None
 
 
 @each_sample
-def test_tokens_are_the_same_when_split_at_any_byte(name: str) -> None:
+def test_tokens_are_the_same_wherever_a_response_is_split(name: str) -> None:
     label, tokens, events = SAMPLES[name]
     raw = (ANSWERS / name).read_bytes()
-    for place in range(len(raw) + 1):
+    # The head and the end of a response are read by other means than what is between.
+    first = random.Random(name).randrange(7)
+    for place in {*range(50), *range(first, len(raw), 7), *range(max(0, len(raw) - 200), len(raw) + 1)}:
         assert count_tokens(label, (raw[:place], raw[place:])) == (tokens, events), place
 
 
@@ -122,7 +124,7 @@ def test_tokens_are_the_same_when_split_at_any_byte(name: str) -> None:
 def test_tokens_of_a_cut_response_do_not_depend_on_its_pieces(name: str) -> None:
     label, dice = SAMPLES[name][0], random.Random(name)
     raw = (ANSWERS / name).read_bytes()
-    for end in dice.sample(range(len(raw)), 80):
+    for end in dice.sample(range(len(raw)), 30):
         part = raw[:end]
         expected = count_tokens(label, [part])
         for _ in range(5):
@@ -552,7 +554,7 @@ def test_any_bytes_are_read_without_raising(seed: int) -> None:
         b"\\",
         b'"',
     ]
-    for _ in range(100):
+    for _ in range(25):
         raw = dice.choice([b"{", b"[", b"data: {", b""]) + b"".join(dice.choices(words, k=dice.randrange(40)))
         raw += dice.randbytes(dice.randrange(3))
         for label in (CHAT, MESSAGES, RESPONSES, NATIVE):
