@@ -30,6 +30,8 @@ _LISTEN_AGAIN_S = 5.0
 _ORDER_S = 30.0  # for the router to take an order
 _UNLOAD_AGAIN_S = 15.0  # a model that is still there is told again
 _POSTPONED_S = 1.0
+_NOTICED_S = 5.0  # in which the router notices that a model's process has ended
+_ANSWER_S = 0.5  # for a process that lives to answer
 _MAX_MODELS = 1000
 _STATES = {"loaded": LoadState.LOADED, "sleeping": LoadState.LOADED, "loading": LoadState.LOADING}
 _REASON_S = 1.0  # for the supervisor to read in llama-server's output why a model has failed
@@ -122,7 +124,7 @@ class Models:
         self._fetch = fetch
         self._clock = clock
         self._hooks = hooks
-        self._ended: set[str] = set()  # models that are not loaded any more, of which the list has not said why
+        self._ended_s: dict[str, float] = {}  # when models ended of which the list has not said so yet
         self._earlier: dict[str, str | None] = {}  # the reason of a model's last failure, when it began to load
         self._is_up = False
         self._woken = asyncio.Event()
@@ -163,9 +165,9 @@ class Models:
 
     def note_ended(self, model: Model) -> None:
         """The router has said that a model is not loaded any more."""
-        if model.state is LoadState.LOADED:
+        if model.state is LoadState.LOADED and self.scheduler.models.get(model.name) is model:
             self.scheduler.ended(model)
-            self._ended.add(model.name)
+            self._ended_s[model.name] = self._clock()
         self.look_soon()
 
     # --- The router's process ---
@@ -183,6 +185,7 @@ class Models:
     def note_down(self) -> None:
         """The router is gone, and its models with it."""
         self._is_up = False
+        self._ended_s.clear()
         for model in self.scheduler.models.values():
             self.scheduler.ended(model)
 
@@ -230,7 +233,7 @@ class Models:
 
     def _plan_look(self) -> None:
         changing = (LoadState.LOADING, LoadState.UNLOADING)
-        is_changing = self._ended or any(model.state in changing for model in self.scheduler.models.values())
+        is_changing = self._ended_s or any(model.state in changing for model in self.scheduler.models.values())
         self._look_at_s = asyncio.get_running_loop().time() + (_LOOK_LOADING_S if is_changing else _LOOK_S)
 
     # --- What the router has ---
@@ -254,6 +257,7 @@ class Models:
         known = self.scheduler.models
         for name in [name for name in known if name not in listed]:
             self.scheduler.remove(name)
+            self._ended_s.pop(name, None)
         for name in [name for name in listed if name not in known]:
             self.scheduler.add(name)
             if name not in self._reclaimers:  # a model may come back while its slots are still to be released
@@ -268,7 +272,7 @@ class Models:
     async def _follow(self, model: Model, entry: ListedModel) -> None:
         """Let what is known of a model follow the router's list."""
         scheduler, was = self.scheduler, model.state
-        if model.name in self._ended and not await self._follow_end(model, entry):
+        if model.name in self._ended_s and not await self._follow_end(model, entry):
             return
         if was is LoadState.UNLOADING:
             if entry.state is LoadState.UNLOADED:
@@ -290,10 +294,14 @@ class Models:
             scheduler.ended(model, _ended_with(entry) if failed else "")
 
     async def _follow_end(self, model: Model, entry: ListedModel) -> bool:
-        """Find out whether the list knows of a model's end already, or there was none; return False if it does not."""
-        if entry.state is LoadState.LOADED and not await self._answers(model):
+        """Find out whether the list knows of a model's end already, or there was none; return False if it does not.
+
+        The router notices an end soon. A model that is listed for longer has not ended, though it does not answer.
+        """
+        is_recent = self._clock() < self._ended_s[model.name] + _NOTICED_S
+        if entry.state is LoadState.LOADED and is_recent and not await self._answers(model):
             return False
-        self._ended.discard(model.name)
+        del self._ended_s[model.name]
         if entry.state is LoadState.UNLOADED and entry.exit_status is not None:
             self._hooks.on_death(model.name)
         return True
@@ -301,8 +309,8 @@ class Models:
     async def _answers(self, model: Model) -> bool:
         """Whether a model's process answers."""
         try:
-            status, _ = await self._fetch_of(model.name)(b"/props")
-        except GatewayError:
+            status, _ = await asyncio.wait_for(self._fetch_of(model.name)(b"/props"), _ANSWER_S)
+        except (GatewayError, asyncio.TimeoutError):
             return False
         return status == HTTPStatus.OK
 
@@ -328,7 +336,7 @@ class Models:
     async def _order(self, order: Order) -> None:
         """Tell the router to load or unload a model."""
         model = order.model
-        if order.load and model.name in self._ended:  # as long as the router takes it for loaded, it would refuse
+        if order.load and model.name in self._ended_s:  # as long as the router takes it for loaded, it would refuse
             self.scheduler.postpone(model, _LOOK_LOADING_S)
             return
         action = "load" if order.load else "unload"

@@ -9,6 +9,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any
 
 from backend.slots import Fetch, listed_slots
@@ -26,6 +27,7 @@ _SETTLE_BYTES_PER_S = 250_000
 _RECHECK_S = 5.0
 _PROBE_BYTES = 24  # at least 16 tokens
 _SEEN_TOKENS = 8  # more than two such texts have in common by chance
+_NO_COMPLETIONS = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.NOT_IMPLEMENTED)
 _CONCERNS = "PROMPT_CACHE=private"
 
 log = logging.getLogger("gateway")
@@ -71,15 +73,25 @@ class SlotLease:
     @property
     def is_valid(self) -> bool:
         """Whether the request may be sent: the lease was acquired from the backend's current process."""
-        return self._state is _HELD and self._generation == self._isolation.table.generation
+        return self._state is _HELD and not self.is_outdated
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the backend may have been started again since the lease began."""
+        return self._generation != self._isolation.table.generation
 
     async def acquire(self) -> None:
-        """Wait until the request may be sent. Raises GatewayError if a slot cannot be emptied."""
+        """Wait until the request may be sent. Raises GatewayError if a slot cannot be emptied.
+
+        The lease is not valid if the backend has ended meanwhile.
+        """
         isolation = self._isolation
         self._state = _WAITING
         self.ready = asyncio.get_running_loop().create_future()
         isolation.enqueue(self)
         await self.ready
+        if self._state is _RELEASED:
+            return
         for slot in tuple(self._emptying):
             await isolation.empty(slot)
         self._end_emptying()
@@ -97,6 +109,13 @@ class SlotLease:
             self._emptying = [self._pinned] if self._pinned.is_foreign(self.owner) else []
         assert self.ready is not None
         self.ready.set_result(None)
+
+    def interrupt(self) -> None:
+        """The backend may be ending: `acquire` waits no longer."""
+        assert self.ready is not None
+        self._state = _RELEASED
+        if not self.ready.done():  # its client may have left in this moment
+            self.ready.set_result(None)
 
     def _end_emptying(self) -> None:
         for slot in self._emptying:
@@ -148,7 +167,11 @@ class SlotIsolation:
     `clock` returns monotonic seconds.
     """
 
-    def __init__(self, fetch: Fetch, post: Post, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, fetch: Fetch, post: Post, clock: Callable[[], float], on_gone: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_gone` is called if the backend does not accept a connection, or ends one."""
+        self._on_gone = on_gone
         self.table = SlotTable()
         self.clock = clock
         self.handovers = 0
@@ -191,7 +214,12 @@ class SlotIsolation:
         self.handovers += had_owner
 
     async def _erase(self, number: int) -> None:
-        status, body = await self._post(b"/slots/%d?action=erase" % number, b"{}")
+        try:
+            status, body = await self._post(b"/slots/%d?action=erase" % number, b"{}")
+        except GatewayError as error:
+            if error.kind is BACKEND_UNAVAILABLE:
+                self._on_gone()
+            raise
         if status != 200 or b"n_erased" not in body:
             reason = f"The backend does not empty its slots ({_CONCERNS})."
             raise GatewayError(BACKEND_UNAVAILABLE, reason)
@@ -202,6 +230,9 @@ class SlotIsolation:
         """The backend may be ending: let nothing start before `prepare` has seen the next process."""
         self._is_paused = True
         self.table.generation += 1
+        waiting, self._waiting = self._waiting, deque()
+        for lease in waiting:
+            lease.interrupt()
 
     async def prepare(self, limit_s: float) -> int:
         """The backend may be another process: forget what its slots hold, and check it; return how many it has.
@@ -223,6 +254,8 @@ class SlotIsolation:
             # While requests of before are at work the check of before counts: only what is idle can be emptied.
             if not (self._is_checked and (self.table.busy or self.table.floating)):
                 await self._check()
+                if await self._list() != total:  # another process answered in between
+                    raise GatewayError(BACKEND_UNAVAILABLE)
         except UnfitBackend as error:
             if str(error) != self._failure:
                 log.error("nothing is served: %s", error)
@@ -259,6 +292,8 @@ class SlotIsolation:
     async def _empty_all(self) -> None:
         for number in range(len(self.table)):
             status, body = await self._post(b"/slots/%d?action=erase" % number, b"{}")
+            if status == HTTPStatus.SERVICE_UNAVAILABLE:
+                raise GatewayError(BACKEND_UNAVAILABLE)
             if status != 200 or b"n_erased" not in body:
                 raise UnfitBackend(
                     f"{_CONCERNS}: llama-server does not empty its slots (status {status});"
@@ -272,8 +307,10 @@ class SlotIsolation:
         """
         body = json.dumps({"prompt": prompt, "n_predict": 1, "cache_prompt": True}).encode()
         status, answer = await self._post(b"/completion", body)
-        if status != 200:
+        if status in _NO_COMPLETIONS:
             return None
+        if status != 200:  # it may be ending, or loading
+            raise GatewayError(BACKEND_UNAVAILABLE)
         try:
             timings: Any = json.loads(answer)["timings"]
             return int(timings["cache_n"])

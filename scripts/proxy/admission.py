@@ -198,7 +198,12 @@ class Admission:
             digests = prefix_digests(body.pieces) if self._may_be_pinned(body) else None
             self._lease = ticket.lease = isolation.lease(ticket.key_id, digests)
             self._begin_waiting()
-            await self._client.run(self._lease.acquire(), self._services.upstream_timeouts.request_s, BACKEND_TIMEOUT)
+            request_s = self._services.upstream_timeouts.request_s
+            try:
+                await self._client.run(self._lease.acquire(), request_s, BACKEND_TIMEOUT)
+            except GatewayError:
+                if not self._lease.is_outdated:
+                    raise
             if self._lease.slot is not None:
                 body.add("id_slot", self._lease.slot)
                 body.add("cache_prompt", True)

@@ -127,7 +127,7 @@ class App:
         self.queue.pause()
         self.cheap_routes = CheapRoutes(config.cheap, config.queue.max_size, clock, rated=config.auth.enabled)
         isolates = backend.prompt_cache == PRIVATE
-        self.isolation = SlotIsolation(self._fetch, self._fetch.post, clock) if isolates else None
+        self.isolation = SlotIsolation(self._fetch, self._fetch.post, clock, self._doubt_backend) if isolates else None
         self.models = self._make_models(clock, state_file) if config.router.enabled else None
         self.numbers: FairQueue | QueueTotals = self.queue
         if self.models is not None:
@@ -477,6 +477,10 @@ class App:
         if slots != self.queue.slots:
             log.info("%d requests at a time: the backend's slots", slots)
             self.queue.resize(slots)
+
+    def _doubt_backend(self) -> None:
+        """The backend has not accepted a connection, or ended one."""
+        self.readiness.doubt()
 
     def _on_backend_state(self, state: str) -> None:
         if self.models is not None:

@@ -254,6 +254,38 @@ async def test_a_model_that_answers_has_not_ended(router: Watched) -> None:
 
 
 @watched("chat")
+async def test_a_model_that_is_listed_as_loaded_for_long_has_not_ended_though_it_is_silent(router: Watched) -> None:
+    chat = router.models.find("chat")
+    chat.queue.acquire("alice")
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    router.router.dead.add("chat")
+    router.models.note_ended(chat)
+    router.clock.advance(4.9)
+    asked = router.router.targets.count(b"/props?autoload=false&model=chat")
+    await router.until(lambda: router.router.targets.count(b"/props?autoload=false&model=chat") > asked + 1)
+    assert chat.state is LoadState.UNLOADED
+    router.clock.advance(0.2)
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    assert (router.router.orders, router.deaths) == (["load chat"], [])
+
+
+@watched("chat", "embed")
+async def test_the_end_of_a_model_that_the_router_has_no_more_is_forgotten(router: Watched) -> None:
+    chat = router.models.find("chat")
+    chat.queue.acquire("alice")
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    router.models.note_ended(chat)
+    del router.router.states["chat"]
+    router.models.look_soon()
+    await router.until(lambda: "chat" not in router.models.listed)
+    router.models.note_ended(chat)
+    router.router.states["chat"] = "loaded"
+    router.router.dead.add("chat")
+    router.models.look_soon()
+    await router.until(lambda: router.models.states().get("chat") == "loaded")
+
+
+@watched("chat")
 async def test_a_model_that_was_unloaded_in_order_has_not_died(router: Watched) -> None:
     waiting = router.models.find("chat").queue.acquire("alice")
     await router.until(lambda: waiting.running)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -24,19 +25,23 @@ class Backend:
         self.completion_status = 200
         self.cached = 0
         self.slots: object = [{}, {}]
-        self.stalls = False
+        self.listings: list[object] = []  # of slots, one after the other
+        self.is_gone = self.stalls = False
         self._going_on = asyncio.Event()
 
     def go_on(self) -> None:
         """Let go what stalls."""
-        self.stalls = False
+        self.listings: list[object] = []  # of slots, one after the other
+        self.is_gone = self.stalls = False
         self._going_on.set()
 
     async def fetch(self, target: bytes) -> tuple[int, bytes]:
         assert target == b"/slots"
-        return 200, json.dumps(self.slots).encode()
+        return 200, json.dumps(self.listings.pop(0) if self.listings else self.slots).encode()
 
     async def post(self, target: bytes, body: bytes) -> tuple[int, bytes]:
+        if self.is_gone:
+            raise GatewayError(BACKEND_UNAVAILABLE)
         if target.startswith(b"/slots/"):
             self.erased.append(int(target[7:8]))
             if self.stalls:
@@ -52,7 +57,10 @@ class Around:
     def __init__(self) -> None:
         self.backend = Backend()
         self.clock = Clock()
-        self.isolation = SlotIsolation(self.backend.fetch, self.backend.post, self.clock)
+        self.gone: list[bool] = []
+        self.isolation = SlotIsolation(
+            self.backend.fetch, self.backend.post, self.clock, lambda: self.gone.append(True)
+        )
 
     async def prepare(self) -> None:
         assert await self.isolation.prepare(5) == 2
@@ -186,6 +194,52 @@ def test_nothing_starts_while_the_backend_may_be_ending(floating: bool) -> None:
         assert (waiting.done(), around.backend.erased) == (False, [0])
         await around.prepare()
         assert (await waiting).is_valid
+
+    play()
+
+
+@with_isolation
+async def test_a_lease_that_waits_when_the_backend_may_be_ending_waits_no_longer(around: Around) -> None:
+    await around.prepare()
+    for _ in range(2):
+        await around.lease("alice")
+    waiting = asyncio.ensure_future(around.lease("bob"))
+    left = around.isolation.lease("carol", DIGESTS)
+    leaving = asyncio.ensure_future(left.acquire())
+    for _ in range(3):  # wait_for has a task of its own
+        await asyncio.sleep(0)
+    leaving.cancel()
+    around.isolation.pause()
+    lease = await waiting
+    assert (lease.is_valid, lease.is_outdated, lease.slot) == (False, True, None)
+    for each in (lease, left):
+        each.release()
+
+
+@with_isolation
+async def test_a_backend_that_ends_while_a_slot_is_emptied_is_told(around: Around) -> None:
+    await around.prepare()
+    around.backend.is_gone = True
+    with pytest.raises(GatewayError):
+        await around.lease("alice")
+    assert around.gone == [True]
+
+
+@pytest.mark.parametrize(
+    "flaw", [{"completion_status": 503}, {"erase_answer": (503, b"{}")}, {"slots": [[{}, {}], [{}]]}], ids=str
+)
+def test_a_backend_that_is_another_one_in_the_middle_of_the_check_is_neither_fit_nor_unfit(
+    flaw: dict[str, Any],
+) -> None:
+    @with_isolation
+    async def play(around: Around) -> None:
+        if "slots" in flaw:
+            around.backend.listings = flaw["slots"]
+        else:
+            vars(around.backend).update(flaw)
+        with pytest.raises(GatewayError) as caught:
+            await around.isolation.prepare(5)
+        assert caught.value.kind is BACKEND_UNAVAILABLE
 
     play()
 

@@ -189,6 +189,22 @@ async def test_a_request_is_not_sent_if_its_slot_cannot_be_emptied(stack: Stack)
 
 
 @isolated()
+async def test_a_request_whose_slot_is_being_emptied_when_the_backend_ends_waits_for_the_next_one(stack: Stack) -> None:
+    model = await begin(stack, Model(total=1))
+    erasing = model.hold_erase()
+    client = await stack.client()
+    client.send(asking(b"alice", COMPLETIONS, {"prompt": HEAD}))
+    await erasing.wait()
+    stack.set_state("loading")
+    model.restart(stack.backend, 2)
+    await stack.turn("loading")
+    await stack.turn("ready")
+    response = await client.response()
+    assert (response.status, json.loads(response.body)["timings"]["cache_n"]) == (200, 0)
+    assert len(stack.backend.calls) == 1
+
+
+@isolated()
 async def test_what_a_gateway_finds_at_its_start_is_nobodys(stack: Stack) -> None:
     model = Model()
     for slot in model.slots:

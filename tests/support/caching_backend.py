@@ -58,6 +58,7 @@ class Model:
     def __post_init__(self) -> None:
         self.slots = [ModelSlot() for _ in range(self.total)]
         self._freed = asyncio.Condition()
+        self._erasing: asyncio.Event | None = None
 
     def restart(self, backend: Backend, total: int) -> None:
         """It crashes, with all that is at work, and starts again."""
@@ -111,8 +112,17 @@ class Model:
             slot.busy = False
             self._freed.notify_all()
 
+    def hold_erase(self) -> asyncio.Event:
+        """Never finish the next order to empty a slot. The event is set once it has come."""
+        self._erasing = asyncio.Event()
+        return self._erasing
+
     async def erase(self, number: int) -> None:
         """Empty a slot, once it is idle."""
+        if self._erasing is not None:
+            self._erasing.set()
+            self._erasing = None
+            await asyncio.get_running_loop().create_future()
         async with self._freed:
             slot = self.slots[number % len(self.slots)]
             while slot.busy:
