@@ -107,8 +107,10 @@ class BodyScan:
 
     def _look_at(self, data: bytes, screen: MemberScreen) -> None:
         """Screen the next bytes; if they may have one of the members, read the body from its start."""
-        self._brackets += brackets(data)
-        too_many = screen.max_depth is not None and self._brackets > screen.max_depth
+        most = screen.max_depth
+        if most is not None:
+            self._brackets += brackets(data, most)
+        too_many = most is not None and self._brackets > most
         if too_many or screen.may_have(data) or (self._last and screen.may_have(self._last + data[:OVERLAP_BYTES])):
             self._screen = None
             self._index = self._at = 0

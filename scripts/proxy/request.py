@@ -216,7 +216,10 @@ class Request:
         body = self._body
         if body.unread:
             self.record.stage = Stage.READING_BODY
-            await body.read(for_members=self._reads_all_members(caller))
+            reads_all = self._reads_all_members(caller)
+            await body.read(for_members=reads_all)
+            if not reads_all and body.scan is None and body.is_cleared():
+                return
         if self._prepared.route.screen is None:
             return
         members = await body.find_members()

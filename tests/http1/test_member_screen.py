@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from http1.member_screen import OVERLAP_BYTES, MemberScreen
+from http1.member_screen import OVERLAP_BYTES, MemberScreen, brackets
 
 NAMES, LISTS = ("n", "n_cmpl"), ("prompt", "input")
 SCREEN = MemberScreen(NAMES, LISTS)
@@ -70,3 +70,19 @@ def test_a_screen_for_lists_alone_or_for_names_alone() -> None:
     assert not MemberScreen(("n",), ()).may_have(b'{"input": ["x"]}')
     assert not MemberScreen(("n",), ()).may_have(b'{"": "%b"}' % (b"x" * 9000))
     assert MemberScreen(("n",), ()).may_have(b'{"n": "%b"}' % (b"x" * 9000))
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "found"),
+    [
+        (b"", 2, 0),
+        (b'{"a":[]}', 2, 2),
+        (b"[[[", 2, 3),
+        (b"[" * 9, 2, 3),
+        (b"{" * 9, 2, 3),
+        (b"[{" * 9, 2, 3),
+        (b"{[", 0, 1),
+    ],
+)
+def test_brackets_are_counted_up_to_one_too_many(text: bytes, most: int, found: int) -> None:
+    assert brackets(text, most) == found
