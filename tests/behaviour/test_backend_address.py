@@ -143,8 +143,10 @@ async def unix_backend(stack: Stack) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        server.close()
         (stack.folder / SOCKET).unlink(missing_ok=True)
+        for _ in range(3):  # asyncio forgets a connection that it has accepted if the server is closed at once
+            await asyncio.sleep(0)
+        server.close()
 
 
 @scenario(STATE="loading", BACKEND_HOST=lambda folder: str(folder / SOCKET), MAX_CONCURRENT_REQUESTS="auto")
