@@ -294,14 +294,16 @@ class Models:
             scheduler.ended(model, _ended_with(entry) if failed else "")
 
     async def _follow_end(self, model: Model, entry: ListedModel) -> bool:
-        """Find out whether the list knows of a model's end already, or there was none; return False if it does not.
+        """Return whether the list is to be believed as to a model that was said to have ended.
 
-        The router notices an end soon. A model that is listed for longer has not ended, though it does not answer.
+        It is not if the router has not noticed the end. It does so soon, so a model that is listed for longer has not
+        ended, though it does not answer.
         """
         is_recent = self._clock() < self._ended_s[model.name] + _NOTICED_S
         if entry.state is LoadState.LOADED and is_recent and not await self._answers(model):
             return False
-        del self._ended_s[model.name]
+        if self._ended_s.pop(model.name, None) is None:  # the router has ended meanwhile
+            return False
         if entry.state is LoadState.UNLOADED and entry.exit_status is not None:
             self._hooks.on_death(model.name)
         return True
@@ -317,6 +319,8 @@ class Models:
     async def _follow_loaded(self, model: Model) -> None:
         began_s = model.since_s if model.state is LoadState.LOADING else None
         slots = self._slots or await total_slots(self._fetch_of(model.name))
+        if not self._is_up:  # the router has ended meanwhile
+            return
         self._reclaimers[model.name].reset()
         self.scheduler.loaded(model, slots)
         if began_s is not None:

@@ -167,9 +167,7 @@ class SlotIsolation:
     `clock` returns monotonic seconds.
     """
 
-    def __init__(
-        self, fetch: Fetch, post: Post, clock: Callable[[], float], on_gone: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, fetch: Fetch, post: Post, clock: Callable[[], float], on_gone: Callable[[], None]) -> None:
         """`on_gone` is called if the backend does not accept a connection, or ends one."""
         self._on_gone = on_gone
         self.table = SlotTable()

@@ -8,7 +8,7 @@ from backend.generation_watch import GenerationWatch
 from backend.readiness import DEAD, READY
 from backend.slot_isolation import SlotIsolation, SlotLease
 from backend.slots import SlotReclaimer
-from core.errors import BACKEND_TIMEOUT, DRAINING, LOADING, QUEUE_TIMEOUT, GatewayError
+from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, DRAINING, LOADING, QUEUE_TIMEOUT, GatewayError
 from policy.fair_queue import Ticket
 from policy.prefix_digests import prefix_digests
 from policy.slot_demand import SlotDemand
@@ -201,8 +201,8 @@ class Admission:
             request_s = self._services.upstream_timeouts.request_s
             try:
                 await self._client.run(self._lease.acquire(), request_s, BACKEND_TIMEOUT)
-            except GatewayError:
-                if not self._lease.is_outdated:
+            except GatewayError as error:  # the backend has ended while a slot was being emptied
+                if error.kind is not BACKEND_UNAVAILABLE or not self._lease.is_outdated:
                     raise
             if self._lease.slot is not None:
                 body.add("id_slot", self._lease.slot)

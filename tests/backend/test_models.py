@@ -29,6 +29,8 @@ class FakeRouter:
         self.failing = False
         self.takes_orders = True
         self.dead: set[str] = set()  # models whose process has ended, which it has not noticed
+        self.hung: set[str] = set()  # models that do not answer as long as they are here
+        self.hanging = 0  # requests to them
         self.loads = True  # at once; else a model that is to be loaded is loading
         self.status = 200
         self.listening = asyncio.Event()
@@ -40,6 +42,12 @@ class FakeRouter:
             raise GatewayError(BACKEND_UNAVAILABLE)
         if any(target.endswith(b"model=" + name.encode()) for name in self.dead):
             return 500, b"proxy error: Could not establish connection"
+        self.hanging += 1
+        try:
+            while any(target.endswith(b"model=" + name.encode()) for name in self.hung):
+                await asyncio.sleep(0)
+        finally:
+            self.hanging -= 1
         if target.startswith(b"/props"):
             return 200, b'{"total_slots": 4}'
         data = []
@@ -267,6 +275,24 @@ async def test_a_model_that_is_listed_as_loaded_for_long_has_not_ended_though_it
     router.clock.advance(0.2)
     await router.until(lambda: chat.state is LoadState.LOADED)
     assert (router.router.orders, router.deaths) == (["load chat"], [])
+
+
+@watched("chat")
+async def test_a_router_that_ends_while_a_model_is_asked_whether_it_lives_is_followed_again(router: Watched) -> None:
+    chat = router.models.find("chat")
+    chat.queue.acquire("alice")
+    await router.until(lambda: chat.state is LoadState.LOADED)
+    router.router.hung.add("chat")
+    router.models.note_ended(chat)
+    await router.until(lambda: router.router.hanging)
+    router.models.note_down()
+    router.router.states["chat"] = "unloaded"
+    router.router.hung.clear()
+    await router.until(lambda: not router.router.hanging)
+    assert chat.state is LoadState.UNLOADED
+    chat.queue.acquire("alice")
+    await router.models.prepare()
+    await router.until(lambda: chat.state is LoadState.LOADED)
 
 
 @watched("chat", "embed")

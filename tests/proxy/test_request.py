@@ -87,6 +87,20 @@ async def test_nothing_is_sent_to_a_process_that_was_started_after_its_slot_was_
     gateway.expect_end(served, Outcome.DONE, 200)
 
 
+@in_memory(isolates=True)
+async def test_a_request_that_waits_for_an_isolated_slot_is_given_up_after_request_timeout(
+    gateway: MemoryGateway,
+) -> None:
+    await gateway.isolation.prepare(5)
+    gateway.serve(post(CHAT, STREAM_BODY))
+    (await gateway.asked()).receive(STREAM_HEAD)
+    waiting = gateway.serve(post(CHAT, b"{}"))
+    await turns_until(lambda: waiting.request.stage is Stage.QUEUED)
+    gateway.link.advance(600)
+    await turns_until(lambda: waiting.returned)
+    assert (waiting.status, waiting.code) == (504, "backend_timeout")
+
+
 @in_memory()
 async def test_a_stream_is_relayed_in_pieces_and_counted(gateway: MemoryGateway) -> None:
     served = gateway.serve(post(CHAT, STREAM_BODY))

@@ -216,7 +216,7 @@ class MemoryGateway:
         quotas = TokenQuotas(self.ledger, TokenLimiter(clock), TokenEstimator(), lambda: None)  # type: ignore[arg-type]
         access = AccessControl(keys, self.limiter, quotas, enabled=True, admin_routes=False)
         parts: dict[str, Any] = {"readiness": self.readiness, "endpoints": self.endpoints, "reclaimer": self.releases}
-        self.isolation = SlotIsolation(list_slot, erase_or_complete, clock)
+        self.isolation = SlotIsolation(list_slot, erase_or_complete, clock, self.readiness.doubt)
         self.suspects = Suspects(lambda model: iter([]), clock)
         self.services = RequestServices(
             clock=clock,
