@@ -185,7 +185,6 @@ class Models:
     def note_down(self) -> None:
         """The router is gone, and its models with it."""
         self._is_up = False
-        self._ended_s.clear()
         for model in self.scheduler.models.values():
             self.scheduler.ended(model)
 
@@ -204,7 +203,8 @@ class Models:
             try:
                 if self._must_look or asyncio.get_running_loop().time() >= self._look_at_s:
                     await self._look()
-                await self._carry_out()
+                if self._is_up:  # the router may have ended meanwhile
+                    await self._carry_out()
                 self._plan_look()
             except GatewayError as error:  # readiness notices if the router is gone
                 log.debug("models: %s", error.message)
@@ -302,8 +302,7 @@ class Models:
         is_recent = self._clock() < self._ended_s[model.name] + _NOTICED_S
         if entry.state is LoadState.LOADED and is_recent and not await self._answers(model):
             return False
-        if self._ended_s.pop(model.name, None) is None:  # the router has ended meanwhile
-            return False
+        del self._ended_s[model.name]
         if entry.state is LoadState.UNLOADED and entry.exit_status is not None:
             self._hooks.on_death(model.name)
         return True

@@ -277,38 +277,53 @@ async def test_a_model_that_is_listed_as_loaded_for_long_has_not_ended_though_it
     assert (router.router.orders, router.deaths) == (["load chat"], [])
 
 
-@watched("chat")
-async def test_a_router_that_ends_while_a_model_is_asked_whether_it_lives_is_followed_again(router: Watched) -> None:
-    chat = router.models.find("chat")
-    chat.queue.acquire("alice")
-    await router.until(lambda: chat.state is LoadState.LOADED)
-    router.router.hung.add("chat")
-    router.models.note_ended(chat)
-    await router.until(lambda: router.router.hanging)
-    router.models.note_down()
-    router.router.states["chat"] = "unloaded"
-    router.router.hung.clear()
-    await router.until(lambda: not router.router.hanging)
-    assert chat.state is LoadState.UNLOADED
-    chat.queue.acquire("alice")
-    await router.models.prepare()
-    await router.until(lambda: chat.state is LoadState.LOADED)
+@pytest.mark.parametrize("was_ended", [False, True])
+def test_what_a_router_said_before_it_ended_is_not_followed(was_ended: bool) -> None:
+    """It ends while a model is asked whether it lives, or for its slots."""
+
+    @watched("chat")
+    async def play(router: Watched) -> None:
+        chat = router.models.find("chat")
+        chat.queue.acquire("alice")
+        if was_ended:
+            await router.until(lambda: chat.state is LoadState.LOADED)
+            router.models.note_ended(chat)
+        router.router.hung.add("chat")
+        await router.until(lambda: router.router.hanging)
+        router.models.note_down()
+        router.router.states["chat"] = "unloaded"
+        router.router.hung.clear()
+        await router.until(lambda: not router.router.hanging)
+        for _ in range(9):  # what was waited for goes on
+            await asyncio.sleep(0)
+        assert chat.state is LoadState.UNLOADED
+        chat.queue.acquire("alice")
+        await router.models.prepare()
+        await router.until(lambda: chat.state is LoadState.LOADED)
+
+    play()
 
 
-@watched("chat", "embed")
-async def test_the_end_of_a_model_that_the_router_has_no_more_is_forgotten(router: Watched) -> None:
-    chat = router.models.find("chat")
-    chat.queue.acquire("alice")
-    await router.until(lambda: chat.state is LoadState.LOADED)
-    router.models.note_ended(chat)
-    del router.router.states["chat"]
-    router.models.look_soon()
-    await router.until(lambda: "chat" not in router.models.listed)
-    router.models.note_ended(chat)
-    router.router.states["chat"] = "loaded"
-    router.router.dead.add("chat")
-    router.models.look_soon()
-    await router.until(lambda: router.models.states().get("chat") == "loaded")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_end_of_a_model_that_the_router_has_no_more_is_forgotten(is_late: bool) -> None:
+    @watched("chat", "embed")
+    async def play(router: Watched) -> None:
+        chat = router.models.find("chat")
+        chat.queue.acquire("alice")
+        await router.until(lambda: chat.state is LoadState.LOADED)
+        if not is_late:
+            router.models.note_ended(chat)
+        del router.router.states["chat"]
+        router.models.look_soon()
+        await router.until(lambda: "chat" not in router.models.listed)
+        if is_late:
+            router.models.note_ended(chat)
+        router.router.states["chat"] = "loaded"
+        router.router.dead.add("chat")
+        router.models.look_soon()
+        await router.until(lambda: router.models.states().get("chat") == "loaded")
+
+    play()
 
 
 @watched("chat")
