@@ -40,13 +40,14 @@ def form_boundary(content_type: bytes) -> bytes:
 class FormReader:
     """Finds the fields of one form. `feed`, `step` and `end` are those of a MemberReader."""
 
-    __slots__ = ("_data", "_delimiter", "_first", "_found", "_name", "_names", "_size", "_state", "_value")
+    __slots__ = ("_data", "_delimiter", "_first", "_found", "_name", "_names", "_passed", "_size", "_state", "_value")
 
     def __init__(self, table: NameTable, boundary: bytes) -> None:
         self._names = table.names
         self._first = b"--" + boundary + b"\r\n"  # wherever it stands
         self._delimiter = b"\r\n--" + boundary
         self._data = b""  # what has not been read
+        self._passed = 0  # bytes that have been
         self._state = _PREAMBLE
         self._name: str | None = None  # of the field that is being read, if it is one of the table's
         self._value = b""
@@ -72,11 +73,11 @@ class FormReader:
         if self._name is not None:
             self._value = (self._value + data[:end])[: _KEPT_BYTES + 1]
         if at < 0:
-            self._data = data[end:]
+            self._pass(end)
             return False
-        self._end_field()
+        self._end_field(self._passed + end - self._size)
         # Of the first delimiter the line end stays, as after the others.
-        self._data = data[at + len(delimiter) - (2 if self._state == _PREAMBLE else 0) :]
+        self._pass(at + len(delimiter) - (2 if self._state == _PREAMBLE else 0))
         self._state = _HEAD
         return True
 
@@ -92,14 +93,20 @@ class FormReader:
         known = field_name(self._data[len(CRLF) : end].split(CRLF))
         self._name = known if known in self._names else None
         self._value, self._size = b"", 0
-        self._data = self._data[end + 4 :]
+        self._pass(end + 4)
         self._state = _VALUE
         return True
 
-    def _end_field(self) -> None:
+    def _pass(self, count: int) -> None:
+        self._data = self._data[count:]
+        self._passed += count
+
+    def _end_field(self, start: int) -> None:
         if self._name is not None and self._state == _VALUE:
-            value = self._value.decode(errors="replace") if self._size <= _KEPT_BYTES else None
-            self._found[self._name] = Member(JsonType.STRING, value, size_bytes=self._size)
+            is_kept = self._size <= _KEPT_BYTES
+            value = self._value.decode(errors="replace") if is_kept else None
+            place = None if is_kept else start
+            self._found[self._name] = Member(JsonType.STRING, value, size_bytes=self._size, start=place)
         self._name = None
 
 

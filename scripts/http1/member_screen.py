@@ -1,6 +1,6 @@
 """A quick look at JSON text: whether members of some names can be in it at all. Never wrong if it says that none is.
 
-A name in a request body is either spelt as it is, between two quotes, or with an escape of a letter. A body without
+A name in a request body is either spelt as it is, between two quotes, or with an escape of a sign. A body without
 both has no such member, whatever else is in it; that clears most bodies at the speed of a search.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 _SPACE = rb"[ \t\r\n]*"
 _ESCAPE = b"\\u00"
-_ESCAPED_LETTER = re.compile(rb"\\u00(?:[467][0-9A-Fa-f]|5[Ff])")
+_ESCAPED_SIGN = re.compile(rb"\\u00(?:[4-7][0-9A-Fa-f]|3[Aa])")  # a letter, an underscore, or a colon
 _ADDRESS = rb"[hH][tT][tT][pP]|[fF][iI][lL][eE]:"
 _ADDRESS_STARTS = (b"http", b"file")
 _FEW_QUOTES = 48  # up to so many a jump from quote to quote takes less time than a search for each name
@@ -52,7 +52,7 @@ class MemberScreen:
         if self._search(text) is not None:
             return True
         # `in` takes three times as long as `find`: it tries the operand as a number first.
-        return text.find(_ESCAPE) >= 0 and _ESCAPED_LETTER.search(text) is not None
+        return text.find(_ESCAPE) >= 0 and _ESCAPED_SIGN.search(text) is not None
 
     def is_suspect(self, text: bytes) -> bool:
         """Whether a whole body may have such a member or address, or be nested too deeply."""

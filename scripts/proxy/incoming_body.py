@@ -84,7 +84,7 @@ class IncomingBody:
         self._pieces = body.pieces
         screen = self._prepared.route.screen
         if screen is not None and (self.length is None or self.length > _SCANNED_AT_ONCE_BYTES):
-            self.scan = self.new_scan(None if for_members else screen)
+            self.scan = self.new_scan(None if for_members or self._prepared.boundary else screen)
         try:
             await self._client.read_body(
                 body, services.timeouts.client_body_s, services.timeouts.client_body_rate, self._hold
@@ -123,7 +123,10 @@ class IncomingBody:
         """Whether no member that matters to the gateway can be in a body that was received at once."""
         # A body that is not scanned is small, and mostly one piece, which is not copied.
         screen = self._prepared.route.screen
-        return screen is None or not screen.is_suspect(b"".join(self._pieces))
+        if screen is None:
+            return True
+        # A form spells the names of its fields in more ways than the screen knows.
+        return not self._prepared.boundary and not screen.is_suspect(b"".join(self._pieces))
 
     async def find_members(self) -> Members | None:
         """Read the body for its members, all of which has been received. None if the screen has cleared it."""

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from accounting.request_record import Stage
 from policy.routes import TABLE
-from support.backend import answer, send
-from support.gateway import CHAT, OPERATOR_KEY, Stack, post, scenario
+from support.backend import LAST_CHUNK, answer, chunk, send
+from support.gateway import CHAT, OPERATOR_KEY, Stack, post, request, scenario, until
 
 NESTED = b'{"messages":[{"role":"user","content":"x","x":' + b"[" * 50_000 + b"]" * 50_000 + b"}]}"
 TRIGGERS = b'{"messages": [], "grammar_triggers": [{"type": 2, "value": "([\\\\s\\\\S]+)+"}]}'
@@ -64,3 +65,41 @@ async def test_a_body_that_comes_in_pieces_is_checked_as_well(stack: Stack) -> N
     await client.take_through(b"\r\n\r\n")
     client.send(TRIGGERS)
     assert (await client.response()).status == 400
+
+
+def form(head: bytes, value: bytes) -> bytes:
+    return b"--x\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + value + b"\r\n--x--\r\n"
+
+
+@pytest.mark.parametrize("arrival", ["at once", "in two pieces", "in chunks"])
+@pytest.mark.parametrize(
+    ("head", "value", "status"),
+    [
+        (b'name="grammar"', b"root ::= " + b"(" * 5000, 400),
+        (b"name=grammar", b"root ::= " + b"(" * 5000, 400),
+        (b"name=grammar", b"root ::= " + b"(" * 200, 400),
+        (b'name="grammar"', b"root ::= " + b"(a)" * 5000, 200),
+        (b"name=grammar_triggers", b"[]x", 400),
+        (b'name="json_schema"', b"{" * 5000, 200),  # as a string it is no schema
+        (b'name="stop"', b"x" * 5000, 200),
+    ],
+)
+@scenario()
+async def test_a_field_of_a_form_is_a_member(
+    stack: Stack, head: bytes, value: bytes, status: int, arrival: str
+) -> None:
+    client = await stack.client()
+    if status == 200:
+        stack.backend.script(send(answer()))
+    body, kind = form(head, value), b"Content-Type: multipart/form-data; boundary=x"
+    if arrival == "in chunks":
+        head = request(b"POST", b"/v1/audio/transcriptions", None, kind, b"Transfer-Encoding: chunked")
+        client.send(head + chunk(body) + LAST_CHUNK)
+    elif arrival == "at once":
+        client.send(post(b"/v1/audio/transcriptions", body, kind))
+    else:
+        raw = post(b"/v1/audio/transcriptions", body, kind)
+        client.send(raw[:-40])
+        await until(lambda: [request.stage for request in stack.requests] == [Stage.READING_BODY])
+        client.send(raw[-40:])
+    assert (await client.response()).status == status

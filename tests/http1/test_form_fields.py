@@ -171,3 +171,13 @@ def test_a_boundary_that_could_be_another_one_is_none(field: bytes) -> None:
 
 def test_a_parameter_before_the_boundary_may_be_quoted() -> None:
     assert form_boundary(b'multipart/form-data; x="; boundary=a"; boundary=b') == b"b"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_a_long_value_is_not_kept_but_its_place_is_known(size: int) -> None:
+    value = b"(" * 2000
+    body = b"--X\r\n" + b'Content-Disposition: form-data; name="model"\r\n\r\n' + value + b"\r\n--X--\r\n"
+    member = read(*[body[at : at + size] for at in range(0, len(body), size)]).found["model"]
+    assert member.value is None
+    assert member.start is not None
+    assert body[member.start : member.start + member.size_bytes] == value

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from http1.media_urls import MediaUrls
+from policy.body_rules import BodyRules
 
 URL = "http://10.0.0.1/a.png"
 PLAIN = json.dumps({"messages": [{"content": [{"type": "image_url", "image_url": {"url": URL}}]}]}).encode()
@@ -32,11 +33,25 @@ def found(body: bytes, size: int = 1 << 15) -> tuple[str, ...]:
         b'{"\\u0069mage_url":{"\\u0075rl":"\\u0068ttp:\\/\\/10.0.0.1/a.png"}}',
         b'{"image\\u005furl":{"url":"http://10.0.0.1/a.png"}}',
         b'{"x":"\\"","image_url":"ht\\u0074p://10.0.0.1/a.png"}',
+        b'{"image_url":{"url":"http\\u003A//10.0.0.1/a.png"}}',
     ],
 )
 def test_an_address_is_found(body: bytes) -> None:
     assert found(body) == (URL,)
     assert found(body, 7) == (URL,)
+
+
+@pytest.mark.parametrize("url", ["file\\u003a///etc/passwd", "file\\u003A///etc/passwd", "\\u0046ILE:///etc/passwd"])
+def test_an_address_of_a_file_is_found_however_its_letters_and_its_colon_are_spelt(url: str) -> None:
+    body = b'{"image_url":{"url":"%b"}}' % url.encode()
+    assert BodyRules().screen(None).is_suspect(body)
+    for size in (1 << 15, 7):
+        assert [address.lower() for address in found(body, size)] == ["file:///etc/passwd"]
+
+
+@pytest.mark.parametrize("escaped", [f"\\u{ord(sign):04x}" for sign in ":PZ_az"])
+def test_no_escape_of_a_sign_of_a_name_or_an_address_is_cleared(escaped: str) -> None:
+    assert BodyRules().screen(None).is_suspect(b'{"a":"%b"}' % escaped.encode())
 
 
 @pytest.mark.parametrize(
