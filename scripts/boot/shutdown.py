@@ -40,10 +40,8 @@ def hopeless_argument(last_lines: Iterable[str], extra_args: Sequence[str]) -> s
         return ""
     argument = found[1][:_MAX_QUOTED]
     if argument in extra_args:
-        return f"error: EXTRA_ARGS: llama-server does not know the argument {argument}"
-    return (
-        f"error: llama-server does not know {argument}: it is too old, see docs/UPGRADE.md; EXTRA_ARGS does not have it"
-    )
+        return f"EXTRA_ARGS: llama-server does not know the argument {argument}"
+    return f"llama-server does not know {argument}: it is too old, see docs/UPGRADE.md; EXTRA_ARGS does not have it"
 
 
 def describe_remedy(status: int) -> str:

@@ -33,10 +33,11 @@ def check_start(environ: Mapping[str, str], out: TextIO, *, gateway_alone: bool 
     if status:
         return status
     config = load_config(environ)
-    warning = shared_cache_warning(config, configured_key_ids(config))
-    if warning is not None:
-        out.write(f"warning: {warning}\n")
     supervised = not gateway_alone or _names_backend(config)
+    warnings = [shared_cache_warning(config, configured_key_ids(config))]
+    if supervised:
+        warnings.append(log_folder_warning(config))
+    out.writelines(f"warning: {warning}\n" for warning in warnings if warning)
     checks = _all_checks(config, environ) if supervised else (check_tls,)
     failures = [_failure(check, config) for check in checks]
     problems = [failure for failure in failures if failure]
@@ -68,7 +69,6 @@ def _all_checks(config: Config, environ: Mapping[str, str]) -> tuple[Check, ...]
     return (
         check_backend,
         check_tls,
-        check_log_folder,
         check_run_folder,
         check_ports,
         check_state_file,
@@ -85,11 +85,11 @@ def _failure(check: Check, config: Config) -> StartupError | None:
     return None
 
 
-def check_log_folder(config: Config) -> None:
-    """Check the folder of the boot logs, without which nothing starts. Raises StartupError."""
+def log_folder_warning(config: Config) -> str | None:
+    """Return why the folder of the boot logs cannot be written, which keeps nothing from starting; None if it can."""
     folder = config.log.dir / config.log.name
-    if reason := _why_not_writable(folder):
-        raise StartupError(EXIT_SETTINGS, f"LOG_DIR: {folder} cannot be written: {reason} (check DATA_DIR)")
+    reason = _why_not_writable(folder)
+    return f"the log of llama-server cannot be kept in {folder} (LOG_DIR, DATA_DIR): {reason}" if reason else None
 
 
 def check_run_folder(config: Config) -> None:

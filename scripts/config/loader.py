@@ -187,7 +187,8 @@ def _shared_between_slots(arguments: Sequence[str]) -> Iterator[str]:
         value = value if equals else following
         shares = name in _SHARING_ARGS or (name in ("--cache-ram", "-cram") and value != "0")
         if shares or (name == "--spec-type" and any(kind in value for kind in _SHARING_SPECULATION)):
-            yield f"PROMPT_CACHE=private excludes {name} in EXTRA_ARGS: keys would share what it keeps"
+            why = "llama-server would not list its slots" if name == "--no-slots" else "keys would share what it keeps"
+            yield f"PROMPT_CACHE=private excludes {name} in EXTRA_ARGS: {why}"
 
 
 def _port_clashes(values: Mapping[str, Any]) -> Iterator[str]:

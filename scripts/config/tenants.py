@@ -11,9 +11,11 @@ def shared_cache_warning(config: Config, key_ids: Set[str]) -> str | None:
     """Return the warning for keys that share llama-server's prompt cache; None if none do."""
     if config.backend.prompt_cache != SHARED or not config.auth.enabled or len(key_ids) < 2:
         return None
+    # A router shares what its models keep, so PROMPT_CACHE=private excludes it.
+    remedy = "start one llama-server for each of them" if config.router.enabled else "set PROMPT_CACHE=private"
     return (
         f"PROMPT_CACHE=shared, and there are keys of {len(key_ids)} names: each can find out what another has asked"
-        " (docs/ISOLATION.md); set PROMPT_CACHE=private if they do not trust each other"
+        f" (docs/ISOLATION.md); {remedy} if they do not trust each other"
     )
 
 

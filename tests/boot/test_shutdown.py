@@ -36,8 +36,8 @@ def test_a_crash_that_another_start_cannot_help_has_the_status_of_its_cause(line
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("error: invalid argument: --no", "error: EXTRA_ARGS: llama-server does not know the argument --no"),
-        ("error: invalid argument: --slots", "error: llama-server does not know --slots: it is too old"),
+        ("error: invalid argument: --no", "EXTRA_ARGS: llama-server does not know the argument --no"),
+        ("error: invalid argument: --slots", "llama-server does not know --slots: it is too old"),
         ('error while handling argument "--no": no such file', ""),
     ],
 )

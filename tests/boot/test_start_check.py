@@ -58,6 +58,14 @@ def test_keys_that_share_the_prompt_cache_are_warned_of(environ: dict[str, str],
     assert not any(line.startswith("warning") for line in checked(environ, **more, PROMPT_CACHE="private")[1])
 
 
+def test_a_log_folder_that_cannot_be_written_keeps_nothing_from_starting(environ: dict[str, str]) -> None:
+    status, lines = checked(environ, LOG_DIR="/dev/null/x")
+    assert status == 0
+    assert [line for line in lines if line.startswith("warning")] == [
+        "warning: the log of llama-server cannot be kept in /dev/null/x/llama (LOG_DIR, DATA_DIR): Not a directory"
+    ]
+
+
 def test_wrong_settings_are_all_that_is_reported(environ: dict[str, str]) -> None:
     status, lines = checked(environ, PORT="x", MODEL_PATH="/none")
     assert (status, len(lines), lines[-1]) == (2, 2, "The settings are invalid.")
@@ -69,8 +77,10 @@ def test_everything_that_is_wrong_is_reported_and_the_first_decides(environ: dic
         more = {"PORT": port, "MODEL_PATH": "/none", "TLS_CERT_FILE": "/none", "TLS_KEY_FILE": "/none"}
         status, lines = checked(environ, **more, LOG_DIR="/dev/null/x", STATE_FILE="/dev/null/y/z")
     assert status == 2
-    assert [line.partition(": ")[2].partition(":")[0] for line in lines[1:-1]] == [
-        *("TLS_CERT_FILE, TLS_KEY_FILE", "LOG_DIR", "PORT", "STATE_FILE", "MODEL_PATH")
+    assert lines[1].startswith("warning: the log of llama-server cannot be kept in /dev/null/x")
+    assert lines[1].endswith(" (LOG_DIR, DATA_DIR): Not a directory")
+    assert [line.partition(": ")[2].partition(":")[0] for line in lines[2:-1]] == [
+        *("TLS_CERT_FILE, TLS_KEY_FILE", "PORT", "STATE_FILE", "MODEL_PATH")
     ]
     assert lines[-1] == "A start would end with status 2."
 

@@ -176,7 +176,7 @@ FAILING = {
         4, r"ended with exit status 1; giving up", good(MAX_RESTARTS="0"), {"exit": "1"},
     ),
     "an argument that llama-server does not know": Failing(
-        2, r"error: EXTRA_ARGS: llama-server does not know the argument --no$",
+        2, r"EXTRA_ARGS: llama-server does not know the argument --no$",
         good(EXTRA_ARGS="--no 1"), {"exit": "1", "lines": "error: invalid argument: --no"},
     ),
     "CUDA is missing": Failing(
@@ -214,6 +214,7 @@ def test_a_boot_that_must_fail_has_one_error_and_its_status(tmp_path: Path, name
             assert len([line for line in boot.lines if re.search(f"error: .*(?:{case.error})", line)]) == 1, boot.output
             assert any(f": exit status {case.status}: " in line for line in boot.lines), boot.output
             assert "Traceback" not in boot.output
+            assert "error: error: " not in boot.output
             assert leftovers(boot) == []
 
 
