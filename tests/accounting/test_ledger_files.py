@@ -18,7 +18,7 @@ from accounting.ledger_files import InstanceFile, LedgerUnreadable, OtherInstanc
 from accounting.usage_reports import Tokens
 from support.boot import PATIENCE_S
 from support.clock import Clock
-from support.faults import Fault, environment, make_faults
+from support.faults import Fault, make_faults, seen_by_program
 from support.paths import SCRIPTS
 from support.together import ENVIRON, aside
 
@@ -252,18 +252,9 @@ LACKS: dict[str, tuple[list[Fault], list[str]]] = {
 
 
 def test_nothing_is_lost_on_a_volume_that_lacks_something(tmp_path: Path) -> None:
-    faults, seen = make_faults(tmp_path), {}
-    command = [sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(tmp_path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(faults)
-    ) as program:
-        assert program.stdin
-        assert program.stdout
-        for name, (lacking, _) in LACKS.items():
-            faults.set(*lacking)
-            print(name, file=program.stdin, flush=True)
-            seen[name] = [line.strip() for line in iter(program.stdout.readline, "end\n")]
-        program.stdin.close()
+    cases = {name: lacking for name, (lacking, _) in LACKS.items()}
+    command = (sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(tmp_path))
+    seen = seen_by_program(make_faults(tmp_path), cases, *command)
     for name, (_, sentences) in LACKS.items():
         (counts,) = [line for line in seen[name] if line[0].isdigit()]
         assert counts == "6 6", (name, seen[name])

@@ -164,21 +164,9 @@ async def test_a_new_connection_replaces_the_one_that_has_been_idle_longest(stac
     assert (await first.response()).status == 200
 
 
-async def occupy(stack: Stack, number: int) -> list[RawClient]:
-    """Return so many clients, each with a request that does not end."""
-    clients = []
-    for each in range(number):
-        stack.backend.script(send(STREAM_HEAD), stall())
-        client = await stack.client()
-        client.send(post())
-        await stack.backend.call(each)
-        clients.append(client)
-    return clients
-
-
 @scenario(MAX_CONNECTIONS="2")
 async def test_if_no_connection_is_idle_only_public_routes_are_served(stack: Stack) -> None:
-    await occupy(stack, 2)
+    await stack.occupy(2)
     late = await stack.client()
     late.send(get(b"/ping", key=None) + get(b"/health", key=None))
     assert (await late.response()).body == b"pong\n"
@@ -192,7 +180,7 @@ async def test_if_no_connection_is_idle_only_public_routes_are_served(stack: Sta
 
 @scenario(MAX_CONNECTIONS="1")
 async def test_connections_for_public_routes_are_released(stack: Stack) -> None:
-    await occupy(stack, 1)
+    await stack.occupy(1)
     for _ in range(20):
         late = await stack.client()
         late.send(get(b"/ping", b"Connection: close", key=None))

@@ -4,7 +4,6 @@ import re
 
 import pytest
 
-from support.backend import STREAM_HEAD, send, stall
 from support.gateway import CHAT, Stack, get, post, scenario, tls_scenario, trusting, until
 from support.rawclient import RawClient
 
@@ -18,18 +17,6 @@ async def stranger(stack: Stack, part: bytes = PART) -> RawClient:
     client.send(part)
     await until(lambda: sum(wire.has_unread for wire in stack.open_clients if not wire.lingers) >= 1)
     return client
-
-
-async def busy(stack: Stack, number: int) -> list[RawClient]:
-    """Connections with a key each, and with a request that does not end."""
-    clients = []
-    for each in range(number):
-        stack.backend.script(send(STREAM_HEAD), stall())
-        client = await stack.client()
-        client.send(post())
-        await stack.backend.call(each)
-        clients.append(client)
-    return clients
 
 
 @scenario(MAX_CONNECTIONS="4")
@@ -104,13 +91,13 @@ async def test_a_stranger_that_takes_no_answer_gives_way(stack: Stack) -> None:
     client.transport.pause_reading()
     client.send(get(b"/metrics", key=None) * 2000)
     await until(lambda: any(wire.write_paused for wire in stack.clients))
-    await busy(stack, 2)
+    await stack.occupy(2)
     await until(lambda: len(stack.open_clients) == 2)
 
 
 @scenario(MAX_CONNECTIONS="2")
 async def test_sixteen_beyond_the_limit_may_use_public_routes_and_the_oldest_gives_way(stack: Stack) -> None:
-    await busy(stack, 2)
+    await stack.occupy(2)
     late = []
     for number in range(17):
         late.append(await stack.client())
@@ -128,7 +115,7 @@ async def test_sixteen_beyond_the_limit_may_use_public_routes_and_the_oldest_giv
 async def test_none_vanishes_without_a_line(stack: Stack) -> None:
     silent = await stack.client()
     begun = await stranger(stack)
-    await busy(stack, 2)
+    await stack.occupy(2)
     assert await silent.take_all() == b""
     assert (await begun.response()).status == 503
     stack.advance(1)

@@ -18,8 +18,7 @@ from boot.transfer import FetchLimits
 from config.loader import load_config
 from config.schema import ModelSettings
 from support.boot import FOR_COVERAGE, PATIENCE_S
-from support.faults import Fault, make_faults
-from support.faults import environment as fault_environment
+from support.faults import Fault, make_faults, seen_by_program
 from support.fileserver import Site, serve
 from support.paths import SCRIPTS
 from support.ports import reserved_port
@@ -355,19 +354,10 @@ LACKS: dict[str, tuple[list[Fault], str]] = {
 
 
 def test_a_model_is_fetched_on_a_volume_that_lacks_something(tmp_path: Path) -> None:
-    faults, seen = make_faults(tmp_path), {}
+    cases = {name: lacking for name, (lacking, _) in LACKS.items()}
     with serve(Site(GGUF)) as url:
-        command = [sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(tmp_path), f"{url}/m.gguf"]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fault_environment(faults)
-        ) as program:
-            assert program.stdin
-            assert program.stdout
-            for name, (lacking, _) in LACKS.items():
-                faults.set(*lacking)
-                print(name, file=program.stdin, flush=True)
-                seen[name] = [line.strip() for line in iter(program.stdout.readline, "end\n")]
-            program.stdin.close()
+        command = (sys.executable, "-c", ON_A_VOLUME, str(SCRIPTS), str(tmp_path), f"{url}/m.gguf")
+        seen = seen_by_program(make_faults(tmp_path), cases, *command)
     for name, (_, sentence) in LACKS.items():
         *warnings, result = seen[name]
         if sentence.startswith("Model"):

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -119,6 +119,25 @@ def make_faults(folder: Path, spare: str = "") -> Faults:
         return Faults(folder, spare)
     except NoCompiler as reason:
         pytest.skip(str(reason))
+
+
+def seen_by_program(faults: Faults, cases: Mapping[str, Sequence[Fault]], *command: str) -> dict[str, list[str]]:
+    """Run a program through cases; return the lines that it prints in each.
+
+    In each case its faults are in force; the program gets the case's name, a line, and ends what it prints with `end`.
+    """
+    seen = {}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(faults)
+    ) as program:
+        assert program.stdin
+        assert program.stdout
+        for name, lacking in cases.items():
+            faults.set(*lacking)
+            print(name, file=program.stdin, flush=True)
+            seen[name] = [line.strip() for line in iter(program.stdout.readline, "end\n")]
+        program.stdin.close()
+    return seen
 
 
 def environment(faults: Faults) -> dict[str, str]:

@@ -30,7 +30,7 @@ from gateway import Gateway
 from proxy.app import App
 from proxy.request import Request
 from proxy.session import CLOSING
-from support.backend import Backend
+from support.backend import STREAM_HEAD, Backend, send, stall
 from support.clock import HURRY, PATIENCE_S, Clock
 from support.hurry import HurriedLoop, HurriedSelector
 from support.rawclient import RawClient, Response
@@ -232,6 +232,17 @@ class Stack:
     def open_clients(self) -> list[ClientProtocol]:
         """All connections with clients, including those that only wait until their last bytes are sent."""
         return [session.client for session in self.app.sessions]
+
+    async def occupy(self, number: int) -> list[RawClient]:
+        """Return so many clients with a key, each with a request that does not end. They are the first requests."""
+        clients = []
+        for each in range(number):
+            self.backend.script(send(STREAM_HEAD), stall())
+            client = await self.client()
+            client.send(post())
+            await self.backend.call(each)
+            clients.append(client)
+        return clients
 
     async def ask(self, raw: bytes) -> Response:
         """Send one request on a new connection; return the response."""
