@@ -73,6 +73,16 @@ def test_a_screen_for_lists_alone_or_for_names_alone() -> None:
 
 
 @pytest.mark.parametrize(
+    "member", [b'"n_cmpl":2', b'"prompt":["x"]', b'"prompt"' + b" " * 99 + b":" + b" " * 99 + b'["x"]']
+)
+@pytest.mark.parametrize("spans", [(990, 1100), (2020, 2120)])
+def test_a_member_is_seen_wherever_in_a_large_body_it_is(spans: tuple[int, int], member: bytes) -> None:
+    for before in range(*spans):
+        assert SCREEN.may_have(b'{"a":"%b",%b,"b":1}' % (b"x" * before, member)), before
+        assert SCREEN.may_have(b'{%b%b,"b":1}' % (b'"a":1,' * (before // 6) + b" " * (before % 6), member)), before
+
+
+@pytest.mark.parametrize(
     ("text", "most", "found"),
     [
         (b"", 2, 0),
