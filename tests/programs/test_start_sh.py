@@ -36,9 +36,10 @@ from support.boot import (
     scripts_without,
 )
 from support.fileserver import Site, serve
+from support.ports import free_port
 from support.together import aside
 
-START = SCRIPTS / "start.sh"
+START, SUPERVISOR = SCRIPTS / "start.sh", SCRIPTS / "supervisor.py"
 GGUF = b"GGUF" + bytes(5000)
 SHA256 = hashlib.sha256(GGUF).hexdigest()
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -122,35 +123,13 @@ class Failing:
     orders: Mapping[str, str] = field(default_factory=dict)
 
 
-FAILING = {
+# Before anything is started
+REFUSED = {
     "no model set": Failing(3, "no model is set: set MODEL_PATH", given()),
-    "no such file": Failing(3, r"none.gguf does not exist", named("none.gguf")),
-    "no such name": Failing(
-        3, r"nope does not exist \(.* contains bad", lambda w, f: {"MODEL_NAME": "nope", "MODELS_DIR": str(w.models)}
-    ),
-    "not a GGUF file": Failing(3, r"bad.gguf is not a GGUF file", named("bad.gguf")),
-    "a folder": Failing(3, r"models/. is a folder|is a folder", named(".")),
-    "a part of a set is missing": Failing(
-        3, r"half-00002-of-00002.gguf does not exist", named("half-00001-of-00002.gguf")
-    ),
-    "a set by its second part": Failing(3, r"is not the first part", named("set-00002-of-00002.gguf")),
-    "a wrong digest": Failing(3, r"MODEL_SHA256 is 0000", good(MODEL_SHA256="0" * 64)),
-    "a download that is refused": Failing(3, r"cannot be fetched: HTTP status 404", fetched("none.gguf")),
-    "a download that is a page": Failing(3, r"the file at http\S+ is a web page", fetched("page.gguf")),
-    "a download with a wrong digest": Failing(
-        3, r"MODEL_SHA256 is 0000", fetched("good.gguf", MODEL_SHA256="0" * 64)
-    ),
-    "a download from nowhere": Failing(
-        6, r"cannot be fetched: .*refused",
-        given(MODEL_URL="http://127.0.0.1:1/m.gguf", MODEL_FETCH_TIMEOUT="0"),
-    ),
     "plain http without a digest": Failing(2, r"MODEL_SHA256", given(MODEL_URL="http://models.example/m.gguf")),
     "two sources": Failing(2, r"MODEL_HF excludes MODEL_PATH", good(MODEL_HF="a/b")),
     "LLAMA_BIN that is not there": Failing(2, r"LLAMA_BIN: .*none is not an executable file", binary("none")),
     "no llama-server": Failing(2, r"llama-server is neither /app/llama-server nor on the PATH", good(LLAMA_BIN=UNSET)),
-    "another machine's llama-server": Failing(
-        2, r"cannot be executed .*not a program for this machine", binary("garbage")
-    ),
     "PORT in use": Failing(5, r"PORT: cannot listen on 127.0.0.1 port \d+: it is already in use", in_use("PORT")),
     "PORT_HEALTH in use": Failing(5, r"PORT_HEALTH: cannot listen on .* already in use", in_use("PORT_HEALTH")),
     "PORT_BACKEND in use": Failing(5, r"PORT_BACKEND: cannot listen on .* already in use", in_use("PORT_BACKEND")),
@@ -172,8 +151,34 @@ FAILING = {
         2, r"TLS_CERT_FILE, TLS_KEY_FILE: .* cannot be loaded: not a certificate",
         lambda w, f: {**good()(w, f), **dict.fromkeys(("TLS_CERT_FILE", "TLS_KEY_FILE"), str(w.models / "page.gguf"))},
     ),
-    "a crash at the first start": Failing(
-        4, r"ended with exit status 1; giving up", good(MAX_RESTARTS="0"), {"exit": "1"},
+}  # fmt: skip
+# By the process that finds the model
+NO_MODEL = {
+    "no such file": Failing(3, r"none.gguf does not exist", named("none.gguf")),
+    "no such name": Failing(
+        3, r"nope does not exist \(.* contains bad", lambda w, f: {"MODEL_NAME": "nope", "MODELS_DIR": str(w.models)}
+    ),
+    "not a GGUF file": Failing(3, r"bad.gguf is not a GGUF file", named("bad.gguf")),
+    "a folder": Failing(3, r"models/. is a folder|is a folder", named(".")),
+    "a part of a set is missing": Failing(
+        3, r"half-00002-of-00002.gguf does not exist", named("half-00001-of-00002.gguf")
+    ),
+    "a set by its second part": Failing(3, r"is not the first part", named("set-00002-of-00002.gguf")),
+    "a wrong digest": Failing(3, r"MODEL_SHA256 is 0000", good(MODEL_SHA256="0" * 64)),
+    "a download that is refused": Failing(3, r"cannot be fetched: HTTP status 404", fetched("none.gguf")),
+    "a download that is a page": Failing(3, r"the file at http\S+ is a web page", fetched("page.gguf")),
+    "a download with a wrong digest": Failing(
+        3, r"MODEL_SHA256 is 0000", fetched("good.gguf", MODEL_SHA256="0" * 64)
+    ),
+    "a download from nowhere": Failing(
+        6, r"cannot be fetched: .*refused",
+        given(MODEL_URL="http://127.0.0.1:1/m.gguf", MODEL_FETCH_TIMEOUT="0"),
+    ),
+}  # fmt: skip
+# By llama-server
+NO_BACKEND = {
+    "another machine's llama-server": Failing(
+        2, r"cannot be executed .*not a program for this machine", binary("garbage")
     ),
     "an argument that llama-server does not know": Failing(
         2, r"EXTRA_ARGS: llama-server does not know the argument --no$",
@@ -183,14 +188,19 @@ FAILING = {
         4, r"exit status 127; CUDA is missing \(libcuda.so.1\)",
         good(MAX_RESTARTS="0"), {"exit": "127", "lines": "x: error while loading shared libraries: libcuda.so.1: no"},
     ),
-    "a load that takes too long": Failing(
-        4, r"did not load within 0.2 s .*; giving up", good(MAX_RESTARTS="0", MODEL_LOAD_TIMEOUT="0.2"), {"loading": ""}
-    ),
 }  # fmt: skip
+FAILING = {**REFUSED, **NO_MODEL, **NO_BACKEND}
+# One for each status with which the supervisor follows the process that finds the model, too
+BOOTED = (*NO_BACKEND, "not a GGUF file", "a download from nowhere")
 
 
 # What only the start itself can find out: what llama-server does, and what a whole download contains.
 UNCHECKED = {name for name, case in FAILING.items() if case.orders} | {"a download with a wrong digest"}
+
+
+def made_boot(world: World, folder: Path, case: Failing, *, stub_gateway: bool = False) -> Boot:
+    folder.mkdir()
+    return Boot(folder, case.settings(world, folder), stub_gateway=stub_gateway, orders=case.orders)
 
 
 def leftovers(boot: Boot) -> list[str]:
@@ -201,29 +211,91 @@ def leftovers(boot: Boot) -> list[str]:
     return left
 
 
-@pytest.mark.parametrize("name", FAILING)
+# Each in a process of its own, which is forked, since Python and the modules take time to start.
+IN_TURN = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+import supervisor
+import boot.model_files
+for line in sys.stdin:
+    folder, environ, argv = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        with open(os.path.join(folder, "output"), "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(1, 2)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environ)
+        sys.exit(supervisor.main(argv))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+def ask_supervisor(cases: list[tuple[Boot, list[str]]]) -> list[tuple[int, list[str]]]:
+    """Run supervisor.py once for each boot and its arguments; return the exit statuses and the lines of output."""
+    lines = [json.dumps([str(boot.folder), boot.env, arguments]) for boot, arguments in cases]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, str(SCRIPTS)],
+        input="\n".join(lines), env={**FOR_COVERAGE, "PATH": PATH}, capture_output=True, text=True,
+        timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert done.stderr == ""
+    outputs = [(boot.folder / "output").read_text().splitlines() for boot, _ in cases]
+    return list(zip(map(int, done.stdout.split()), outputs, strict=True))
+
+
+def assert_one_error(case: Failing, status: int, lines: list[str]) -> None:
+    assert status == case.status, lines
+    assert len([line for line in lines if re.search(f"error: .*(?:{case.error})", line)]) == 1, lines
+    assert not any("Traceback" in line or "error: error: " in line for line in lines), lines
+
+
+def assert_remedy(status: int, lines: list[str]) -> None:
+    assert any(f": exit status {status}: " in line for line in lines), lines
+
+
+def run_failing(tmp_path: Path, cases: Mapping[str, Failing], *arguments: str) -> list[tuple[Boot, list[str]]]:
+    """Run supervisor.py for each. Asserts that each has its status and its error; returns the boots and their lines."""
+    with made_world(tmp_path) as world:
+        boots = [made_boot(world, tmp_path / str(number), case) for number, case in enumerate(cases.values())]
+        asked = ask_supervisor([(boot, list(arguments)) for boot in boots])
+    for case, (status, lines) in zip(cases.values(), asked, strict=True):
+        assert_one_error(case, status, lines)
+    return [(boot, lines) for boot, (_, lines) in zip(boots, asked, strict=True)]
+
+
+@aside
+def test_what_is_refused_before_anything_is_started_has_one_error_and_its_status(tmp_path: Path) -> None:
+    for case, (boot, lines) in zip(REFUSED.values(), run_failing(tmp_path, REFUSED), strict=True):
+        assert_remedy(case.status, lines)
+        assert boot.starts == leftovers(boot) == []
+
+
+@aside
+def test_a_model_that_is_not_found_has_one_error_and_its_status(tmp_path: Path) -> None:
+    for boot, lines in run_failing(tmp_path, NO_MODEL, "--find-model", "result"):
+        assert not (boot.folder / "result").exists(), lines
+
+
+@pytest.mark.parametrize("name", BOOTED)
 @aside
 def test_a_boot_that_must_fail_has_one_error_and_its_status(tmp_path: Path, name: str) -> None:
-    case, folder = FAILING[name], tmp_path / "boot"
-    folder.mkdir()
-    with made_world(tmp_path) as world:
-        settings = case.settings(world, folder)
-        by_shell = "DEBUG_SHELL" in settings  # the only setting that start.sh reads; it execs the supervisor
-        with Boot(folder, settings, by_shell=by_shell, stub_gateway=True, orders=case.orders) as boot:
-            assert boot.end() == case.status, boot.output
-            assert len([line for line in boot.lines if re.search(f"error: .*(?:{case.error})", line)]) == 1, boot.output
-            assert any(f": exit status {case.status}: " in line for line in boot.lines), boot.output
-            assert "Traceback" not in boot.output
-            assert "error: error: " not in boot.output
-            assert leftovers(boot) == []
+    case = FAILING[name]
+    with made_world(tmp_path) as world, made_boot(world, tmp_path / "boot", case, stub_gateway=True) as boot:
+        assert_one_error(case, boot.end(), boot.lines)
+        assert_remedy(case.status, boot.lines)
+        assert leftovers(boot) == []
 
 
 @pytest.mark.parametrize("name", FAILING)
 def test_a_check_makes_nothing_and_finds_what_the_start_would_refuse_with_its_status(tmp_path: Path, name: str) -> None:
     case, folder, out = FAILING[name], tmp_path / "boot", io.StringIO()
-    folder.mkdir()
     with made_world(tmp_path) as world:
-        status = check_start(Boot(folder, case.settings(world, folder), orders=case.orders).env, out)
+        environ = made_boot(world, folder, case).env
+        if environ.get("LLAMA_BIN") == str(folder / "stub-llama"):
+            program(folder / "stub-llama", "/bin/true")  # asked for its version, for which Python takes time to start
+        status = check_start(environ, out)
     assert {path.name for path in folder.iterdir()} <= {"control", "file", "stub-llama"}
     if name not in UNCHECKED:
         assert status == case.status, out.getvalue()
@@ -232,18 +304,21 @@ def test_a_check_makes_nothing_and_finds_what_the_start_would_refuse_with_its_st
 
 @aside
 def test_a_check_as_a_process(tmp_path: Path) -> None:
-    for settings, status, line in ((MOCK, 0, "Nothing else would"), ({}, 3, "error: no model is set: set MODEL_PATH")):
-        done = run([str(START), "--check"], tmp_path, **Boot(tmp_path, settings).env)
-        assert (done.returncode, done.stderr) == (status, "")
-        assert any(each.startswith(line) for each in done.stdout.splitlines()), done.stdout
+    done = run([str(START), "--check"], tmp_path, **Boot(tmp_path).env)
+    assert (done.returncode, done.stderr) == (3, "")
+    assert any(line.startswith("error: no model is set: set MODEL_PATH") for line in done.stdout.splitlines())
 
 
 @aside
 def test_all_wrong_settings_are_reported_at_once(tmp_path: Path) -> None:
+    """Also DEBUG_SHELL, the only setting that start.sh reads."""
     wrong = {"AUTH_ENABLED": "ture", "PORT": "x", "NGL": "-1", "LOG_LEVEL": "loud", "EXTRA_ARGS": "--port 1"}
+    wrong["DEBUG_SHELL"] = "maybe"
     with Boot(tmp_path, wrong, by_shell=True) as boot:
         assert boot.end() == 2
-    assert all(any(line.startswith(f"supervisor: error: {name}:") for line in boot.lines) for name in wrong)
+    for name in wrong:
+        assert len([line for line in boot.lines if line.startswith(f"supervisor: error: {name}:")]) == 1, boot.output
+    assert_remedy(2, boot.lines)
 
 
 @aside
@@ -257,13 +332,6 @@ def test_a_missing_module_is_fatal(tmp_path: Path) -> None:
 # Boots that must succeed
 
 
-@dataclass(frozen=True)
-class Good:
-    settings: Settings
-    check: Callable[[Boot], object] = lambda boot: True
-    files: Mapping[str, bytes] = field(default_factory=dict)
-
-
 def argv_of(boot: Boot) -> list[str]:
     return list(boot.starts[0]["argv"])
 
@@ -272,108 +340,19 @@ def model_of(boot: Boot) -> Path:
     return Path(argv_of(boot)[argv_of(boot).index("-m") + 1])
 
 
-SUCCEEDING = {
-    "MODEL_PATH": Good(good(), lambda boot: model_of(boot).read_bytes() == GGUF),
-    "MODEL_NAME": Good(lambda w, f: {"MODEL_NAME": "good.gguf", "MODELS_DIR": str(w.models)}),
-    "MODEL_NAME without its suffix": Good(
-        lambda w, f: {"MODEL_NAME": "good", "MODELS_DIR": str(w.models)},
-        lambda boot: model_of(boot).name == "good.gguf",
-    ),
-    "a split set": Good(
-        named("set-00001-of-00002.gguf"), lambda boot: model_of(boot).name == "set-00001-of-00002.gguf"
-    ),
-    "a download": Good(
-        fetched("good.gguf", MODEL_SHA256=SHA256), lambda boot: model_of(boot).read_bytes() == GGUF
-    ),
-    "a download that is resumed": Good(
-        fetched("good.gguf"), lambda boot: model_of(boot).read_bytes() == GGUF,
-        {"data/models/good.gguf.part": GGUF[:1234]},
-    ),
-    "a download that is there already": Good(
-        given(MODEL_URL="https://models.example/m.gguf"), lambda boot: model_of(boot).name == "m.gguf",
-        {"data/models/m.gguf": GGUF},
-    ),
-    "MODEL_HF": Good(
-        given(MODEL_HF="someone/something:Q4_K_M"),
-        lambda boot: argv_of(boot)[6:8] == ["-hf", "someone/something:Q4_K_M"]
-        and boot.starts[0]["environ"]["LLAMA_CACHE"].endswith("data/models"),
-    ),
-    "MOCK_BACKEND": Good(
-        given(MOCK_BACKEND="true", LLAMA_BIN=UNSET),
-        lambda boot: any("the built-in mock answers" in line for line in boot.lines),
-    ),
-    "llama-server on the PATH": Good(
-        lambda w, f: {**good()(w, f), "LLAMA_BIN": UNSET, "PATH": f"{w.programs}:{PATH}"}
-    ),
-    "a keys file with only comments": Good(
-        good(), lambda boot: boot.status("/v1/models", key="sk-any") == 401, {"data/api_keys.txt": b"# no key yet\n"}
-    ),
-    "no keys file": Good(good(), lambda boot: boot.status("/v1/models", key="sk-any") == 401),
-    "AUTH_ENABLED=1 means on": Good(
-        good(AUTH_ENABLED="1"), lambda boot: boot.status("/v1/models") == 401
-    ),
-    "AUTH_ENABLED=off": Good(good(AUTH_ENABLED="off"), lambda boot: boot.status("/v1/models") == 200),
-    "quotes in EXTRA_ARGS": Good(
-        good(EXTRA_ARGS="""--chat-template-kwargs '{"a": 1}' --alias "two words" """),
-        lambda boot: argv_of(boot)[-3:] == ['{"a": 1}', "--alias", "two words"],
-    ),
-    "LOG_FORMAT=json": Good(
-        good(LOG_FORMAT="json"),
-        lambda boot: boot.await_line('"process": "start"')  # the GPUs are reported in the background
-        or {json.loads(line)["process"] for line in boot.lines} >= {"start", "health"},
-    ),
-    "IPv6": Good(good(HOST="::1", BACKEND_HOST="::1")),
-    "any free port": Good(good(PORT="0", PORT_HEALTH="0")),
-    "everything set": Good(
-        good(WORKER_TYPE="chat", INSTANCE_ID="box", NGL="7", CTX="0", THREADS="2", PARALLEL="3", DRAIN_TIMEOUT="1"),
-        lambda boot: (boot.folder / "data/logs/llama-chat/latest").exists()
-        and argv_of(boot)[-8:] == ["-ngl", "7", "-c", "0", "-t", "2", "-np", "3"],
-    ),
-    "logs and ledger off": Good(
-        good(ACCESS_LOG="", USAGE_FILE=""), lambda boot: not (boot.folder / "data/logs/api_access.log").exists()
-    ),
-    "a backend key from a file": Good(
-        lambda w, f: {**good()(w, f), "BACKEND_API_KEY_FILE": str(f / "mine")},
-        lambda boot: boot.key_file.read_text() == "gateway-" + "k" * 43 + "\n",
-        {"mine": b"gateway-" + b"k" * 43 + b"\n"},
-    ),
-    "the old name of the port": Good(
-        lambda w, f: {**good()(w, f), "PORT": UNSET, "GATEWAY_PORT": "0"}, lambda boot: "GATEWAY_PORT" in boot.output
-    ),
-    "LOG_DIR that cannot be written": Good(
-        below_a_file("LOG_DIR"),
-        lambda boot: re.search(r"WARNING .* cannot be kept in \S+/file/inside/llama .*: Not a dir", boot.output),
-    ),
-    "DATA_DIR that cannot be written": Good(
-        below_a_file("DATA_DIR"),
-        lambda boot: re.search(r"WARNING .* cannot be kept in \S+/file/inside/logs/llama .*: Not a dir", boot.output),
-    ),
-    "DATA_DIR unset": Good(
-        good(DATA_DIR=UNSET), lambda boot: Path("/data").exists() or (boot.folder / "data/logs/llama/latest").exists()
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SUCCEEDING)
-@aside
-def test_a_boot_that_must_succeed_serves_and_ends_with_0(tmp_path: Path, name: str) -> None:
-    case, folder = SUCCEEDING[name], tmp_path / "boot"
-    folder.mkdir()
-    for path, content in case.files.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_bytes(content)
-    with (
-        made_world(tmp_path) as world,
-        Boot(folder, case.settings(world, folder), by_shell=True, covered=False) as boot,
-    ):
+@contextmanager
+def served(folder: Path, settings: Mapping[str, str]) -> Iterator[Boot]:
+    """Boot by start.sh until everything has started. Asserts, then and at the end, what holds for each boot."""
+    with Boot(folder, settings, by_shell=True, covered=False) as boot:
         boot.await_ready()
         boot.await_line("health.*listening")
         boot.await_line("gateway.*the backend is ready")
+        assert "supervisor.py" in command_line(boot.process.pid)
         ports = [int(port) for port in re.findall(r"listen\w* on \S+ port (\d+)", boot.output)]
         # The health server knows /ready, the gateway does not.
         statuses = sorted(ask(boot.env["HOST"], port, "/ready", {}) or 0 for port in ports)
         assert statuses in ([200, 401], [200, 404]), boot.output
-        assert case.check(boot), boot.output
+        yield boot
         pids = boot.family()
         assert boot.stop() == 0, boot.output
         assert "Traceback" not in boot.output
@@ -381,19 +360,100 @@ def test_a_boot_that_must_succeed_serves_and_ends_with_0(tmp_path: Path, name: s
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
 
+@aside
+def test_with_the_model_alone_everything_has_its_default(tmp_path: Path) -> None:
+    folder = tmp_path / "boot"
+    folder.mkdir()
+    with made_world(tmp_path) as world, served(folder, good(DATA_DIR=UNSET)(world, folder)) as boot:
+        assert model_of(boot).read_bytes() == GGUF
+        assert boot.status("/v1/models", key="sk-any") == 401  # there is no keys file
+        assert Path("/data").exists() or (folder / "data/logs/llama/latest").exists()
+
+
+@aside
+def test_every_setting_has_its_effect_and_a_slow_gpu_tool_has_none(tmp_path: Path) -> None:
+    folder = tmp_path / "boot"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "data").mkdir()
+    (folder / "data/api_keys.txt").write_text("# no key yet\n")
+    (folder / "mine").write_text("gateway-" + "k" * 43 + "\n")
+    smi = folder / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho asked > /proc/$PPID/fd/1\nexec sleep 600\n")
+    smi.chmod(0o755)
+    with made_world(tmp_path) as world:
+        settings = {
+            "MODEL_NAME": "set-00001-of-00002", "MODELS_DIR": str(world.models),
+            "LLAMA_BIN": UNSET, "PATH": f"{folder / 'bin'}:{world.programs}:{PATH}",
+            "WORKER_TYPE": "chat", "INSTANCE_ID": "box",
+            "NGL": "7", "CTX": "0", "THREADS": "2", "PARALLEL": "3", "DRAIN_TIMEOUT": "1",
+            "EXTRA_ARGS": """--chat-template-kwargs '{"a": 1}' --alias "two words" """,
+            "AUTH_ENABLED": "1", "BACKEND_API_KEY_FILE": str(folder / "mine"),
+            "PORT": UNSET, "GATEWAY_PORT": str(free_port()),
+        }  # fmt: skip
+        with served(folder, settings) as boot:
+            assert (folder / "data/logs/llama-chat/latest").exists()
+            assert model_of(boot).name == "set-00001-of-00002.gguf"
+            assert argv_of(boot)[-12:] == [
+                *("-ngl", "7", "-c", "0", "-t", "2", "-np", "3"),
+                *("--chat-template-kwargs", '{"a": 1}', "--alias", "two words"),
+            ]
+            assert boot.status("/v1/models", port="GATEWAY_PORT") == 401
+            assert boot.status("/v1/models", port="GATEWAY_PORT", key="sk-any") == 401
+            assert "GATEWAY_PORT" in boot.output  # the old name of PORT
+            assert boot.key_file.read_text() == (folder / "mine").read_text()
+            boot.await_line("asked")
+            # It may be between two programs, when it has no command line.
+            boot.until(lambda: any(re.search("nvidia-smi|sleep 600", command_line(pid)) for pid in boot.family()))
+
+
+@aside
+def test_without_a_data_folder_and_keys_a_hugging_face_model_is_served_over_ipv6(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # no folder can be made below a file, even by root
+    off = {"DATA_DIR": str(tmp_path / "file" / "inside"), "AUTH_ENABLED": "off", "HOST": "::1", "BACKEND_HOST": "::1"}
+    with served(tmp_path, {**off, "MODEL_HF": "someone/something:Q4_K_M"}) as boot:
+        assert argv_of(boot)[6:8] == ["-hf", "someone/something:Q4_K_M"]
+        assert boot.starts[0]["environ"]["LLAMA_CACHE"] == str(tmp_path / "file/inside/models")
+        assert re.search(r"WARNING .* cannot be kept in \S+/file/inside/logs/llama .*: Not a dir", boot.output)
+        assert boot.status("/v1/models") == 200
+
+
+@aside
+def test_a_download_goes_on_and_what_is_not_wanted_is_not_written(tmp_path: Path) -> None:
+    folder = tmp_path / "boot"
+    (folder / "data/models").mkdir(parents=True)
+    (folder / "data/models/good.gguf.part").write_bytes(GGUF[:1234])
+    (folder / "file").touch()
+    off = {"ACCESS_LOG": "", "USAGE_FILE": "", "LOG_DIR": str(folder / "file/inside")}
+    with made_world(tmp_path) as world:
+        settings = {**fetched("good.gguf", MODEL_SHA256=SHA256, LOG_FORMAT="json")(world, folder), **off}
+        with served(folder, {**settings, "PORT": "0", "PORT_HEALTH": "0"}) as boot:
+            assert model_of(boot).read_bytes() == GGUF
+            boot.await_line('"process": "start"')  # the GPUs are reported in the background
+            logged = [json.loads(line) for line in boot.lines]
+            assert {line["process"] for line in logged} >= {"start", "health"}
+            (warning,) = [line for line in logged if "/file/inside/llama " in line["msg"]]
+            assert warning["level"] == "WARNING"
+            assert re.search(r" cannot be kept in \S+/file/inside/llama .*: Not a dir", warning["msg"])
+            assert sorted(path.name for path in (folder / "data").iterdir()) == ["models"]
+
+
 # A boot with a stream
 
 
 MOCK = {"MOCK_BACKEND": "true", "LLAMA_BIN": UNSET, "AUTH_ENABLED": "false"}
-CHAT = b'{"messages": [{"role": "user", "content": "hello"}], "stream": true, "max_tokens": 1000}'
+KEY = "sk-operator-0123456789"
+ENDLESS, SHORT = 1000, 5
 
 
 @contextmanager
-def streaming(boot: Boot) -> Iterator[HTTPResponse]:
+def streaming(boot: Boot, tokens: int = ENDLESS) -> Iterator[HTTPResponse]:
     """Start a stream and read its first event."""
+    messages = [{"role": "user", "content": "hello"}]
+    body = json.dumps({"messages": messages, "stream": True, "max_tokens": tokens})
     connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
     with closing(connection):
-        connection.request("POST", "/v1/chat/completions", CHAT, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
         with connection.getresponse() as response:
             assert response.status == 200
             assert response.readline().startswith(b"data: ")
@@ -401,53 +461,37 @@ def streaming(boot: Boot) -> Iterator[HTTPResponse]:
 
 
 @aside
-def test_a_stream_that_ends_within_drain_timeout_is_complete(tmp_path: Path) -> None:
-    settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "2000"}
+def test_a_stream_that_ends_within_drain_timeout_is_complete_and_an_endless_one_is_cut_with_0(tmp_path: Path) -> None:
+    settings = {**MOCK, "PARALLEL": "2", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "5"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
+        boot.await_line("the built-in mock answers")
         boot.await_line("gateway: the backend is ready")
-        with streaming(boot) as response:
-            boot.signal(signal.SIGTERM)
-            assert response.read().rstrip().endswith(b"data: [DONE]")
-        assert boot.end() == 0
-
-
-@aside
-def test_an_endless_stream_is_cut_at_drain_timeout_with_0(tmp_path: Path) -> None:
-    settings = {**MOCK, "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "0.5"}
-    with Boot(tmp_path, settings, by_shell=True) as boot:
-        boot.await_line("gateway: the backend is ready")
-        with streaming(boot) as response:
+        with streaming(boot) as endless, streaming(boot, SHORT) as short:
             pids = boot.family()
             boot.signal(signal.SIGTERM)
+            assert short.read().rstrip().endswith(b"data: [DONE]")
             # The connection is aborted, so that the client sees the truncation.
             with suppress(HTTPException, OSError):
-                assert b"[DONE]" not in response.read()
+                assert b"[DONE]" not in endless.read()
         assert boot.end() == 0
         assert "Traceback" not in boot.output
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
 
-def drain(boot: Boot, key: str = "") -> None:
+def drain(boot: Boot) -> None:
     connection = HTTPConnection(boot.env["HOST"], int(boot.env["PORT"]), timeout=PATIENCE_S)
     with closing(connection):
-        connection.request("POST", "/drain", headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request("POST", "/drain", headers={"Authorization": f"Bearer {KEY}"})
         assert connection.getresponse().status == 202
 
 
 @aside
-def test_a_drain_requested_by_an_operator_ends_everything_with_0(tmp_path: Path) -> None:
-    key = "sk-operator-0123456789"
-    (tmp_path / "keys").write_text(f"ops:{key} role=operator\n")
-    settings = {**MOCK, "AUTH_ENABLED": "true", "AUTH_KEYS_FILE": str(tmp_path / "keys"), "ADMIN_ROUTES": "true"}
-    with Boot(tmp_path, settings, by_shell=True) as boot:
-        boot.await_line("gateway: the backend is ready")
-        drain(boot, key)
-        assert boot.end() == 0
-
-
-@aside
-def test_a_drain_requested_by_an_operator_is_reported_to_probes_while_streams_finish(tmp_path: Path) -> None:
-    settings = {**MOCK, "ADMIN_ROUTES": "true", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "1000"}
+def test_an_operators_drain_is_reported_to_probes_while_streams_finish_and_ends_everything_with_0(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "keys").write_text(f"ops:{KEY} role=operator\n")
+    auth = {"AUTH_ENABLED": "true", "AUTH_KEYS_FILE": str(tmp_path / "keys"), "ADMIN_ROUTES": "true"}
+    settings = {**MOCK, **auth, "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "1000"}
     with Boot(tmp_path, settings, by_shell=True) as boot:
         boot.await_line("gateway: the backend is ready")
         boot.await_line("health: listening")
@@ -460,6 +504,9 @@ def test_a_drain_requested_by_an_operator_is_reported_to_probes_while_streams_fi
             events = [line for line in (response.readline() for _ in range(10)) if line.startswith(b"data: {")]
             assert len(events) >= 4
             assert "the gateway has drained and ended" not in boot.output
+        # Its client has left, so the last stream is over.
+        assert boot.end() == 0
+        assert "the gateway has drained and ended" in boot.output
 
 
 # start.sh itself
@@ -527,89 +574,56 @@ def test_no_python_is_one_line(tmp_path: Path) -> None:
 
 
 @aside
-def test_an_old_python3_is_skipped(tmp_path: Path) -> None:
+def test_an_old_python3_is_skipped_and_an_empty_argument_is_ignored(tmp_path: Path) -> None:
+    """A template makes an empty argument from a variable that is not set."""
     path = tools(tmp_path / "bin", python3="exit 1", python3_12=f'exec {sys.executable} "$@"')
-    done = shell(tmp_path, PATH=path, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
+    done = shell(tmp_path, "", PATH=path, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
     assert (done.returncode, "no model is set" in done.stdout) == (3, True)
 
 
-@pytest.mark.parametrize(
-    ("tool", "body", "report"),
-    [
-        ("nvidia-smi", 'echo "NVIDIA A100, 80 GiB"; echo "NVIDIA T4, 16 GiB"', "GPU: NVIDIA A100, 80 GiB; NVIDIA"),
-        ("nvidia-smi", "exit 9", "GPU: nvidia-smi is installed but reports none"),
-        ("rocm-smi", "echo device,name; echo card0,MI300", "GPU: card0,MI300"),
-        ("rocm-smi", "exit 1", "GPU: rocm-smi is installed but reports none"),
-    ],
-)  # fmt: skip
 @aside
-def test_the_gpu_is_reported(tmp_path: Path, tool: str, body: str, report: str) -> None:
-    path = tools(tmp_path / "bin", **{tool: body, "python3": f'exec {sys.executable} "$@"'})
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "supervisor.py"), "--report-gpu"],
-        env={**FOR_COVERAGE, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_gpu_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA A100, 80 GiB'\necho 'NVIDIA T4, 16 GiB'\n")
+    smi.chmod(0o755)
+    report = " start: GPU: NVIDIA A100, 80 GiB; NVIDIA T4, 16 GiB\n"
+    done = run([sys.executable, str(SUPERVISOR), "--report-gpu"], tmp_path, PATH=str(smi.parent), **FOR_COVERAGE)
     assert (done.returncode, report in done.stdout) == (0, True)
 
 
-@aside
-def test_a_slow_gpu_tool_delays_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    smi = tmp_path / "bin" / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho asked > /proc/$PPID/fd/1\nexec sleep 600\n")
-    smi.chmod(0o755)
-    with Boot(tmp_path, {**MOCK, "PATH": f"{tmp_path / 'bin'}:{PATH}"}, by_shell=True) as boot:
-        boot.await_line("asked")
-        pids = boot.family()
-        while not any(re.search("nvidia-smi|sleep 600", command_line(pid)) for pid in pids):
-            pids = boot.family()  # it may have been between two programs, when it has no command line
-        boot.await_ready()
-        pids += boot.family()
-        assert boot.stop() == 0
-        assert [command_line(pid) for pid in pids if alive(pid)] == []
+WRONG_ARGUMENTS = (["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"])
 
 
-@aside
-def test_it_becomes_the_supervisor(tmp_path: Path) -> None:
-    with Boot(tmp_path, MOCK, by_shell=True) as boot:
-        boot.await_ready()
-        assert "supervisor.py" in command_line(boot.process.pid)
-
-
-# No model is set, so a start would end with status 3.
-PROGRAMS = pytest.mark.parametrize(
-    "argv", [[str(START)], [sys.executable, str(SCRIPTS / "supervisor.py")]], ids=["start.sh", "supervisor.py"]
-)
-
-
-@PROGRAMS
 @pytest.mark.parametrize("option", ["--help", "-h"])
 @aside
-def test_help_is_printed_and_nothing_is_started(tmp_path: Path, argv: list[str], option: str) -> None:
-    done = run([*argv, option], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+def test_help_is_printed_and_nothing_is_started(tmp_path: Path, option: str) -> None:
+    """No model is set, so a start would end with status 3."""
+    done = run([str(START), option], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: {Path(argv[-1]).name}")
+    assert done.stdout.startswith("usage: start.sh")
 
 
-@PROGRAMS
-@pytest.mark.parametrize("arguments", [["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"]])
+@pytest.mark.parametrize("arguments", WRONG_ARGUMENTS)
 @aside
-def test_an_unknown_argument_is_status_2_and_starts_nothing(
-    tmp_path: Path, argv: list[str], arguments: list[str]
-) -> None:
-    done = run([*argv, *arguments], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path), **FOR_COVERAGE)
+def test_an_unknown_argument_is_status_2_and_starts_nothing(tmp_path: Path, arguments: list[str]) -> None:
+    done = run([str(START), *arguments], tmp_path, PATH=PATH, DATA_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"(start|supervisor.py): error: .*", done.stderr.splitlines()[-1])
+    assert re.fullmatch("start: error: .*", done.stderr.splitlines()[-1])
 
 
 @aside
-def test_an_empty_argument_is_ignored(tmp_path: Path) -> None:
-    """A template makes one from a variable that is not set."""
-    done = shell(tmp_path, "", PATH=PATH, DATA_DIR=str(tmp_path), LLAMA_BIN="/none")
-    assert (done.returncode, "no model is set" in done.stdout) == (3, True)
+def test_the_supervisor_has_the_same_help_and_refuses_the_same_arguments(tmp_path: Path) -> None:
+    folders = [tmp_path / str(number) for number in range(len(WRONG_ARGUMENTS) + 2)]
+    for folder in folders:
+        folder.mkdir()
+    boots = [Boot(folder) for folder in folders]
+    asked = ask_supervisor(list(zip(boots, (["--help"], ["-h"], *WRONG_ARGUMENTS), strict=True)))
+    for status, lines in asked[:2]:
+        assert (status, lines[0].partition(" [")[0]) == (0, "usage: supervisor.py")
+    for status, lines in asked[2:]:
+        assert (status, lines[0].partition(" [")[0]) == (2, "usage: supervisor.py")
+        assert re.fullmatch("supervisor.py: error: .*", lines[-1])
 
 
 def test_debug_shell_without_a_terminal_waits_for_a_signal(tmp_path: Path) -> None:
@@ -644,7 +658,7 @@ def test_a_closed_terminal_stops_everything(tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(tmp_path)
-        os.execve(sys.executable, [sys.executable, str(SCRIPTS / "supervisor.py")], env)
+        os.execve(sys.executable, [sys.executable, str(SUPERVISOR)], env)
     output = b""
     while b"state ready" not in output:
         output += os.read(terminal, 1000)

@@ -43,8 +43,8 @@ def program(path: Path, *argv: str) -> Path:
 
 
 def scripts_without(name: str, tmp_path: Path) -> Path:
-    """Copy the scripts, except one."""
-    return shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__", name))
+    """Copy the scripts, except one; with what is compiled, except what another process is writing."""
+    return shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("*.pyc.*", name))
 
 
 class Boot:
