@@ -16,7 +16,7 @@ import quickstart
 from boot.probes import Address
 from boot.shutdown import StartupError
 from config.loader import load_config
-from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
+from support.boot import FOR_COVERAGE, PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
 from support.fileserver import Site, serve
 from support.ports import free_ports
 from support.together import ENVIRON, aside
@@ -55,6 +55,12 @@ def test_one_command_creates_a_key_and_prints_a_curl_command_that_works(tmp_path
         done = subprocess.run(run.curl, env=ENVIRON, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
         assert '"choices"' in done.stdout
         assert key not in (tmp_path / "data" / "api_keys.txt").read_text()
+        ports = {name: run.env[name] for name in ("PORT", "PORT_HEALTH", "PORT_BACKEND")}
+        with Run(tmp_path, **ports) as again:
+            assert again.end() == 5
+        assert re.fullmatch(
+            r"run: error: PORT: cannot listen on 127.0.0.1 port \d+: it is already in use .*", again.output
+        )
         pids = run.family()
         run.signal(signal.SIGINT)
         assert run.end() == 0
@@ -63,56 +69,21 @@ def test_one_command_creates_a_key_and_prints_a_curl_command_that_works(tmp_path
 
 
 @aside
-def test_the_second_time_no_key_is_created(tmp_path: Path) -> None:
+def test_with_a_model_it_starts_llama_server_and_with_a_key_it_creates_none(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "api_keys.txt").write_text("mine:sk-0123456789abcdef\n")
-    with Run(tmp_path) as run:
-        run.await_line("^  curl ")
-        run.await_line("YOUR_KEY is a key that exists already; to create another: python3 .*key_mgmt.py --file")
-        assert "is shown this once" not in run.output
-        assert run.stop() == 0
-
-
-@aside
-def test_with_a_model_it_starts_llama_server(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin" / "llama-server", sys.executable, str(SUPPORT / "stub_llama.py"))
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     with Run(tmp_path, MODEL_PATH=str(tmp_path / "m.gguf"), PATH=path) as run:
         run.await_line("^  curl ")
+        run.await_line("YOUR_KEY is a key that exists already; to create another: python3 .*key_mgmt.py --file")
         assert len(run.starts) == 1
         assert "mock" not in run.output
+        assert "is shown this once" not in run.output
         assert f"Ready: http://127.0.0.1:{run.env['PORT']} " in run.output
         assert run.stop() == 0
-
-
-@aside
-def test_a_second_one_at_the_same_time_is_one_line(tmp_path: Path) -> None:
-    with Run(tmp_path) as run:
-        run.await_line("^  curl ")
-        ports = {name: run.env[name] for name in ("PORT", "PORT_HEALTH", "PORT_BACKEND")}
-        with Run(tmp_path, **ports) as again:
-            assert again.end() == 5
-        assert re.fullmatch(
-            r"run: error: PORT: cannot listen on 127.0.0.1 port \d+: it is already in use .*", again.output
-        )
-        assert run.stop() == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "status", "output"),
-    [
-        ({"AUTH_ENABLED": "ture"}, 2, r"run: error: AUTH_ENABLED: .*"),
-        ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: error: .*/dev/null/x/api_keys.txt.*Not a directory"),
-        ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: error: / cannot be read: .*"),
-    ],
-)
-@aside
-def test_an_error_is_one_line(tmp_path: Path, settings: dict[str, str], status: int, output: str) -> None:
-    with Run(tmp_path, **settings) as run:
-        assert run.end() == status
-    assert re.fullmatch(output, run.output)
 
 
 @aside
@@ -123,13 +94,46 @@ def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
     assert "no model is set" in run.output
 
 
-def path_without_llama_server(tmp_path: Path) -> str:
-    path = tmp_path / "bin"
-    path.mkdir()
-    for tool in ("bash", "dirname", "env", "sh"):
-        (path / tool).symlink_to(shutil.which(tool) or "/bin/false")
-    program(path / "python3", sys.executable)
-    return str(path)
+def set_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: str) -> None:
+    """Give this process an environment without a llama-server, with these settings alone, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ.keys() - FOR_COVERAGE.keys():
+        monkeypatch.delenv(name)
+    ports = dict(zip(("PORT", "PORT_HEALTH", "PORT_BACKEND"), map(str, free_ports(3)), strict=True))
+    for name, value in {"PATH": str(tmp_path), **ports, **settings}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "output"),
+    [
+        ({"AUTH_ENABLED": "ture"}, 2, r"run: error: AUTH_ENABLED: .*"),
+        ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: error: .*/dev/null/x/api_keys.txt.*Not a directory"),
+        ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: error: / cannot be read: .*"),
+        (
+            {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}, 2,
+            r"run: error: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the"
+            r" PATH: set LLAMA_BIN \(or MOCK_BACKEND=true\)",
+        ),
+        (
+            {"MODEL_PATH": "/nope/x.gguf", "LLAMA_BIN": "/none"}, 2,
+            r"run: error: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    settings: dict[str, str],
+    status: int,
+    output: str,
+) -> None:
+    set_environment(monkeypatch, tmp_path, **settings)
+    assert quickstart.main([]) == status
+    printed = capfd.readouterr()
+    assert re.fullmatch(output, (printed.out + printed.err).rstrip("\n"))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -141,44 +145,39 @@ def path_without_llama_server(tmp_path: Path) -> str:
         ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
     ],
 )
-@aside
 def test_a_model_without_a_llama_server_gets_the_mock_and_both_are_named(
-    tmp_path: Path, settings: dict[str, str], shown: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, str],
+    shown: str,
 ) -> None:
-    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
+    set_environment(monkeypatch, tmp_path, **settings)
+    environ = {"AUTH_ENABLED": "false", **os.environ}
+    env, config, _ = quickstart.prepare(environ)
+    lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
+    said = f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true).\n"
+    assert capsys.readouterr().out == said
+    assert env["MOCK_BACKEND"] == "true"
+    assert quickstart.instructions(config, Address("h", 1), None).startswith("Ready (mock): ")
+    assert quickstart.is_mock_our_choice(environ, config)
+    # If it is asked for, nothing needs to be said.
+    assert quickstart.prepare({**environ, "MOCK_BACKEND": "true"})[1] == config
+    assert capsys.readouterr().out == ""
+
+
+@aside
+def test_a_model_without_a_llama_server_is_announced_as_the_mock_and_its_signature_is_secret(tmp_path: Path) -> None:
+    path = tmp_path / "bin"
+    path.mkdir()
+    for tool in ("bash", "dirname", "env", "sh"):
+        (path / tool).symlink_to(shutil.which(tool) or "/bin/false")
+    program(path / "python3", sys.executable)
+    with Run(tmp_path, PATH=str(path), MODEL_URL="https://h/x.gguf?signature=secret", AUTH_ENABLED="false") as run:
         run.await_line("^  curl ")
-        lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
-        assert run.lines[0] == f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true)."
+        assert run.lines[0].startswith("MODEL_URL is set, but no llama-server was found ")
         assert "Ready (mock): " in run.output
         assert "secret" not in run.output
-        assert run.stop() == 0
-
-
-@aside
-def test_a_model_without_a_llama_server_is_an_error_if_the_mock_is_excluded(tmp_path: Path) -> None:
-    settings = {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}
-    with Run(tmp_path, PATH=path_without_llama_server(tmp_path), **settings) as run:
-        assert run.end() == 2
-    assert run.output == (
-        "run: error: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the PATH:"
-        " set LLAMA_BIN (or MOCK_BACKEND=true)"
-    )
-    assert not (tmp_path / "data").exists()
-
-
-@aside
-def test_a_wrong_llama_bin_is_an_error(tmp_path: Path) -> None:
-    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", LLAMA_BIN="/none") as run:
-        assert run.end() == 2
-    assert run.output == "run: error: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file"
-
-
-@aside
-def test_mock_backend_is_used_also_if_a_model_is_set(tmp_path: Path) -> None:
-    path = path_without_llama_server(tmp_path)
-    with Run(tmp_path, MODEL_PATH="/nope/x.gguf", MOCK_BACKEND="true", PATH=path) as run:
-        run.await_line("^  curl ")
-        assert "Ready (mock): " in run.output
         assert run.stop() == 0
 
 
@@ -278,17 +277,13 @@ def test_a_keys_file_that_cannot_be_trusted_counts_as_having_keys(tmp_path: Path
     assert quickstart.has_keys(keys)
 
 
-@aside
-def test_help_is_printed_and_nothing_is_started(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, quickstart.__file__, "--help"],
-        env=ENVIRON,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: quickstart.py")
+def test_help_is_printed_and_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main(["--help"])
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.err) == (0, "")
+    assert printed.out.startswith("usage: quickstart.py")
     assert list(tmp_path.iterdir()) == []
