@@ -1,11 +1,10 @@
 """tools/collect.sh: what a bug report needs, and no secret."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from support.boot import PATIENCE_S, program
+from support.boot import PATIENCE_S
 from support.fileserver import Site, serve
 from support.paths import ROOT
 from support.together import ENVIRON, aside
@@ -71,25 +70,27 @@ def test_the_report_has_what_is_needed_and_no_secret(tmp_path: Path) -> None:
 
 @aside
 def test_a_container_is_asked_through_its_engine(tmp_path: Path) -> None:
-    data_folder(tmp_path)
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
-    # An engine whose containers are this folder.
-    engine = program(tmp_path / "bin" / "docker", sys.executable, str(tmp_path / "engine.py"))
-    assert engine.exists()
-    (tmp_path / "engine.py").write_text(
-        "import os, subprocess, sys\n"
-        "verb, *rest = sys.argv[1:]\n"
-        f"rest = [each.replace('/opt/llama-gguf-inference', {str(tmp_path)!r}) for each in rest]\n"
-        "if verb == 'exec': os.execvpe(rest[1], rest[1:], {**os.environ, 'LOG_NAME': 'llama', "
-        f"'DATA_DIR': {str(tmp_path / 'data')!r}}})\n"
-        f"print(verb, rest[-1], {LOG!r})\n"
+    data = data_folder(tmp_path)
+    # An engine whose containers have this clone where the image has the product, and this folder of data.
+    (tmp_path / "log").write_text(LOG)
+    engine = tmp_path / "bin" / "docker"
+    engine.write_text(
+        f'#!/usr/bin/env bash\ncd {tmp_path}\necho "$@" >> asked\nverb=$1\nshift\n'
+        '[[ $verb == exec ]] || { printf "%s %s " "$verb" "${@: -1}"; cat log; exit; }\n'
+        "shift\n"
+        f'LOG_NAME=llama DATA_DIR={data} exec "${{@//"/opt/llama-gguf-inference"/{ROOT}}}"\n'
     )
+    engine.chmod(0o755)
     done = collect(tmp_path, "--container", "my-llama")
     assert done.returncode == 0, done.stderr
     report = (tmp_path / "llama-gateway-report.txt").read_text()
     assert secrets_in(report) == []
     assert "logs my-llama main: model loaded" in report
     assert "inspect my-llama" in report
+    assert f"DATA_DIR = {data}" in report
+    asked = (tmp_path / "asked").read_text()
+    assert "exec my-llama python3 /opt/llama-gguf-inference/scripts/gateway.py --check-config\n" in asked
+    assert str(ROOT) not in asked
 
 
 @aside
