@@ -16,8 +16,9 @@ import quickstart
 from boot.probes import Address
 from boot.shutdown import StartupError
 from config.loader import load_config
-from support.boot import FOR_COVERAGE, PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
+from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
 from support.fileserver import Site, serve
+from support.in_turn import Case, Outcome, run_in_turn
 from support.ports import free_ports
 from support.together import ENVIRON, aside
 
@@ -75,7 +76,7 @@ def test_with_a_model_it_starts_llama_server_and_with_a_key_it_creates_none(tmp_
     (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
     (tmp_path / "bin").mkdir()
     program(tmp_path / "bin" / "llama-server", sys.executable, str(SUPPORT / "stub_llama.py"))
-    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{ENVIRON['PATH']}"
     with Run(tmp_path, MODEL_PATH=str(tmp_path / "m.gguf"), PATH=path) as run:
         run.await_line("^  curl ")
         run.await_line("YOUR_KEY is a key that exists already; to create another: python3 .*key_mgmt.py --file")
@@ -94,76 +95,67 @@ def test_a_boot_that_fails_is_not_announced(tmp_path: Path) -> None:
     assert "no model is set" in run.output
 
 
-def set_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **settings: str) -> None:
-    """Give this process an environment without a llama-server, with these settings alone, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    for name in os.environ.keys() - FOR_COVERAGE.keys():
-        monkeypatch.delenv(name)
-    ports = dict(zip(("PORT", "PORT_HEALTH", "PORT_BACKEND"), map(str, free_ports(3)), strict=True))
-    for name, value in {"PATH": str(tmp_path), **ports, **settings}.items():
-        monkeypatch.setenv(name, value)
+ERRORS = [
+    ({"AUTH_ENABLED": "ture"}, 2, r"run: error: AUTH_ENABLED: .*"),
+    ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: error: .*/dev/null/x/api_keys.txt.*Not a directory"),
+    ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: error: / cannot be read: .*"),
+    (
+        {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}, 2,
+        r"run: error: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the"
+        r" PATH: set LLAMA_BIN \(or MOCK_BACKEND=true\)",
+    ),
+    (
+        {"MODEL_PATH": "/nope/x.gguf", "LLAMA_BIN": "/none"}, 2,
+        r"run: error: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file",
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("settings", "status", "output"),
-    [
-        ({"AUTH_ENABLED": "ture"}, 2, r"run: error: AUTH_ENABLED: .*"),
-        ({"DATA_DIR": "/dev/null/x"}, 2, r"No model.*\nrun: error: .*/dev/null/x/api_keys.txt.*Not a directory"),
-        ({"AUTH_KEYS_FILE": "/"}, 2, r"No model.*\nrun: error: / cannot be read: .*"),
-        (
-            {"MODEL_PATH": "/nope/x.gguf", "MOCK_BACKEND": "false"}, 2,
-            r"run: error: MODEL_PATH=/nope/x.gguf is set, but llama-server is neither /app/llama-server nor on the"
-            r" PATH: set LLAMA_BIN \(or MOCK_BACKEND=true\)",
-        ),
-        (
-            {"MODEL_PATH": "/nope/x.gguf", "LLAMA_BIN": "/none"}, 2,
-            r"run: error: MODEL_PATH=/nope/x.gguf is set, but LLAMA_BIN: /none is not an executable file",
-        ),
-    ],
-)  # fmt: skip
-def test_an_error_is_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    settings: dict[str, str],
-    status: int,
-    output: str,
-) -> None:
-    set_environment(monkeypatch, tmp_path, **settings)
-    assert quickstart.main([]) == status
-    printed = capfd.readouterr()
-    assert re.fullmatch(output, (printed.out + printed.err).rstrip("\n"))
-    assert list(tmp_path.iterdir()) == []
+def run_without_llama_server(tmp_path: Path, code: str, all_settings: list[dict[str, str]]) -> list[Outcome]:
+    """Run the code with each of the settings, each in an empty folder, and without a llama-server on the PATH."""
+    cases = []
+    for number, settings in enumerate(all_settings):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        ports = dict(zip(("PORT", "PORT_HEALTH", "PORT_BACKEND"), map(str, free_ports(3)), strict=True))
+        cases.append(Case(folder, {"PATH": str(folder), **ports, **settings}))
+    return run_in_turn("import os, quickstart; from boot.probes import Address", code, cases)
 
 
-@pytest.mark.parametrize(
-    ("settings", "shown"),
-    [
-        ({"MODEL_PATH": "/nope/x.gguf"}, "MODEL_PATH=/nope/x.gguf"),
-        ({"MODEL_NAME": "x.gguf"}, "MODEL_NAME=x.gguf"),
-        ({"MODEL_HF": "a/b:Q4_0"}, "MODEL_HF=a/b:Q4_0"),
-        ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
-    ],
-)
-def test_a_model_without_a_llama_server_gets_the_mock_and_both_are_named(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    settings: dict[str, str],
-    shown: str,
-) -> None:
-    set_environment(monkeypatch, tmp_path, **settings)
-    environ = {"AUTH_ENABLED": "false", **os.environ}
-    env, config, _ = quickstart.prepare(environ)
-    lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
-    said = f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true).\n"
-    assert capsys.readouterr().out == said
-    assert env["MOCK_BACKEND"] == "true"
-    assert quickstart.instructions(config, Address("h", 1), None).startswith("Ready (mock): ")
-    assert quickstart.is_mock_our_choice(environ, config)
-    # If it is asked for, nothing needs to be said.
-    assert quickstart.prepare({**environ, "MOCK_BACKEND": "true"})[1] == config
-    assert capsys.readouterr().out == ""
+@aside
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    ended = run_without_llama_server(tmp_path, "sys.exit(quickstart.main([]))", [settings for settings, _, _ in ERRORS])
+    for (settings, status, output), found in zip(ERRORS, ended, strict=True):
+        assert found.status == status, settings
+        assert re.fullmatch(output, "\n".join(found.lines)), found.lines
+    assert [path for folder in tmp_path.iterdir() for path in folder.iterdir()] == []
+
+
+WITHOUT_LLAMA_SERVER = [
+    ({"MODEL_PATH": "/nope/x.gguf"}, "MODEL_PATH=/nope/x.gguf"),
+    ({"MODEL_NAME": "x.gguf"}, "MODEL_NAME=x.gguf"),
+    ({"MODEL_HF": "a/b:Q4_0"}, "MODEL_HF=a/b:Q4_0"),
+    ({"MODEL_URL": "https://h/x.gguf?signature=secret"}, "MODEL_URL"),
+]
+PREPARE = """
+env, config, _ = quickstart.prepare(os.environ)
+print(env["MOCK_BACKEND"], quickstart.is_mock_our_choice(os.environ, config))
+print(quickstart.instructions(config, Address("h", 1), None))
+"""
+
+
+@aside
+def test_a_model_without_a_llama_server_gets_the_mock_and_both_are_named(tmp_path: Path) -> None:
+    given = [{"AUTH_ENABLED": "no", **settings} for settings, _ in WITHOUT_LLAMA_SERVER]
+    ended = run_without_llama_server(tmp_path, PREPARE, [*given, {**given[0], "MOCK_BACKEND": "true"}])
+    for (_, shown), found in zip(WITHOUT_LLAMA_SERVER, ended[:-1], strict=True):
+        lacking = f"{shown} is set, but no llama-server was found (LLAMA_BIN, /app/llama-server, PATH)"
+        said = f"{lacking}: the built-in mock answers in its place (MOCK_BACKEND=true)."
+        assert found.lines[:2] == [said, "true True"]
+        assert found.lines[2].startswith("Ready (mock): ")
+    # If the mock is asked for, nothing needs to be said.
+    assert ended[-1].lines[0] == "true False"
+    assert ended[-1].lines[1].startswith("Ready (mock): ")
 
 
 @aside
@@ -277,13 +269,8 @@ def test_a_keys_file_that_cannot_be_trusted_counts_as_having_keys(tmp_path: Path
     assert quickstart.has_keys(keys)
 
 
-def test_help_is_printed_and_nothing_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        quickstart.main(["--help"])
-    printed = capsys.readouterr()
-    assert (ended.value.code, printed.err) == (0, "")
-    assert printed.out.startswith("usage: quickstart.py")
-    assert list(tmp_path.iterdir()) == []
+@aside
+def test_help_is_printed_and_nothing_is_started(tmp_path: Path) -> None:
+    (done,) = run_without_llama_server(tmp_path, "quickstart.main(['--help'])", [{}])
+    assert (done.status, done.lines[0].partition(" [")[0]) == (0, "usage: quickstart.py")
+    assert list((tmp_path / "0").iterdir()) == []

@@ -36,6 +36,7 @@ from support.boot import (
     scripts_without,
 )
 from support.fileserver import Site, serve
+from support.in_turn import Case, Outcome, run_in_turn
 from support.ports import free_port
 from support.together import aside
 
@@ -211,38 +212,10 @@ def leftovers(boot: Boot) -> list[str]:
     return left
 
 
-# Each in a process of its own, which is forked, since Python and the modules take time to start.
-IN_TURN = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-import supervisor
-import boot.model_files
-for line in sys.stdin:
-    folder, environ, argv = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        with open(os.path.join(folder, "output"), "w") as output:
-            os.dup2(output.fileno(), 1)
-            os.dup2(1, 2)
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environ)
-        sys.exit(supervisor.main(argv))
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def ask_supervisor(cases: list[tuple[Boot, list[str]]]) -> list[tuple[int, list[str]]]:
-    """Run supervisor.py once for each boot and its arguments; return the exit statuses and the lines of output."""
-    lines = [json.dumps([str(boot.folder), boot.env, arguments]) for boot, arguments in cases]
-    done = subprocess.run(
-        [sys.executable, "-c", IN_TURN, str(SCRIPTS)],
-        input="\n".join(lines), env={**FOR_COVERAGE, "PATH": PATH}, capture_output=True, text=True,
-        timeout=PATIENCE_S, check=False,
-    )  # fmt: skip
-    assert done.stderr == ""
-    outputs = [(boot.folder / "output").read_text().splitlines() for boot, _ in cases]
-    return list(zip(map(int, done.stdout.split()), outputs, strict=True))
+def ask_supervisor(boots: list[Boot], arguments: list[list[str]]) -> list[Outcome]:
+    """Run supervisor.py with the settings of each boot and its list of arguments."""
+    cases = [Case(boot.folder, boot.env, each) for boot, each in zip(boots, arguments, strict=True)]
+    return run_in_turn("import supervisor, boot.model_files", "sys.exit(supervisor.main(arguments))", cases)
 
 
 def assert_one_error(case: Failing, status: int, lines: list[str]) -> None:
@@ -259,7 +232,7 @@ def run_failing(tmp_path: Path, cases: Mapping[str, Failing], *arguments: str) -
     """Run supervisor.py for each. Asserts that each has its status and its error; returns the boots and their lines."""
     with made_world(tmp_path) as world:
         boots = [made_boot(world, tmp_path / str(number), case) for number, case in enumerate(cases.values())]
-        asked = ask_supervisor([(boot, list(arguments)) for boot in boots])
+        asked = ask_supervisor(boots, [list(arguments)] * len(boots))
     for case, (status, lines) in zip(cases.values(), asked, strict=True):
         assert_one_error(case, status, lines)
     return [(boot, lines) for boot, (_, lines) in zip(boots, asked, strict=True)]
@@ -592,7 +565,7 @@ def test_the_gpu_is_reported(tmp_path: Path) -> None:
     assert (done.returncode, report in done.stdout) == (0, True)
 
 
-WRONG_ARGUMENTS = (["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"])
+WRONG_ARGUMENTS = [["--hlep"], ["--quick"], ["--debug"], ["serve"], ["--quickstart", "now"]]
 
 
 @pytest.mark.parametrize("option", ["--help", "-h"])
@@ -614,11 +587,8 @@ def test_an_unknown_argument_is_status_2_and_starts_nothing(tmp_path: Path, argu
 
 @aside
 def test_the_supervisor_has_the_same_help_and_refuses_the_same_arguments(tmp_path: Path) -> None:
-    folders = [tmp_path / str(number) for number in range(len(WRONG_ARGUMENTS) + 2)]
-    for folder in folders:
-        folder.mkdir()
-    boots = [Boot(folder) for folder in folders]
-    asked = ask_supervisor(list(zip(boots, (["--help"], ["-h"], *WRONG_ARGUMENTS), strict=True)))
+    arguments = [["--help"], ["-h"], *WRONG_ARGUMENTS]
+    asked = ask_supervisor([Boot(tmp_path)] * len(arguments), arguments)
     for status, lines in asked[:2]:
         assert (status, lines[0].partition(" [")[0]) == (0, "usage: supervisor.py")
     for status, lines in asked[2:]:

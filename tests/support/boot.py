@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from support.ports import free_ports
+from support.together import ENVIRON
 
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.parent.parent / "scripts"
@@ -75,7 +76,7 @@ class Boot:
             (self.control / name).write_text(orders[name] if isinstance(orders, Mapping) else "")
         port, port_health, port_backend = free_ports(3)
         self.env = {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{ENVIRON['PATH']}",
             "HOST": "127.0.0.1",
             "PORT": str(port),
             "PORT_HEALTH": str(port_health),

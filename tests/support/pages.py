@@ -5,7 +5,6 @@ follows a paragraph which begins with "It prints" is what the last command print
 ```console are only shown: they need another machine, root, or an hour.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from support.boot import PATIENCE_S
+from support.boot import FOR_COVERAGE, PATIENCE_S
 from support.paths import ROOT, SCRIPTS
+from support.together import ENVIRON
 
 SEPARATOR = "\x1e"
 BLOCK = re.compile(
@@ -77,8 +77,8 @@ def shell(folder: Path, keys: str = "") -> Iterator[dict[str, str]]:
     keys_file = folder / "keys"
     keys_file.write_text(keys)
     environ = {
-        **{name: os.environ[name] for name in os.environ if name.startswith("COVERAGE")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **FOR_COVERAGE,
+        "PATH": f"{Path(sys.executable).parent}:{ENVIRON['PATH']}",
         "AUTH_KEYS_FILE": str(keys_file),
         "ACCESS_LOG": str(folder / "access.log"),
         "DATA_DIR": str(folder),
