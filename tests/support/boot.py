@@ -43,11 +43,6 @@ def program(path: Path, *argv: str) -> Path:
     return path
 
 
-def scripts_without(name: str, tmp_path: Path) -> Path:
-    """Copy the scripts, except one; with what is compiled, except what another process is writing."""
-    return shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("*.pyc.*", name))
-
-
 class Boot:
     """One boot, with a stub llama-server unless LLAMA_BIN or MOCK_BACKEND is set. A context manager.
 
