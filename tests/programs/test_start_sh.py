@@ -184,10 +184,6 @@ NO_BACKEND = {
         2, r"EXTRA_ARGS: llama-server does not know the argument --no$",
         good(EXTRA_ARGS="--no 1"), {"exit": "1", "lines": "error: invalid argument: --no"},
     ),
-    "CUDA is missing": Failing(
-        4, r"exit status 127; CUDA is missing \(libcuda.so.1\)",
-        good(MAX_RESTARTS="0"), {"exit": "127", "lines": "x: error while loading shared libraries: libcuda.so.1: no"},
-    ),
 }  # fmt: skip
 FAILING = {**REFUSED, **NO_MODEL, **NO_BACKEND}
 # One for each status with which the supervisor follows the process that finds the model, too
@@ -304,6 +300,13 @@ def model_of(boot: Boot) -> Path:
     return Path(argv_of(boot)[argv_of(boot).index("-m") + 1])
 
 
+def statuses(boot: Boot, path: str, key: str = "") -> list[int]:
+    """Ask gateway and health server, on whichever ports they listen; return the statuses in their order as numbers."""
+    ports = map(int, re.findall(r"listen\w* on \S+ port (\d+)", boot.output))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return sorted(ask(boot.env["HOST"], port, path, headers) or 0 for port in ports)
+
+
 @contextmanager
 def served(folder: Path, settings: Mapping[str, str]) -> Iterator[Boot]:
     """Boot by start.sh until everything has started. Asserts, then and at the end, what holds for each boot."""
@@ -312,26 +315,14 @@ def served(folder: Path, settings: Mapping[str, str]) -> Iterator[Boot]:
         boot.await_line("health.*listening")
         boot.await_line("gateway.*the backend is ready")
         assert "supervisor.py" in command_line(boot.process.pid)
-        ports = [int(port) for port in re.findall(r"listen\w* on \S+ port (\d+)", boot.output)]
         # The health server knows /ready, the gateway does not.
-        statuses = sorted(ask(boot.env["HOST"], port, "/ready", {}) or 0 for port in ports)
-        assert statuses in ([200, 401], [200, 404]), boot.output
+        assert statuses(boot, "/ready") in ([200, 401], [200, 404]), boot.output
         yield boot
         pids = boot.family()
         assert boot.stop() == 0, boot.output
         assert "Traceback" not in boot.output
         assert leftovers(boot) == []
         assert [command_line(pid) for pid in pids if alive(pid)] == []
-
-
-@aside
-def test_with_the_model_alone_everything_has_its_default(tmp_path: Path) -> None:
-    folder = tmp_path / "boot"
-    folder.mkdir()
-    with made_world(tmp_path) as world, served(folder, good(DATA_DIR=UNSET)(world, folder)) as boot:
-        assert model_of(boot).read_bytes() == GGUF
-        assert boot.status("/v1/models", key="sk-any") == 401  # there is no keys file
-        assert Path("/data").exists() or (folder / "data/logs/llama/latest").exists()
 
 
 @aside
@@ -392,6 +383,7 @@ def test_a_download_goes_on_and_what_is_not_wanted_is_not_written(tmp_path: Path
         settings = {**fetched("good.gguf", MODEL_SHA256=SHA256, LOG_FORMAT="json")(world, folder), **off}
         with served(folder, {**settings, "PORT": "0", "PORT_HEALTH": "0"}) as boot:
             assert model_of(boot).read_bytes() == GGUF
+            assert 401 in statuses(boot, "/v1/models", key="sk-any")  # there is no keys file
             boot.await_line('"process": "start"')  # the GPUs are reported in the background
             logged = [json.loads(line) for line in boot.lines]
             assert {line["process"] for line in logged} >= {"start", "health"}
@@ -427,8 +419,8 @@ def streaming(boot: Boot, tokens: int = ENDLESS) -> Iterator[HTTPResponse]:
 
 @aside
 def test_a_stream_that_ends_within_drain_timeout_is_complete_and_an_endless_one_is_cut_with_0(tmp_path: Path) -> None:
-    more = {"MODEL_URL": SIGNED, "PARALLEL": "2", "MOCK_TOKENS_PER_SECOND": "10", "DRAIN_TIMEOUT": "5"}
-    with Boot(tmp_path, {**MOCK, **more}, by_shell=True) as boot:
+    more = {"MODEL_URL": SIGNED, "DATA_DIR": UNSET, "PARALLEL": "2", "MOCK_TOKENS_PER_SECOND": "10"}
+    with Boot(tmp_path, {**MOCK, **more, "DRAIN_TIMEOUT": "5"}, by_shell=True) as boot:
         boot.await_line("the built-in mock answers")  # also if a model is set
         boot.await_line("gateway: the backend is ready")
         with streaming(boot) as endless, streaming(boot, SHORT) as short:
@@ -439,6 +431,7 @@ def test_a_stream_that_ends_within_drain_timeout_is_complete_and_an_endless_one_
             with suppress(HTTPException, OSError):
                 assert b"[DONE]" not in endless.read()
         assert boot.end() == 0
+        assert Path("/data").exists() or (tmp_path / "data/logs/llama/latest").exists()
         assert not re.search("Traceback|secret", boot.output)
         assert [command_line(pid) for pid in pids if alive(pid)] == []
 
