@@ -184,6 +184,10 @@ NO_BACKEND = {
         2, r"EXTRA_ARGS: llama-server does not know the argument --no$",
         good(EXTRA_ARGS="--no 1"), {"exit": "1", "lines": "error: invalid argument: --no"},
     ),
+    "CUDA is missing": Failing(
+        4, r"exit status 127; CUDA is missing \(libcuda.so.1\)",
+        good(MAX_RESTARTS="0"), {"exit": "127", "lines": "x: error while loading shared libraries: libcuda.so.1: no"},
+    ),
 }  # fmt: skip
 FAILING = {**REFUSED, **NO_MODEL, **NO_BACKEND}
 # One for each status with which the supervisor follows the process that finds the model, too
