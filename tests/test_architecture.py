@@ -3,8 +3,11 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -43,9 +46,10 @@ SIBLINGS = {module.partition(".")[0] for module in MODULES}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 # Runs in a process of its own, and imports each module in a child of that. Whoever in scripts/ touches the environment
-# while it is imported is told by name; the standard library may (asyncio looks for PYTHONASYNCIODEBUG).
+# while it is imported is told by name; the standard library may (asyncio looks for PYTHONASYNCIODEBUG). A module comes
+# after those that it imports. The process then imports it, too, so that its importers need not do so again.
 IMPORT_PROBE = """
-import asyncio, collections.abc, dataclasses, logging, os, signal, sys, threading, typing
+import asyncio, collections.abc, dataclasses, gc, logging, os, signal, sys, threading, typing
 
 class Poisoned(collections.abc.MutableMapping):
     def __init__(self, real):
@@ -70,6 +74,9 @@ def world():
     return handlers, threading.active_count(), list(logging.root.handlers), logging.root.level, os.listdir(".")
 
 def probe(module):
+    if module in sys.modules:  # its package has imported it: begin again with it
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            del sys.modules[name]
     before = world()
     os.environ, os.environb = Poisoned(os.environ), Poisoned(os.environb)
     __import__(module)
@@ -79,32 +86,56 @@ def probe(module):
     print(module, "imported")
 
 scripts, *modules = sys.argv[1:]
+tops = {module.partition(".")[0] for module in modules} - {"__main__"}
 sys.path.insert(0, scripts)
+gc.disable()
 for module in modules:
     sys.stdout.flush()
     if not os.fork():
         probe(module)
-        sys.exit()
-    os.wait()
+        sys.stdout.flush()
+        os._exit(0)  # what happens at the exit is seen when this process ends, for all modules
+    _, status = os.wait()
+    if status == 0:
+        __import__(module)
 """
 
 
+class Source(NamedTuple):
+    """What the rules read of one module. Its tree is not kept: the collector of garbage would visit it ever again."""
+
+    imports: frozenset[str]  # what is at the top of the name of each module that it imports; "." is a relative import
+    needs: frozenset[str]  # the modules of scripts/ that are imported whenever this one is
+    names: frozenset[str]
+    has_docstring: bool
+    lengths: Mapping[str, int]  # of its functions, in lines
+
+
 @cache
-def tree(module: str) -> ast.Module:
+def source(module: str) -> Source:
     # feature_version refuses syntax that the oldest supported interpreter lacks.
-    return ast.parse(
-        SCRIPTS.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"), feature_version=(3, 10)
+    text = SCRIPTS.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+    tree = ast.parse(text, feature_version=(3, 10))
+    nodes = list(ast.walk(tree))
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return Source(
+        frozenset(name.partition(".")[0] or "." for name in imported(nodes)),
+        frozenset(imported(tree.body)) & set(MODULES),
+        frozenset(node.id for node in nodes if isinstance(node, ast.Name)),
+        bool(ast.get_docstring(tree)),
+        {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions},
     )
 
 
-def imports(module: str) -> set[str]:
-    names: set[str] = set()
-    for node in ast.walk(tree(module)):
+def imported(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """The full names of the modules that these statements import, and of what they import from them."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            names.update(alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add("." if node.level else (node.module or "").split(".")[0])
-    return names
+            parent = "." * node.level + (node.module or "")
+            yield parent
+            yield from (f"{parent}.{alias.name}" for alias in node.names)
 
 
 def test_rooms_import_only_rooms_before_them() -> None:
@@ -118,18 +149,17 @@ def test_rooms_import_only_rooms_before_them() -> None:
 def test_imports_are_stdlib_or_allowed_rooms(module: str) -> None:
     """A module at the top of scripts/ that is no plain module of the table is a program, and may import every room."""
     room = module.partition(".")[0]
-    imported = imports(module) - sys.stdlib_module_names
-    assert imported <= SIBLINGS, f"{module} imports what is neither the standard library nor in scripts/"
+    names = source(module).imports - sys.stdlib_module_names
+    assert names <= SIBLINGS, f"{module} imports what is neither the standard library nor in scripts/"
     if room in ROOMS:
         allowed = {room, *ROOMS[room].split(), *EXCEPTIONS.get(module, "").split()}
-        assert imported <= allowed, f"{module}: see ROOMS in {Path(__file__).name}"
+        assert names <= allowed, f"{module}: see ROOMS in {Path(__file__).name}"
 
 
 @each_module
 def test_imports_are_static(module: str) -> None:
-    names = {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
-    assert not names & {"__import__", "exec", "eval"}
-    assert "importlib" not in imports(module)
+    assert not source(module).names & {"__import__", "exec", "eval"}
+    assert "importlib" not in source(module).imports
 
 
 def test_no_sibling_bears_a_stdlib_name() -> None:
@@ -138,8 +168,9 @@ def test_no_sibling_bears_a_stdlib_name() -> None:
 
 @aside
 def test_importing_has_no_side_effect(tmp_path: Path) -> None:
+    order = list(TopologicalSorter({module: source(module).needs for module in MODULES}).static_order())
     done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT_PROBE, str(SCRIPTS), *MODULES],
+        [sys.executable, "-B", "-c", IMPORT_PROBE, str(SCRIPTS), *order],
         cwd=tmp_path,
         env=ENVIRON,
         stdin=subprocess.DEVNULL,
@@ -149,16 +180,15 @@ def test_importing_has_no_side_effect(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stderr == ""
-    assert done.stdout.splitlines() == [f"{module} imported" for module in MODULES]
+    assert done.stdout.splitlines() == [f"{module} imported" for module in order]
 
 
 @each_module
 def test_module_has_a_docstring(module: str) -> None:
-    assert ast.get_docstring(tree(module))
+    assert source(module).has_docstring
 
 
 @each_module
 def test_no_function_is_long(module: str) -> None:
-    functions = [node for node in ast.walk(tree(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    lengths = source(module).lengths
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION_LINES} == {}
