@@ -6,10 +6,11 @@ The few exceptions are listed with their reasons. An exception that is no longer
 import ast
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -84,14 +85,65 @@ RETIRED_BUT_FINE = {
 PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 
 
+class Source(NamedTuple):
+    """What the rules read of one module of scripts/. Its tree is not kept: it is large, and walked once."""
+
+    identifiers: frozenset[str]  # every name, without leading underscores
+    attributes: frozenset[str]  # every `x.name` that is not an assignment
+    constants: frozenset[object]
+    classes: Sequence[str]
+    metrics: Mapping[str, frozenset[str]]  # by their class: the attributes to which it assigns a counter or histogram
+
+
+class TestSource(NamedTuple):
+    """What the rules read of one module of tests/."""
+
+    bare: Sequence[str]  # test functions without all their annotations
+    numbered: Sequence[str]  # test functions whose names tell a number only
+    private: Sequence[str]  # the private names that it uses, with their lines
+
+    __test__ = False
+
+
 @cache
-def trees(folder: Path) -> Mapping[str, ast.Module]:
-    """Every module below a folder, by its path relative to that."""
-    return {
-        str(path.relative_to(folder)): ast.parse(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.rglob("*.py"))
-        if path.stem != "__init__"
-    }
+def sources() -> Mapping[str, Source]:
+    """Every module of scripts/, by its path."""
+    return {module: read_source(nodes) for module, nodes in nodes_below(SCRIPTS)}
+
+
+@cache
+def sources_of_tests() -> Mapping[str, TestSource]:
+    """Every module of tests/, by its path."""
+    return {module: read_test_source(nodes) for module, nodes in nodes_below(TESTS)}
+
+
+def nodes_below(folder: Path) -> Iterator[tuple[str, Sequence[ast.AST]]]:
+    for path in sorted(folder.rglob("*.py")):
+        if path.stem != "__init__":
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            yield str(path.relative_to(folder)), list(ast.walk(tree))
+
+
+def read_source(nodes: Sequence[ast.AST]) -> Source:
+    attributes = (node for node in nodes if isinstance(node, ast.Attribute))
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    return Source(
+        frozenset(identifiers(nodes)),
+        frozenset(node.attr for node in attributes if isinstance(node.ctx, ast.Load)),
+        frozenset(node.value for node in nodes if isinstance(node, ast.Constant)),
+        [node.name for node in classes],
+        {node.name: metrics_made_in(node) for node in classes},
+    )
+
+
+def read_test_source(nodes: Sequence[ast.AST]) -> TestSource:
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    tests = [node for node in functions if node.name.startswith("test")]
+    return TestSource(
+        [node.name for node in tests if not is_annotated(node)],
+        [node.name for node in tests if re.search(r"pitfall_[0-9]", node.name)],
+        sorted({f"{text} (line {line})" for line, text in private_names(nodes)}),
+    )
 
 
 def check(broken: Mapping[str, str], exceptions: Collection[str] = (), name: str = "") -> None:
@@ -102,9 +154,8 @@ def check(broken: Mapping[str, str], exceptions: Collection[str] = (), name: str
     assert not sentences, "\n" + "\n".join(sentences)
 
 
-def identifiers(tree: ast.Module) -> Iterator[str]:
-    """Every name in a module, without leading underscores."""
-    for node in ast.walk(tree):
+def identifiers(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         names: tuple[str | None, ...] = ()
         if isinstance(node, ast.Name):
             names = (node.id,)
@@ -119,15 +170,9 @@ def identifiers(tree: ast.Module) -> Iterator[str]:
         yield from (name.lstrip("_") for name in names if name)
 
 
-def attributes(module: str) -> set[str]:
-    """The attributes that a module reads: every `x.name` that is not an assignment."""
-    nodes = (node for node in ast.walk(trees(SCRIPTS)[module]) if isinstance(node, ast.Attribute))
-    return {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
-
-
 def read_outside(*modules: str) -> set[str]:
     """The attributes that are read in scripts/, except in these modules."""
-    return set(chain.from_iterable(attributes(module) for module in trees(SCRIPTS) if module not in modules))
+    return set(chain.from_iterable(source.attributes for module, source in sources().items() if module not in modules))
 
 
 # --- The rules ---
@@ -135,7 +180,7 @@ def read_outside(*modules: str) -> set[str]:
 
 def test_every_module_has_its_test_file() -> None:
     broken = {}
-    for module in trees(SCRIPTS):
+    for module in sources():
         path = Path(module)
         own = path.parent / f"test_{path.stem}.py"
         if len(path.parts) == 1 and '__name__ == "__main__"' in (SCRIPTS / path).read_text(encoding="utf-8"):
@@ -149,8 +194,8 @@ def test_retired_words_are_gone() -> None:
     retired = {word: instead for words, instead in RETIRED.items() for word in words.split(", ")}
     broken = {
         f"{word} in {module}": f"scripts/{module} has the retired word {word}: use {retired[word]}."
-        for module, tree in trees(SCRIPTS).items()
-        for word in set(identifiers(tree)) & retired.keys()
+        for module, source in sources().items()
+        for word in source.identifiers & retired.keys()
     }
     fine = [f"{word} in {module}" for word, modules in RETIRED_BUT_FINE.items() for module in modules]
     check(broken, fine, "RETIRED_BUT_FINE")
@@ -158,10 +203,9 @@ def test_retired_words_are_gone() -> None:
 
 def test_no_two_classes_share_a_name() -> None:
     found: dict[str, list[str]] = {}
-    for module, tree in trees(SCRIPTS).items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ClassDef):
-                found.setdefault(node.name, []).append(module)
+    for module, source in sources().items():
+        for name in source.classes:
+            found.setdefault(name, []).append(module)
     broken = {
         name: f"The class {name} is defined in {' and in '.join(modules)}: rename all but one."
         for name, modules in found.items()
@@ -171,18 +215,13 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 def test_test_functions_are_annotated() -> None:
-    broken = {}
-    for module, tree in trees(TESTS).items():
-        bare = [node.name for node in functions_of_tests(tree) if not is_annotated(node)]
-        if bare:
-            broken[module] = f"tests/{module}: annotate {', '.join(bare)} (every parameter, and `-> None`)."
-    check(broken)
-
-
-def functions_of_tests(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test"):
-            yield node
+    check(
+        {
+            module: f"tests/{module}: annotate {', '.join(source.bare)} (every parameter, and `-> None`)."
+            for module, source in sources_of_tests().items()
+            if source.bare
+        }
+    )
 
 
 def is_annotated(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -192,28 +231,28 @@ def is_annotated(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def test_test_names_say_what_they_mean() -> None:
-    broken = {}
-    for module, tree in trees(TESTS).items():
-        numbered = [node.name for node in functions_of_tests(tree) if re.search(r"pitfall_[0-9]", node.name)]
-        if numbered:
-            broken[module] = f"tests/{module}: a number says nothing to a reader: rename {', '.join(numbered)}."
-    check(broken)
+    check(
+        {
+            module: f"tests/{module}: a number says nothing to a reader: rename {', '.join(source.numbered)}."
+            for module, source in sources_of_tests().items()
+            if source.numbered
+        }
+    )
 
 
 def test_tests_use_public_names_only() -> None:
-    broken = {}
-    for module, tree in trees(TESTS).items():
-        private = sorted({f"{text} (line {line})" for line, text in private_names(tree)})
-        if private:
-            broken[module] = (
-                f"tests/{module} uses {', '.join(private)}: test through a public name, or make one public."
-            )
-    check(broken)
+    check(
+        {
+            module: f"tests/{module} uses {', '.join(source.private)}: test through a public name, or make one public."
+            for module, source in sources_of_tests().items()
+            if source.private
+        }
+    )
 
 
-def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+def private_names(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
     """Private attributes of anything but the object itself, and private names that are imported."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = ast.unparse(node.value)
             if owner not in ("self", "cls", "super()"):
@@ -283,8 +322,7 @@ def test_a_route_has_its_row_in_the_tests_of_who_may_call_it() -> None:
 
 
 def test_an_endpoint_has_its_handler() -> None:
-    nodes = ast.walk(trees(SCRIPTS)["proxy/endpoints.py"])
-    handled = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    handled = sources()["proxy/endpoints.py"].constants
     check(
         {
             path: f"{method} {path} is the gateway's own by scripts/policy/routes.py: add its method, "
@@ -386,31 +424,31 @@ def test_a_header_on_every_answer_can_be_read_by_web_pages() -> None:
 
 
 def test_a_metric_is_counted() -> None:
-    broken = {}
-    for module, tree in trees(SCRIPTS).items():
-        for kind in (
-            node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name.endswith("Metrics")
-        ):
-            for name in metrics_made_in(kind) - set(chain.from_iterable(map(attributes, trees(SCRIPTS)))):
-                broken[name] = f"{kind.name}.{name} (scripts/{module}) is registered but never counted: count it in "
-                broken[name] += "scripts/accounting/recorder.py."
-    check(broken)
+    counted = read_outside()
+    check(
+        {
+            name: f"{kind}.{name} (scripts/{module}) is registered but never counted: count it in "
+            "scripts/accounting/recorder.py."
+            for module, source in sources().items()
+            for kind, made in source.metrics.items()
+            if kind.endswith("Metrics")
+            for name in made - counted
+        }
+    )
 
 
-def metrics_made_in(kind: ast.ClassDef) -> set[str]:
-    """The attributes of self to which a class assigns a new counter or histogram."""
-    return {
+def metrics_made_in(kind: ast.ClassDef) -> frozenset[str]:
+    return frozenset(
         target.attr
         for node in ast.walk(kind)
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
         for target in node.targets
         if isinstance(target, ast.Attribute) and ast.unparse(node.value.func) in ("counter", "histogram")
-    }
+    )
 
 
 def test_metrics_are_found() -> None:
-    kinds = [node for tree in trees(SCRIPTS).values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    assert len(set(chain.from_iterable(map(metrics_made_in, kinds)))) >= 10
+    assert len({name for source in sources().values() for made in source.metrics.values() for name in made}) >= 10
 
 
 def test_an_access_log_field_is_in_the_tested_lines() -> None:
@@ -432,8 +470,8 @@ def test_an_access_log_field_is_in_the_tested_lines() -> None:
 
 
 def test_an_error_is_raised_somewhere() -> None:
-    others = (tree for module, tree in trees(SCRIPTS).items() if module != "core/errors.py")
-    used = set(chain.from_iterable(map(identifiers, others)))
+    others = (source.identifiers for module, source in sources().items() if module != "core/errors.py")
+    used = set(chain.from_iterable(others))
     names = {name for name, value in vars(errors).items() if isinstance(value, errors.Kind)}
     check(
         {
