@@ -189,7 +189,7 @@ def test_a_load_that_takes_longer_than_its_limit_is_stopped(tmp_path: Path) -> N
 
 
 def test_health_that_does_not_answer_is_a_wedge(tmp_path: Path) -> None:
-    fault = "is wedged: /health has not answered for 16 s (WEDGE_TIMEOUT)"
+    fault = "is wedged: /health has not answered for 4 s (WEDGE_TIMEOUT)"
 
     async def play(case: Case) -> None:
         running = asyncio.ensure_future(case.run())
@@ -197,10 +197,10 @@ def test_health_that_does_not_answer_is_a_wedge(tmp_path: Path) -> None:
         case.order("deaf")
         case.order("talkative")
         await case.log.until("INFO asked /health")
-        case.clock.advance(16.1)
+        case.clock.advance(4.1)
         assert await running == fault
 
-    case = scenario(play, tmp_path, WEDGE_TIMEOUT="16", HEALTH_TIMEOUT="4")
+    case = scenario(play, tmp_path, WEDGE_TIMEOUT="4", HEALTH_TIMEOUT="2")
     assert f"ERROR llama-server {fault}: stopping it" in case.log.lines
 
 
@@ -210,11 +210,11 @@ def test_requests_without_a_byte_are_a_wedge_if_slots_does_not_answer(tmp_path: 
         await case.until_ready()
         case.activity = BUSY
         case.order("deaf_slots")
-        case.clock.advance(16)  # only a longer silence of /health would be a sign
-        assert await running == "is wedged: no byte for 16 s (WEDGE_TIMEOUT) and /slots does not answer"
+        case.clock.advance(4)  # only a longer silence of /health would be a sign
+        assert await running == "is wedged: no byte for 4 s (WEDGE_TIMEOUT) and /slots does not answer"
 
     # With one thread, that it works alone says nothing: the other sign of a wedge cannot come first.
-    scenario(play, tmp_path, WEDGE_TIMEOUT="16", HEALTH_TIMEOUT="4", THREADS="1")
+    scenario(play, tmp_path, WEDGE_TIMEOUT="4", HEALTH_TIMEOUT="2", THREADS="1")
 
 
 def test_requests_without_a_byte_are_a_prefill_if_slots_answers(tmp_path: Path) -> None:
@@ -223,12 +223,12 @@ def test_requests_without_a_byte_are_a_prefill_if_slots_answers(tmp_path: Path) 
         case.order("talkative")
         running = asyncio.ensure_future(case.run())
         await case.until_ready()
-        case.clock.advance(1024)
+        case.clock.advance(4)
         await case.log.until("INFO asked /slots", times=2)
         assert not running.done()
         running.cancel()
 
-    scenario(play, tmp_path, WEDGE_TIMEOUT="1024", THREADS="1")
+    scenario(play, tmp_path, WEDGE_TIMEOUT="4", HEALTH_TIMEOUT="2", THREADS="1")
 
 
 def test_it_is_ready_only_if_a_protected_route_needs_the_key(tmp_path: Path) -> None:
@@ -323,12 +323,12 @@ def test_health_of_another_process_is_no_sign_of_life(tmp_path: Path) -> None:
             except OSError:
                 await asyncio.sleep(0.01)
         await met.wait()
-        case.clock.advance(16.1)
-        assert (await running).startswith("is wedged: /health has not answered for 16 s")
+        case.clock.advance(4.1)
+        assert (await running).startswith("is wedged: /health has not answered for 4 s")
         assert heads == [b""] * len(heads)
         server.close()
 
-    scenario(play, tmp_path, WEDGE_TIMEOUT="16", HEALTH_TIMEOUT="4")
+    scenario(play, tmp_path, WEDGE_TIMEOUT="4", HEALTH_TIMEOUT="2")
 
 
 def test_it_may_listen_at_a_unix_socket(tmp_path: Path) -> None:

@@ -267,8 +267,9 @@ class Stack:
         part.replace(self.state_file)
 
     async def turn(self, state: str) -> None:
-        """Change the state file, and wait until the gateway has read it."""
+        """Change the state file, and let the gateway read it now, as a request that waits for the backend does."""
         self.set_state(state)
+        await self.app.readiness.catch_up()
         await until(lambda: self.app.readiness.state == state, state)
 
     # --- Logs and counters ---
