@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import ModuleType
@@ -182,7 +182,7 @@ def rotate(arguments: argparse.Namespace) -> int:
     def add_and_retire(document: Document) -> None:
         old_lines = _find(document, arguments)
         newest, last = old_lines[-1]
-        entry = replace(last, digest=keyfile.parse_secret(secret), **limits)
+        entry = last._replace(digest=keyfile.parse_secret(secret), **limits)
         if _state(entry) == "expired":
             raise CommandError(f"{arguments.name} has expired: give the new key an expiration with --expires")
         document.lines.insert(newest + 1, keyfile.serialize_entry(entry, secret if arguments.plain else ""))
@@ -202,7 +202,7 @@ def _retire(document: Document, index: int, entry: Entry, overlap: timedelta) ->
 
 def _change(document: Document, index: int, entry: Entry, limits: Mapping[str, Any]) -> None:
     """Rewrite a line with other limits. Its secret is kept as it is, plain or hashed."""
-    document.lines[index] = keyfile.serialize_entry(replace(entry, **limits), document.lines[index].secret)
+    document.lines[index] = keyfile.serialize_entry(entry._replace(**limits), document.lines[index].secret)
 
 
 def set_limits(arguments: argparse.Namespace) -> int:

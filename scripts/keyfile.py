@@ -16,11 +16,10 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROLES = ("infer", "operator")
 # At least 16 characters, so that a guessable word is not a key; at most 128, so that the request's field line is short.
@@ -64,8 +63,7 @@ class KeyFileError(ValueError):
     """A field, a line or a whole file is invalid. The message names the rule and never contains the text."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One key: the SHA-256 digest of its secret, its role and its limits.
 
     rate_limit is in requests per minute: None is the gateway's default, 0 suspends the key. expires_at is aware UTC.
@@ -88,8 +86,7 @@ class Entry:
     models: tuple[str, ...] | None = None
 
 
-@dataclass(frozen=True)
-class ParsedFile:
+class ParsedFile(NamedTuple):
     """The contents of a keys file. `error` is why the file as a whole must not take effect, or empty."""
 
     entries: tuple[Entry, ...]
@@ -241,8 +238,7 @@ def _parse_options(texts: list[str]) -> dict[str, Any]:
 # The whole file
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """One line without its newline, and what it was parsed to: None for a comment or a blank line."""
 
     text: str

@@ -11,7 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -252,7 +252,7 @@ def test_an_expiration_with_an_offset_is_compared_in_utc(text: str, monkeypatch:
 def test_a_suspended_key_has_an_error_of_its_own_unless_it_has_expired() -> None:
     suspended = entry(rate_limit=0)
     assert refusal(lambda: Keyring.of([suspended]).find(digest(K), now)).kind is KEY_SUSPENDED
-    gone = replace(suspended, expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))
+    gone = suspended._replace(expires_at=datetime(2001, 1, 1, tzinfo=timezone.utc))
     assert refusal(lambda: Keyring.of([gone]).find(digest(K), now)).kind is INVALID_API_KEY
 
 

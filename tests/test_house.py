@@ -484,8 +484,7 @@ def test_an_error_is_raised_somewhere() -> None:
 # The fields of an entry are the columns of its line, between colons, and its options: name=value words.
 OPTION_OF = {field: option for option, field in keyfile.FIELDS.items()}
 KEY_OPTIONS = sorted(
-    {OPTION_OF.get(field.name, field.name) for field in dataclasses.fields(keyfile.Entry)}
-    - {"key_id", "digest", "rate_limit", "expires_at"}
+    {OPTION_OF.get(field, field) for field in keyfile.Entry._fields} - {"key_id", "digest", "rate_limit", "expires_at"}
 )
 each_key_option = pytest.mark.parametrize("option", KEY_OPTIONS)
 
@@ -510,7 +509,7 @@ def test_a_key_option_reaches_the_caller(option: str) -> None:
     used = field in read_outside("keyfile.py", "key_mgmt.py")
     assert used, f"Nothing reads Caller.{field}: use it in the module that applies it."
     given = keyfile.parse_networks("192.0.2.0/24")
-    entry = dataclasses.replace(keyfile.Entry("alice", bytes(32)), **{field: given})
+    entry = keyfile.Entry("alice", bytes(32))._replace(**{field: given})
     caller = Keyring.of([entry]).find(entry.digest, lambda: 0.0, ["192.0.2.7"])
     assert getattr(caller, field) == given, (
         f"auth.Caller.{field} does not have the entry's value: pass it on in _caller (scripts/auth.py)."
