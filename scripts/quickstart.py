@@ -22,7 +22,7 @@ sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # `python3 -P` 
 
 import keyfile
 from boot import llama_server
-from boot.model_download import ModelError
+from boot.model_errors import ModelError
 from boot.preflight import check_backend, claim_ports
 from boot.probes import LOOPBACK_OF, Address, probe
 from boot.router_models import find_models

@@ -18,7 +18,6 @@ _GPUS = ("nvidia[0-9]*", "nvidiactl", "kfd", "dri/renderD*", "dxg")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 IMAGE_BINARY = "/app/llama-server"
 SCRUBBED_PREFIXES = ("AIP_", "LLAMA_ARG_", "LLAMA_SERVER_")
-NO_MODEL_MESSAGE = "no model is set: set MODEL_PATH, MODEL_NAME, MODEL_URL or MODEL_HF (or MOCK_BACKEND=true)"
 CACHE_SETTINGS = ("LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")
 
 

@@ -25,33 +25,19 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from boot.shutdown import EXIT_MODEL_UNAVAILABLE, EXIT_NO_MODEL
+from boot.model_errors import LOCAL_ERRORS, ModelError, ModelUnavailable, magic_complaint, redact
 from boot.transfer import FetchLimits, Interrupted, RetrySchedule, TooSlow, Transfer, format_size
 
-MAGIC = b"GGUF"
 HEAD_BYTES = 64
 CHUNK_BYTES = 1 << 18
 SOCKET_TIMEOUT_S = 60
 CHECK_TIMEOUT_S = 15
 # The token is sent to this host only, and not to the CDN to which it redirects: that wants no token, and may log it.
 HUB = "huggingface.co"
-LOCAL_ERRORS = frozenset({errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.EISDIR, errno.ENOSPC, errno.EROFS})
 RETRIED_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 LOCK_POLL_S = 0.5
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(Exception):
-    """There is no model to load. The message is the one line that gives the reason; `exit_status` is the process's."""
-
-    exit_status = EXIT_NO_MODEL
-
-
-class ModelUnavailable(ModelError):
-    """There is no model to load, for a reason that may pass: another start may find it."""
-
-    exit_status = EXIT_MODEL_UNAVAILABLE
 
 
 @dataclass(frozen=True)
@@ -69,23 +55,6 @@ class RemoteVersion:
         """Return whether bytes of this version can follow bytes of `other`. An unknown value is not compared."""
         pairs = [(self.validator, other.validator), (self.total_bytes, other.total_bytes)]
         return self.url_sha256 == other.url_sha256 and all(a == b for a, b in pairs if a and b)
-
-
-def redact(url: str) -> str:
-    """Return the part of a URL that may be logged: without user, password and query (which may be a signature)."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def magic_complaint(head: bytes) -> str | None:
-    """Return why these first bytes are not a GGUF file's, as a sentence without its subject; None if they are."""
-    if head.startswith(MAGIC):
-        return None
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the model itself (fetch it with git lfs pull)"
-    if head.lstrip()[:1] == b"<":
-        return "is a web page, not a GGUF file"
-    return "is not a GGUF file (its first four bytes are not GGUF)" if head else "is empty"
 
 
 class RedirectHandler(urllib.request.HTTPRedirectHandler):

@@ -2,6 +2,7 @@
 
 It runs in a process of its own (supervisor.py --find-model): downloads and files on a network volume may block for any
 time, while the supervisor must handle signals. A MODEL_HF model does not come here, since llama-server downloads it.
+Most starts download nothing, and HTTP is slow to import: so only what downloads imports `model_download`.
 """
 
 import errno
@@ -12,20 +13,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from boot.llama_server import NO_MODEL_MESSAGE
-from boot.model_download import (
-    LOCAL_ERRORS,
-    Download,
-    ModelError,
-    ModelUnavailable,
-    magic_complaint,
-    redact,
-    sole_writer,
-)
+from boot.model_errors import LOCAL_ERRORS, NO_MODEL_MESSAGE, ModelError, ModelUnavailable, magic_complaint, redact
 from boot.transfer import FetchLimits
 from config.loader import load_config
 from config.schema import Config, ModelSettings
@@ -38,8 +30,7 @@ log = logging.getLogger(__name__)
 Fetch = Callable[[str, Path, bool], None]
 
 
-@dataclass(frozen=True)
-class FoundModel:
+class FoundModel(NamedTuple):
     """A model that can be loaded: its (first) file, and the size of all its files."""
 
     path: Path
@@ -100,6 +91,8 @@ def obtain(model: ModelSettings, fetch: Fetch | None = None) -> FoundModel:
 
 def check(model: ModelSettings) -> None:
     """Check that `obtain` would find the model, or could begin to download it. Raises ModelError."""
+    from boot.model_download import Download
+
     first = locate(model)
     if model.url and not _all_exist(first):
         for url, path in zip(_part_urls(model.url, first), parts_of(first), strict=True):
@@ -173,12 +166,16 @@ def _limits(model: ModelSettings) -> FetchLimits:
 
 
 def _downloader(model: ModelSettings) -> Fetch:
+    from boot.model_download import Download
+
     limits = _limits(model)
     return lambda url, part, digest_known: Download(url, part, limits, digest_known=digest_known).run()
 
 
 def _fetch_set(model: ModelSettings, first: Path, fetch: Fetch) -> None:
     """Download the missing files of a set, verify them, then rename them."""
+    from boot.model_download import sole_writer
+
     assert model.url
     urls = _part_urls(model.url, first)
     try:
@@ -327,7 +324,7 @@ def main(result: Path) -> int:
 
 def _find_all(config: Config) -> int:
     """Log the models of a router; return the size of the largest that are loaded at once. Raises ModelError."""
-    from boot.router_models import find_models  # noqa: PLC0415 - it imports this module
+    from boot.router_models import find_models  # it imports this module
 
     found = find_models(config, os.environ)
     for warning in found.warnings:

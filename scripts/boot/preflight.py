@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from boot import llama_server
+from boot.model_errors import NO_MODEL_MESSAGE
 from boot.shutdown import EXIT_NO_MODEL, EXIT_SERVICE, EXIT_SETTINGS, StartupError
 from config.converters import is_service_link
 from config.schema import Config
@@ -125,7 +126,7 @@ def check_backend(config: Config) -> None:
     if config.supervision.mock_backend:
         return
     if not (config.router.enabled or llama_server.has_model(config.model)):
-        raise StartupError(EXIT_NO_MODEL, llama_server.NO_MODEL_MESSAGE)
+        raise StartupError(EXIT_NO_MODEL, NO_MODEL_MESSAGE)
     try:
         llama_server.find_binary(config.model)
     except llama_server.BinaryNotFound as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from boot.llama_server import CACHE_SETTINGS, models_folder
-from boot.model_download import ModelError
+from boot.model_errors import ModelError
 from boot.model_files import MAX_LISTED_NAMES, examine
 from boot.preset_file import TRUE, parse_preset
 from config.schema import Config

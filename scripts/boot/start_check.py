@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from boot import llama_server, model_files, router_models
-from boot.model_download import ModelError
+from boot.model_errors import ModelError
 from boot.preflight import check_backend, check_tls, claim_ports
 from boot.run_dir import PARENTS
 from boot.shutdown import EXIT_NO_MODEL, EXIT_SETTINGS, StartupError

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 PROGRESS_INTERVAL_S = 10.0
 RATE_WINDOW_S = 30.0  # over which the lowest rate is measured
@@ -23,8 +23,7 @@ class TooSlow(Interrupted):
     """Less than the lowest rate has arrived. What has arrived counts as no progress, or a trickle would never end."""
 
 
-@dataclass(frozen=True)
-class FetchLimits:
+class FetchLimits(NamedTuple):
     """How long to try again without progress, the lowest rate in bytes per second (0: none), and the hub's token."""
 
     timeout_s: float

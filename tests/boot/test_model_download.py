@@ -18,15 +18,12 @@ import pytest
 
 from boot.model_download import (
     Download,
-    ModelError,
-    ModelUnavailable,
     RedirectHandler,
     RemoteVersion,
     is_hub,
-    magic_complaint,
-    redact,
     sole_writer,
 )
+from boot.model_errors import ModelError, ModelUnavailable
 from boot.transfer import FetchLimits
 from support.fileserver import Site, serve
 from support.ports import reserved_port
@@ -259,21 +256,6 @@ def test_a_part_that_cannot_be_written_is_final(part: Path) -> None:
         assert failure(f"{url}/m.gguf", part) == f"{part} cannot be written: Is a directory"
 
 
-@pytest.mark.parametrize(
-    ("head", "complaint"),
-    [
-        (b"GGUF\x03", None),
-        (b"", "is empty"),
-        (b"GGU", "is not a GGUF file (its first four bytes are not GGUF)"),
-        (b"\n <!DOCTYPE html>", "is a web page, not a GGUF file"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the model itself (fetch it with "
-         "git lfs pull)"),
-    ],
-)  # fmt: skip
-def test_a_file_is_recognised_by_its_first_bytes(head: bytes, complaint: str | None) -> None:
-    assert magic_complaint(head) == complaint
-
-
 # Redirects and credentials
 
 
@@ -355,10 +337,6 @@ def test_a_redirect_from_https_to_plain_http_needs_the_digest() -> None:
     assert redirected(True, "https://x.example/m", "http://y.example/m") is not None
     assert redirected(False, "https://x.example/m", "https://y.example/m") is not None
     assert redirected(False, "http://x.example/m", "http://y.example/m") is not None
-
-
-def test_a_redacted_url_has_no_secrets() -> None:
-    assert redact("https://me:pw@x.example/a/m.gguf?sig=1#f") == "https://x.example/a/m.gguf"
 
 
 # One writer

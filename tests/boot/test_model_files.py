@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from boot import model_files
-from boot.model_download import Download, ModelError, sole_writer
+from boot.model_download import Download, sole_writer
+from boot.model_errors import ModelError
 from boot.model_files import FoundModel, locate, obtain, parts_of
 from boot.transfer import FetchLimits
 from config.loader import load_config

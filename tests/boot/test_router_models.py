@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from boot.model_download import ModelError
+from boot.model_errors import ModelError
 from boot.router_models import RouterModels, find_models
 from config.loader import load_config
 
