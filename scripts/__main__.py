@@ -25,10 +25,9 @@ if __name__ == "__main__" and sys.argv[1:2] in (["serve"], ["gateway"], ["health
     signals.ignore(*signals.STRAY)
 
 import runpy
-import subprocess
 from collections.abc import Sequence
 
-from core.installation import COMMANDS, command, version
+from core.installation import COMMANDS, version
 
 EXIT_USAGE = 2
 
@@ -40,12 +39,10 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """Do what start.sh does: report the GPUs in the background, and become the supervisor."""
+    """Do what start.sh does: become the supervisor."""
     if os.environ.get("DEBUG_SHELL"):
         print("serve: error: DEBUG_SHELL is for start.sh in a container: unset it", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    if not arguments:
-        subprocess.Popen([*command("supervisor"), "--report-gpu"], stdin=subprocess.DEVNULL)
     run("serve", arguments)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Find Python, report the GPU in the background, then exec the supervisor.
+# Find Python, then exec the supervisor.
 #
 #   start.sh                serve; settings are environment variables (docs/CONFIGURATION.md)
 #   start.sh --quickstart   a first start on this machine: a local data folder, a first key, a curl command
@@ -93,8 +93,6 @@ main() {
     exec "$python" "$scripts/supervisor.py" --check-config
   fi
   debug_shell "$python"
-  # In the background, since nvidia-smi may take seconds and nothing depends on the report.
-  env -u API_KEYS -u API_KEYS_FILE "$python" "$scripts/supervisor.py" --report-gpu &
   exec "$python" "$scripts/supervisor.py"
 }
 

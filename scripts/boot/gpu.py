@@ -12,11 +12,18 @@ from config.loader import load_config
 from config.schema import ConfigError
 from core import logs
 
+TOOLS = ("nvidia-smi", "rocm-smi")
+NONE = "GPU: none found (neither nvidia-smi nor rocm-smi), llama-server runs on the CPU"
 TOOL_TIMEOUT_S = 10
 MIB = 1 << 20
 RunTool = Callable[[Sequence[str]], str]
 
 log = logging.getLogger(__name__)
+
+
+def has_tool() -> bool:
+    """Return whether a tool is installed that can report GPUs."""
+    return any(map(shutil.which, TOOLS))
 
 
 def run_tool(argv: Sequence[str]) -> str:
@@ -74,7 +81,7 @@ def report(run: RunTool = run_tool) -> str:
     if shutil.which("rocm-smi"):
         cards = run(["rocm-smi", "--showproductname", "--csv"]).split()[1:]
         return "GPU: " + ("; ".join(cards) or "rocm-smi is installed but reports none")
-    return "GPU: none found (neither nvidia-smi nor rocm-smi), llama-server runs on the CPU"
+    return NONE
 
 
 def main(model_bytes: int | None = None) -> int:
@@ -87,7 +94,7 @@ def main(model_bytes: int | None = None) -> int:
     except ConfigError:
         # The supervisor reports wrong settings.
         return 0
-    logs.setup("start" if model_bytes is None else "supervisor", config.log.level, config.log.format)
+    logs.setup("supervisor", config.log.level, config.log.format)
     if model_bytes is None:
         log.info("%s", report())
     else:

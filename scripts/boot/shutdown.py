@@ -1,7 +1,11 @@
 """The supervisor's exit statuses, and the exceptions that end it with one of them."""
 
 import re
+import signal
+import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import NoReturn
 
 from core.installation import check_command
 
@@ -59,3 +63,13 @@ class Shutdown(Exception):
 
 class StartupError(Shutdown):
     """Raised before anything runs: this configuration or machine cannot start."""
+
+
+def exit_on_stop_signals() -> None:
+    """End with EXIT_STOPPED at a stop signal, as long as nothing runs that must be stopped first."""
+    signal.signal(signal.SIGTERM, _exit_at_once)
+    signal.signal(signal.SIGINT, _exit_at_once)
+
+
+def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(EXIT_STOPPED)

@@ -57,6 +57,7 @@ def test_the_report_is_one_line(
     if tool:
         (tmp_path / tool).touch(stat.S_IRWXU)
     assert gpu.report(tools(nvidia=output, rocm=output)) == line
+    assert gpu.has_tool() == bool(tool)
 
 
 def test_a_model_larger_than_the_memory_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:

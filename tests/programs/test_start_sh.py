@@ -388,9 +388,9 @@ def test_a_download_goes_on_and_what_is_not_wanted_is_not_written(tmp_path: Path
         with served(folder, {**settings, "PORT": "0", "PORT_HEALTH": "0"}) as boot:
             assert model_of(boot).read_bytes() == GGUF
             assert 401 in statuses(boot, "/v1/models", key="sk-any")  # there is no keys file
-            boot.await_line('"process": "start"')  # the GPUs are reported in the background
+            boot.await_line("GPU: ")  # they are reported in the background
             logged = [json.loads(line) for line in boot.lines]
-            assert {line["process"] for line in logged} >= {"start", "health"}
+            assert {line["process"] for line in logged} >= {"supervisor", "health"}
             (warning,) = [line for line in logged if "/file/inside/llama " in line["msg"]]
             assert warning["level"] == "WARNING"
             assert re.search(r" cannot be kept in \S+/file/inside/llama .*: Not a dir", warning["msg"])
@@ -549,7 +549,7 @@ def test_the_gpu_is_reported(tmp_path: Path) -> None:
     smi = tmp_path / "bin" / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA A100, 80 GiB'\necho 'NVIDIA T4, 16 GiB'\n")
     smi.chmod(0o755)
-    report = " start: GPU: NVIDIA A100, 80 GiB; NVIDIA T4, 16 GiB\n"
+    report = " supervisor: GPU: NVIDIA A100, 80 GiB; NVIDIA T4, 16 GiB\n"
     done = run([sys.executable, str(SUPERVISOR), "--report-gpu"], tmp_path, PATH=str(smi.parent), **FOR_COVERAGE)
     assert (done.returncode, report in done.stdout) == (0, True)
 

@@ -89,6 +89,7 @@ def assert_nothing_left(boot: Boot, pids: list[int]) -> None:
 def probes_are_answered_while_the_model_loads(place: Place) -> None:
     with Boot(place.folder, place.model, orders=["unbound"]) as boot:
         boot.await_line("llama-server started")
+        boot.await_line("INFO supervisor: GPU: ")
         boot.await_line("health: listening")
         boot.await_line("gateway: .* listens on")
         assert boot.status("/ready", port="PORT_HEALTH") == 204
@@ -633,6 +634,7 @@ def a_small_gpu_is_a_warning(place: Place) -> None:
     path = f"{smi.parent}:{os.environ['PATH']}"
     with Boot(place.folder, {**place.model, "PATH": path}, stub_gateway=True) as boot:
         boot.await_line("WARNING supervisor: the model has .*, the GPU 0 B: llama-server may fail or be slow")
+        boot.await_line("INFO supervisor: GPU: 0$")
         assert boot.stop() == 0
 
 
