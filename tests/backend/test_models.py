@@ -16,6 +16,9 @@ from policy.model_names import ModelNames
 from policy.model_queue import SharedLimits
 from policy.model_scheduler import LoadState, ModelScheduler
 from support.clock import Clock
+from support.memory_transport import run as run_without_sleep
+
+POLL_S = 0.01  # of the loop, which sets its time forward in place of waiting
 
 
 class FakeRouter:
@@ -45,7 +48,7 @@ class FakeRouter:
         self.hanging += 1
         try:
             while any(target.endswith(b"model=" + name.encode()) for name in self.hung):
-                await asyncio.sleep(0)
+                await asyncio.sleep(POLL_S)
         finally:
             self.hanging -= 1
         if target.startswith(b"/props"):
@@ -101,7 +104,7 @@ class Watched:
     async def until(self, condition: Callable[[], object]) -> None:
         async def wait() -> None:
             while not condition():
-                await asyncio.sleep(0)
+                await asyncio.sleep(POLL_S)
                 self.models.wake()
 
         await asyncio.wait_for(wait(), 60)
@@ -125,7 +128,7 @@ def watched(
                     await end_tasks(loops)
                     await made.models.close()
 
-            asyncio.run(call())
+            run_without_sleep(call())
 
         run.__name__, run.__doc__ = test.__name__, test.__doc__
         return run
