@@ -24,11 +24,10 @@ EVERYTHING_HANGS = [
 SETTINGS = {"KEYS_WATCH_SECONDS": "0.1", "DRAIN_TIMEOUT": "1"}
 
 
-def model(folder: Path) -> dict[str, str]:
-    (folder / "m.gguf").write_bytes(b"GGUF" + bytes(1000))
+def settings_in(folder: Path) -> dict[str, str]:
     (folder / "data").mkdir()
     (folder / "data" / "api_keys.txt").write_text(f"alice:{SECRET}\n")
-    return {"MODEL_PATH": str(folder / "m.gguf"), "USAGE_FILE": str(folder / "usage" / "usage.db"), **SETTINGS}
+    return {"MODEL_HF": "user/repository", "USAGE_FILE": str(folder / "usage" / "usage.db"), **SETTINGS}
 
 
 def chat(boot: Boot, secret: str) -> int:
@@ -54,7 +53,7 @@ def assert_served(boot: Boot, faults: Faults, hanging: tuple[str, str, int]) -> 
 @aside
 def test_hanging_volumes_and_a_hanging_reader_of_the_log_are_not_noticed(tmp_path: Path) -> None:
     faults = make_faults(tmp_path, spare="stub")
-    settings = {**model(tmp_path), **faults.env}
+    settings = {**settings_in(tmp_path), **faults.env}
     with Boot(tmp_path, settings, covered=False, orders=["talkative"]) as boot:
         boot.await_line("gateway: the backend is ready")
         assert boot.status("/ready", port="PORT_HEALTH") == 200
@@ -89,7 +88,7 @@ def test_hanging_volumes_and_a_hanging_reader_of_the_log_are_not_noticed(tmp_pat
 @aside
 def test_volumes_that_hang_from_the_start_delay_no_service(tmp_path: Path) -> None:
     faults = make_faults(tmp_path, spare="stub")
-    settings = {**model(tmp_path), **faults.env}
+    settings = {**settings_in(tmp_path), **faults.env}
     faults.set(
         *(Fault(call, f"*/{name}", wait_s=inf) for call in ("open", "stat") for name in ("logs/*", "api_keys.txt"))
     )

@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-from stub_server import content_of, listen, ordered, serve
+from stub_orders import content_of, ordered
+from stub_server import listen, serve
 
 IDLE = '{"active": 0, "queued": 0, "backend_silent_s": 0.0, "idle_s": 0.0}'
 

@@ -21,7 +21,7 @@ Each start adds a line to the file `starts`: a JSON object of pid, argv and envi
 import sys
 
 if "--version" in sys.argv:
-    from stub_server import content_of, ordered
+    from stub_orders import content_of, ordered
 
     print(content_of("version") if ordered("version") else "version: 11434 (stub)")
     sys.exit()
@@ -34,7 +34,8 @@ import threading
 import time
 from collections.abc import Mapping
 
-from stub_server import content_of, listen, order_path, ordered, serve
+from stub_orders import content_of, order_path, ordered
+from stub_server import listen, serve
 
 WORK_S = 0.005
 

@@ -1,27 +1,11 @@
-"""What the stubs share: their orders, and an HTTP server. To import http.server takes longer than all that they do."""
+"""The HTTP server of the stubs. To import http.server takes longer than all that they do."""
 
-import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 Respond = Callable[[str, Mapping[str, str]], tuple[int, bytes]]
-
-
-def order_path(name: str) -> str:
-    return os.path.join(os.environ["STUB_DIR"], name)
-
-
-def ordered(name: str) -> bool:
-    """Return whether the test has given an order."""
-    return os.path.exists(order_path(name))
-
-
-def content_of(name: str) -> str:
-    """Return what an order says."""
-    with open(order_path(name), encoding="utf-8") as file:
-        return file.read()
 
 
 def listen(host: str, port: int) -> socket.socket:
