@@ -916,26 +916,25 @@ def replace(source, target):
 
 def rewrite_and_die_before_line(left):
     # Counts the lines of keyfile.py that run after the change. Nothing is written before it.
-    changed = False
-
     def change(document):
-        nonlocal changed
-        changed = True
         if longer:
             document.lines.append(keyfile.serialize_entry(keyfile.Entry("b", bytes(32))))
         else:
             del document.lines[1]
+        sys.settrace(trace)
+        frame = sys._getframe(1)
+        while frame is not None:
+            frame.f_trace, frame = trace, frame.f_back
 
     def trace(frame, event, argument):
         nonlocal left
         if frame.f_code.co_filename != keyfile.__file__:
             return None
-        left -= changed
+        left -= 1
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
 
-    sys.settrace(trace)
     keyfile.rewrite(path, change, replace=replace)
     os._exit(0)
 
