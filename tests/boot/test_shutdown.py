@@ -1,5 +1,7 @@
 """The exceptions that end the supervisor: each carries an exit status and the reason."""
 
+import signal
+
 import pytest
 
 from boot import shutdown
@@ -63,3 +65,16 @@ def test_each_failure_has_a_remedy_in_the_log_and_in_the_docs() -> None:
         row = next(line for line in page.splitlines() if line.startswith(f"| {status} |"))
         assert row.count("|") == 4, "docs/DEPLOYMENT.md: each exit status has a reason and a remedy"
     assert describe_remedy(1).startswith("exit status 1: this is a bug")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_ends_a_program_that_has_begun_nothing(number: int) -> None:
+    before = [(each, signal.getsignal(each)) for each in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        shutdown.exit_on_stop_signals()
+        with pytest.raises(SystemExit) as caught:
+            signal.raise_signal(number)
+    finally:
+        for each, handler in before:
+            signal.signal(each, handler)
+    assert caught.value.code == shutdown.EXIT_STOPPED
