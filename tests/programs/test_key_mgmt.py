@@ -29,6 +29,7 @@ from config.loader import load_config
 from config.schema import ConfigError
 from support.faults import Fault, environment, make_faults
 from support.paths import SCRIPTS
+from support.together import ENVIRON, aside
 
 MORE_LIMITS = ["--tokens-per-minute", "8", "--tokens-per-month", "10", "--max-tokens", "5"]
 OLD = "sk-plain-0123456789abcdef"
@@ -67,7 +68,8 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Response]:
 
 def spawn(*argv: str, **how: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / "key_mgmt.py"), *argv]
-    return subprocess.run(command, text=True, check=False, **{"stderr": subprocess.PIPE, **how})  # type: ignore[call-overload, no-any-return]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, text=True, check=False, **{"stderr": subprocess.PIPE, "env": buffered, **how})  # type: ignore[call-overload, no-any-return]
 
 
 def entries(path: Path) -> list[keyfile.Entry]:
@@ -444,8 +446,12 @@ def test_a_volume_without_locks_is_a_warning(path: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def usage_file(path: Path) -> Path:
-    """A ledger with the usage of two keys today."""
-    file = path.with_name("usage.db")
+    return make_usage_file(path.parent)
+
+
+def make_usage_file(folder: Path) -> Path:
+    """Write a ledger with the usage of two keys today."""
+    file = folder / "usage.db"
     book = ledger.Ledger(file, time.time, instance_id="one")
     for key_id in ("alice", "alice", "bob"):
         book.record({key_id: ledger.charge([(ledger.Tokens(10, 2, 5, 100.0, 200.0), "done")])})
@@ -820,7 +826,8 @@ def examples() -> list[str]:
     return [line.strip() for line in text.splitlines()]
 
 
-def test_every_example_of_the_help_works(usage_file: Path, tmp_path: Path) -> None:
+@aside
+def test_every_example_of_the_help_works(tmp_path: Path) -> None:
     """In order, in a folder that contains only the two files (and, for `usage`, the folders that it needs)."""
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -829,9 +836,9 @@ def test_every_example_of_the_help_works(usage_file: Path, tmp_path: Path) -> No
     lines = examples()
     assert {shlex.split(line.partition("key_mgmt.py ")[2], comments=True)[0] for line in lines} >= {"--file", "hash"}
     environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{ENVIRON['PATH']}",
         "AUTH_KEYS_FILE": str(alone / "keys.txt"),
-        "USAGE_FILE": str(usage_file),
+        "USAGE_FILE": str(make_usage_file(tmp_path)),
         "KEY": OLD,
     }
     for line in lines:
