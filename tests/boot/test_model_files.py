@@ -23,6 +23,7 @@ from support.faults import Fault, make_faults, seen_by_program
 from support.fileserver import Site, serve
 from support.paths import SCRIPTS
 from support.ports import reserved_port
+from support.together import aside
 
 GGUF = b"GGUF" + bytes(range(256)) * 40
 SHA256 = hashlib.sha256(GGUF).hexdigest()
@@ -276,6 +277,7 @@ def run(tmp_path: Path, **settings: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@aside
 def test_two_workers_on_one_volume_download_once(tmp_path: Path) -> None:
     """The second waits for the lock, then finds the file."""
     site = Site(GGUF)

@@ -14,6 +14,7 @@ import pytest
 from boot.state_publisher import StatePublisher
 from core.state_file import DRAINING, LOADING, READY, StateEntry, StateWriter
 from support.clock import PATIENCE_S
+from support.together import aside
 
 AT = datetime(2026, 1, 2, tzinfo=timezone.utc)
 FIRST = StateEntry(LOADING, "starting")
@@ -130,6 +131,7 @@ def test_a_state_is_written_again_until_it_is_there(tmp_path: Path, caplog: pyte
     ]
 
 
+@aside
 def test_nothing_waits_for_a_volume_that_hangs(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
 

@@ -20,6 +20,7 @@ import health_server
 from core.state_file import StateReader
 from health_server import HealthServer
 from support.boot import PATIENCE_S
+from support.together import aside
 
 PROGRAM = Path(health_server.__file__)
 NOW_S = 1767323045.0
@@ -128,6 +129,7 @@ def test_bytes_that_are_not_a_request_are_refused(line: bytes) -> None:
 # The server
 
 
+@aside
 def test_while_the_state_files_volume_hangs_the_state_is_the_last_one() -> None:
     lifted = threading.Event()
 

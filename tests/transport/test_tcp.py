@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from support.backend import full_backlog
+from support.together import aside
 from transport.tcp import CLOSED, TcpState, keep_alive, open_connection, tcp_state
 
 PATIENCE_S = 60.0
@@ -87,6 +88,7 @@ def test_bytes_that_the_peer_does_not_take_are_unacknowledged() -> None:
         assert state(accepted).sent_ms < PATIENCE_S * 1000
 
 
+@aside
 def test_retransmissions_to_a_peer_that_is_gone_are_counted() -> None:
     with pair() as (client, accepted):
         drop_all(client)
