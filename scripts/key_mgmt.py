@@ -631,11 +631,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...], 
 
 def _drop_unwritten() -> None:
     """Drop what a full device has not taken: the interpreter would write it again at its end, and exit with 120."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
+            stream.flush()
+        except OSError:  # noqa: PERF203
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
