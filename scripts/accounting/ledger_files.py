@@ -74,8 +74,8 @@ _ADDS = {length: _add(*table) for length, table in _TABLES.items()}
 _READ = f"SELECT day, key, {', '.join(COLUMNS)} FROM usage WHERE day >= ?"
 # The rows by model, and how long the gateway ran.
 _READ_MODELS = (
-    f"SELECT day, key, model, {', '.join(COLUMNS)} FROM model_usage WHERE day >= ?1 UNION ALL "
-    f"SELECT day, key, '', {', '.join(COLUMNS)} FROM usage WHERE day >= ?1 AND key = ''"
+    f"SELECT day, key, model, {', '.join(COLUMNS)} FROM model_usage WHERE day >= :since UNION ALL "
+    f"SELECT day, key, '', {', '.join(COLUMNS)} FROM usage WHERE day >= :since AND key = ''"
 )
 # Files of earlier versions lack this column.
 _READ_EARLIER = _READ.replace(" estimated,", " 0,")
@@ -184,7 +184,9 @@ def _select(sqlite: ModuleType, uri: str, since: str, *, by_model: bool) -> Batc
         if by_model:
             if not db.execute(_HAS_MODELS).fetchone()[0]:
                 return {}
-            return {(day, key_id, model): row for day, key_id, model, *row in db.execute(_READ_MODELS, (since,))}
+            return {
+                (day, key_id, model): row for day, key_id, model, *row in db.execute(_READ_MODELS, {"since": since})
+            }
         is_current = ("estimated",) in db.execute(_NAMES_OF_COLUMNS).fetchall()
         rows = db.execute(_READ if is_current else _READ_EARLIER, (since,))
         return {(day, key_id): row for day, key_id, *row in rows}
