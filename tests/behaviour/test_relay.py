@@ -8,13 +8,14 @@ import pytest
 
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, close, event, expect, send, stall
 from support.gateway import BACKEND_KEY, CHAT, KEY, OTHER_KEY, Stack, get, post, request, scenario, undated
+from support.heads import every_answer
 
 ID = b"X-Request-Id: t-1"
 RATES = (
     b"x-ratelimit-limit-requests: 1000000\r\nx-ratelimit-remaining-requests: 999999\r\n"
     b"x-ratelimit-reset-requests: 1m0s\r\n"
 )
-OWN = b"X-Request-Id: t-1\r\n" + RATES + b"\r\n"  # what the gateway adds to every relayed head, last
+OWN = every_answer(b"t-1") + RATES + b"\r\n"  # what the gateway adds to every relayed head, last
 
 
 def own_fields(stack: Stack) -> bytes:

@@ -11,13 +11,14 @@ from proxy.heartbeat import send_heartbeat
 from proxy.response import Response
 from support.backend import LAST_CHUNK, STREAM_HEAD, answer, chunk, event
 from support.gateway import CHAT, post
+from support.heads import every_answer
 from support.memory_gateway import DATE, EPOCH, MemoryGateway, Served, in_memory, prepare
 from support.memory_transport import Link, MemoryTransport
 
 STREAM_BODY = b'{"stream": true}'
 HEAD = (
     b"HTTP/1.1 200 OK\r\n" + DATE + b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store\r\n"
-    b"X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\nX-Request-Id: r-1\r\n\r\n"
+    b"X-Accel-Buffering: no\r\nTransfer-Encoding: chunked\r\n" + every_answer(b"r-1") + b"\r\n"
 )
 
 

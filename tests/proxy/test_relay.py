@@ -13,6 +13,7 @@ from proxy.response_info import parse_response
 from support.backend import chunk, event
 from support.feeds import FEEDS, Feed
 from support.gateway import CHAT, post
+from support.heads import every_answer
 from support.memory_gateway import EPOCH, prepare
 from support.memory_transport import ABORTED, CLOSING, OPEN, Link, MemoryTransport, run, turns_until
 from transport.waiter import Waiter
@@ -85,7 +86,7 @@ class Relayed:
     @property
     def body(self) -> bytes:
         """What the client got since the last call, without the head."""
-        return self.link.sent(self.client).rpartition(b"X-Request-Id: r-1\r\n\r\n")[2]
+        return self.link.sent(self.client).rpartition(every_answer(b"r-1") + b"\r\n")[2]
 
 
 # --- Whole responses ---
@@ -130,7 +131,7 @@ def test_head_and_first_bytes_are_one_write(head: bytes, raw: bytes) -> None:
     relayed = Relayed(head, raw[:3]).start()
     relayed.link.batcher.flush()
     assert len(relayed.transport.written) == 1
-    assert relayed.transport.written[0].endswith(b"X-Request-Id: r-1\r\n\r\n" + raw[:3])
+    assert relayed.transport.written[0].endswith(every_answer(b"r-1") + b"\r\n" + raw[:3])
     relayed.backend_end.receive(raw[3:])
     assert relayed.relay.complete
 

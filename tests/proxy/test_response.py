@@ -16,6 +16,7 @@ from http1.bodies import Body, ChunkedBody, SizedBody, UnboundedBody
 from proxy.response import Response
 from proxy.response_info import parse_response
 from support.gateway import get, post, request
+from support.heads import every_answer
 from support.memory_gateway import DATE, EPOCH, prepare
 from support.memory_transport import ABORTED, CLOSING, OPEN, Link, MemoryTransport
 
@@ -23,7 +24,7 @@ SIZED = b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 5\r\n\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nA: b\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n"
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
-ID = b"X-Request-Id: r-1\r\n"
+OWN = every_answer(b"r-1")
 
 
 class Answered:
@@ -56,18 +57,18 @@ LENGTH = b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 5\r\n" + DATE
 
 HEADS = [
     # the backend's, HTTP/1.x, keep alive, the client's head, keep alive after it
-    (SIZED, 1, True, LENGTH + ID, True),
-    (SIZED, 1, False, LENGTH + CLOSE + ID, False),
-    (SIZED, 0, True, LENGTH + KEEP + ID, True),
-    (SIZED, 0, False, LENGTH + CLOSE + ID, False),
-    (CHUNKED, 1, True, PLAIN + CODING + ID, True),
-    (CHUNKED, 1, False, PLAIN + CODING + CLOSE + ID, False),
-    (CHUNKED, 0, True, PLAIN + CLOSE + ID, False),
-    (CHUNKED, 0, False, PLAIN + CLOSE + ID, False),
-    (UNTIL_CLOSE, 1, True, PLAIN + CODING + ID, True),
-    (UNTIL_CLOSE, 1, False, PLAIN + CODING + CLOSE + ID, False),
-    (UNTIL_CLOSE, 0, True, PLAIN + CLOSE + ID, False),
-    (UNTIL_CLOSE, 0, False, PLAIN + CLOSE + ID, False),
+    (SIZED, 1, True, LENGTH + OWN, True),
+    (SIZED, 1, False, LENGTH + CLOSE + OWN, False),
+    (SIZED, 0, True, LENGTH + KEEP + OWN, True),
+    (SIZED, 0, False, LENGTH + CLOSE + OWN, False),
+    (CHUNKED, 1, True, PLAIN + CODING + OWN, True),
+    (CHUNKED, 1, False, PLAIN + CODING + CLOSE + OWN, False),
+    (CHUNKED, 0, True, PLAIN + CLOSE + OWN, False),
+    (CHUNKED, 0, False, PLAIN + CLOSE + OWN, False),
+    (UNTIL_CLOSE, 1, True, PLAIN + CODING + OWN, True),
+    (UNTIL_CLOSE, 1, False, PLAIN + CODING + CLOSE + OWN, False),
+    (UNTIL_CLOSE, 0, True, PLAIN + CLOSE + OWN, False),
+    (UNTIL_CLOSE, 0, False, PLAIN + CLOSE + OWN, False),
 ]
 
 
@@ -88,7 +89,7 @@ def test_a_response_that_was_received_whole_is_sent_in_one_piece(minor: int, kee
     answered = Answered(post(minor=minor), keep_alive=keep_alive)
     answered.response.send_relayed(parse_response(SIZED, b"POST"), b"hello")
     assert answered.transport.written == []
-    assert answered.sent == LENGTH + line + ID + b"\r\nhello"
+    assert answered.sent == LENGTH + line + OWN + b"\r\nhello"
     assert (answered.response.started, answered.response.status) == (True, 200)
 
 
@@ -98,9 +99,9 @@ def test_the_backends_own_date_stays(whole: bool) -> None:
     answered = Answered()
     if whole:
         answered.response.send_relayed(parse_response(dated, b"POST"), b"hello")
-        assert answered.sent == dated.removesuffix(b"\r\n") + ID + b"\r\nhello"
+        assert answered.sent == dated.removesuffix(b"\r\n") + OWN + b"\r\nhello"
     else:
-        assert answered.begin(dated) == dated.removesuffix(b"\r\n") + ID + b"\r\n"
+        assert answered.begin(dated) == dated.removesuffix(b"\r\n") + OWN + b"\r\n"
 
 
 def test_a_status_is_the_backends_own() -> None:
@@ -114,20 +115,20 @@ def test_a_status_is_the_backends_own() -> None:
 def test_lines_for_every_response_come_last() -> None:
     answered = Answered(cors=("*",))
     answered.response.lines += b"x-ratelimit-limit-requests: 1\r\n"
-    assert answered.begin(SIZED).startswith(LENGTH + ID + b"Access-Control-Allow-Origin: *\r\n")
+    assert answered.begin(SIZED).startswith(LENGTH + OWN + b"Access-Control-Allow-Origin: *\r\n")
     assert answered.begin(SIZED).endswith(b"\r\nx-ratelimit-limit-requests: 1\r\n\r\n")
 
 
 def test_a_dialect_may_look_for_the_id_in_a_field_of_its_own() -> None:
     answered = Answered(post(b"/v1/messages"))
-    assert answered.begin(SIZED) == LENGTH + b"request-id: r-1\r\n" + ID + b"\r\n"
+    assert answered.begin(SIZED) == LENGTH + b"request-id: r-1\r\n" + OWN + b"\r\n"
 
 
 def test_an_event_stream_can_begin_before_the_backend_has_answered() -> None:
     answered = Answered()
     answered.response.begin_event_stream()
     lines = b"Content-Type: text/event-stream\r\nCache-Control: no-cache, no-store\r\nX-Accel-Buffering: no\r\n"
-    assert answered.sent == b"HTTP/1.1 200 OK\r\n" + DATE + lines + CODING + ID + b"\r\n"
+    assert answered.sent == b"HTTP/1.1 200 OK\r\n" + DATE + lines + CODING + OWN + b"\r\n"
     assert (answered.response.started, answered.response.is_event_stream, answered.response.status) == (True, True, 200)
 
 
@@ -136,7 +137,7 @@ def test_to_http_1_0_such_a_stream_ends_with_its_connection() -> None:
     answered.response.begin_event_stream()
     assert b"Transfer-Encoding" not in answered.transport.take()
     answered.response.send_event(b": waiting\n\n")
-    assert answered.sent.endswith(CLOSE + ID + b"\r\n: waiting\n\n")
+    assert answered.sent.endswith(CLOSE + OWN + b"\r\n: waiting\n\n")
     assert not answered.response.keep_alive
 
 
@@ -223,7 +224,7 @@ def test_an_own_response_has_a_length_and_a_date() -> None:
         b"HTTP/1.1 200 OK\r\n"
         + DATE
         + b"Content-Type: text/plain\r\nContent-Length: 5\r\nCache-Control: no-store\r\n"
-        + ID
+        + OWN
         + b"A: b\r\n\r\npong\n"
     )
     assert (answered.response.status, answered.response.keep_alive) == (200, True)
@@ -232,13 +233,13 @@ def test_an_own_response_has_a_length_and_a_date() -> None:
 def test_a_response_to_head_has_no_content() -> None:
     answered = Answered(request(b"HEAD", b"/ping"))
     answered.response.send(200, b"text/plain", b"pong\n")
-    assert answered.sent.endswith(b"\r\nContent-Length: 5\r\nCache-Control: no-store\r\n" + ID + b"\r\n")
+    assert answered.sent.endswith(b"\r\nContent-Length: 5\r\nCache-Control: no-store\r\n" + OWN + b"\r\n")
 
 
 def test_no_content_has_no_length_and_no_type() -> None:
     answered = Answered(request(b"OPTIONS", b"/ping"))
     answered.response.send(204, b"", b"")
-    assert answered.sent == b"HTTP/1.1 204 No Content\r\n" + DATE + b"Cache-Control: no-store\r\n" + ID + b"\r\n"
+    assert answered.sent == b"HTTP/1.1 204 No Content\r\n" + DATE + b"Cache-Control: no-store\r\n" + OWN + b"\r\n"
 
 
 # Errors
@@ -371,11 +372,11 @@ def test_events_are_inserted_before_the_end_if_that_is_still_there(
 def test_a_head_alone_says_how_long_its_body_is() -> None:
     answered = Answered(get(b"/"))
     answered.response.begin(200, 5, ((b"A", b"b"),))
-    assert answered.sent == b"HTTP/1.1 200 OK\r\n" + DATE + b"Content-Length: 5\r\nA: b\r\n" + ID + b"\r\n"
+    assert answered.sent == b"HTTP/1.1 200 OK\r\n" + DATE + b"Content-Length: 5\r\nA: b\r\n" + OWN + b"\r\n"
     assert (answered.response.started, answered.response.status, answered.response.keep_alive) == (True, 200, True)
 
 
 def test_a_head_without_a_body_has_no_length() -> None:
     answered = Answered(get(b"/"), keep_alive=False)
     answered.response.begin(304, None, ())
-    assert answered.sent == b"HTTP/1.1 304 Not Modified\r\n" + DATE + CLOSE + ID + b"\r\n"
+    assert answered.sent == b"HTTP/1.1 304 Not Modified\r\n" + DATE + CLOSE + OWN + b"\r\n"

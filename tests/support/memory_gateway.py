@@ -37,6 +37,7 @@ from proxy.token_quotas import TokenQuotas
 from support.backend import HELLO
 from support.clock import Clock
 from support.gateway import KEY, OPERATOR_KEY
+from support.heads import every_answer
 from support.memory_transport import Connector, Link, MemoryTransport, MemoryWriter, end_of, memory_test, turns_until
 from transport.client_protocol import ClientProtocol
 from transport.pool import ConnectionPool
@@ -156,7 +157,7 @@ RATES = b"x-ratelimit-limit-requests: 100\r\nx-ratelimit-remaining-requests: 99\
 WHOLE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 18\r\n"
     + DATE
-    + b"X-Request-Id: r-1\r\n"
+    + every_answer(b"r-1")
     + RATES
     + b"\r\n"
     + HELLO
