@@ -28,6 +28,7 @@ class Router:
         self.aliases: dict[str, list[str]] = {}
         self.orders: list[str] = []
         self.slots = slots
+        self.busy = 0  # how many of them the GET /slots of each model shows at work
         self.holds_loads = False
         self.refuses: str | None = None  # an order to load, with this message
         self._listeners: list[Call] = []
@@ -62,8 +63,8 @@ class Router:
         if path == "/props":
             return (send(answer(b'{"total_slots": %d}' % self.slots)),)
         if path == "/slots":
-            idle = [{"id": number, "is_processing": False} for number in range(self.slots)]
-            return (send(answer(json.dumps(idle).encode()) if self.states.get(model) == "loaded" else refusal("no")),)
+            listed = [{"id": number, "is_processing": number < self.busy} for number in range(self.slots)]
+            return (send(answer(json.dumps(listed).encode()) if self.states.get(model) == "loaded" else refusal("no")),)
         return None
 
     def page(self) -> bytes:
