@@ -5,8 +5,9 @@ The few exceptions are listed with their reasons. An exception that is no longer
 
 import ast
 import dataclasses
+import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -16,17 +17,21 @@ import pytest
 
 import keyfile
 from accounting.access_lines import FIELDS
+from accounting.request_metrics import RequestMetrics
 from auth import Caller, Keyring
 from config.schema import Config
 from config.settings import SETTINGS
 from core import errors
 from key_mgmt import COMMANDS, LIMITS, OPTIONS
+from metrics import Registry
 from policy.cors import Cors
-from policy.routes import TABLE
+from policy.routes import INFERENCE, TABLE, Routes
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event, send, stall
 from support.gateway import CHAT, Stack, get, post, scenario, until
+from support.heads import every_answer
 from support.paths import ROOT, SCRIPTS, TESTS
 from support.rawclient import Response
+from support.router import Router
 
 # --- Exceptions ---
 
@@ -85,11 +90,17 @@ RETIRED_BUT_FINE = {
 PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace"}
 
 
+# Their attributes are not those that a rule looks for: an object's own, and those of a line of the keys file.
+OWNERS = {"self", "entry"}
+COUNTING = {"inc", "observe", "observe_all"}
+
+
 class Source(NamedTuple):
     """What the rules read of one module of scripts/. Its tree is not kept: it is large, and walked once."""
 
     identifiers: frozenset[str]  # every name, without leading underscores
-    attributes: frozenset[str]  # every `x.name` that is not an assignment
+    attributes: frozenset[str]  # every `x.name` that is not an assignment, see OWNERS
+    counted: frozenset[str]  # every name of `x.name.inc` and its like, see COUNTING
     constants: frozenset[object]
     classes: Sequence[str]
     metrics: Mapping[str, frozenset[str]]  # by their class: the attributes to which it assigns a counter or histogram
@@ -125,11 +136,16 @@ def nodes_below(folder: Path) -> Iterator[tuple[str, Sequence[ast.AST]]]:
 
 
 def read_source(nodes: Sequence[ast.AST]) -> Source:
-    attributes = (node for node in nodes if isinstance(node, ast.Attribute))
+    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)]
     classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
     return Source(
         frozenset(identifiers(nodes)),
-        frozenset(node.attr for node in attributes if isinstance(node.ctx, ast.Load)),
+        frozenset(
+            node.attr for node in attributes if not (isinstance(node.value, ast.Name) and node.value.id in OWNERS)
+        ),
+        frozenset(
+            node.value.attr for node in attributes if node.attr in COUNTING and isinstance(node.value, ast.Attribute)
+        ),
         frozenset(node.value for node in nodes if isinstance(node, ast.Constant)),
         [node.name for node in classes],
         {node.name: metrics_made_in(node) for node in classes},
@@ -289,7 +305,8 @@ def test_a_setting_is_read() -> None:
     read = read_outside("config/loader.py", "config/schema.py", "config/settings.py")
     check(
         {
-            setting.name: f"Nothing reads Config.{setting.path} ({setting.name}): hand it to the part that it is for."
+            setting.name: f"Nothing reads Config.{setting.path} ({setting.name}): read it in the module that uses it, "
+            "or hand it to that in scripts/proxy/app.py."
             for setting in SETTINGS
             if setting.path.rpartition(".")[2] not in read
         },
@@ -305,8 +322,14 @@ def test_a_setting_is_in_the_tests_of_the_loader() -> None:
             setting.name: f"tests/config/test_loader.py does not test {setting.name}: add its default, and a value."
             for setting in SETTINGS
             if not re.search(rf"\b{setting.name}\b", tested)
+            or ("." not in setting.path and lacks(setting.path, tested))
         }
     )
+
+
+def lacks(path: str, tested: str) -> bool:
+    """Whether a setting that is in no group is not looked at twice: its default, and a value."""
+    return len(re.findall(rf"\bgot\b.*\b{path}\b", tested)) < 2
 
 
 def test_a_route_has_its_row_in_the_tests_of_who_may_call_it() -> None:
@@ -329,6 +352,37 @@ def test_an_endpoint_has_its_handler() -> None:
             "and its entry in HANDLERS, to scripts/proxy/endpoints.py."
             for method, path, kind in TABLE
             if kind.local and path not in handled
+        }
+    )
+
+
+# They generate no text: nothing limits their tokens, and llama-server ignores a `"stream": true`.
+NOT_GENERATING = {
+    *("/v1/embeddings", "/embeddings", "/embedding", "/v1/rerank", "/rerank", "/v1/reranking", "/reranking"),
+    *("/v1/audio/transcriptions", "/audio/transcriptions", "/v1/systemone"),
+}
+
+
+def test_an_inference_route_that_generates_is_limited_and_streams() -> None:
+    routes = Routes()
+    paths = {path: routes.find(method.encode(), path.encode()) for method, path, kind in TABLE if kind is INFERENCE}
+    check(
+        {
+            path: f"Does POST {path} generate text? If not, list it in NOT_GENERATING in tests/test_house.py. If it "
+            "does, add it to _LIMIT_MEMBERS and _STREAMING in scripts/policy/routes.py, and to _PINNING if it reads "
+            "`id_slot`: else the key's max_tokens does not apply, and its streams get no heartbeats."
+            for path, route in paths.items()
+            if not route.limit_members
+        },
+        NOT_GENERATING,
+        "NOT_GENERATING",
+    )
+    check(
+        {
+            path: f"POST {path} generates text, but its streams are not known as such: add it to _STREAMING in "
+            "scripts/policy/routes.py."
+            for path, route in paths.items()
+            if route.limit_members and not route.streams
         }
     )
 
@@ -405,6 +459,18 @@ async def test_a_header_on_every_answer_is_the_gateways_alone(stack: Stack) -> N
     )
 
 
+def test_a_header_on_every_answer_is_in_the_heads_that_tests_expect() -> None:
+    expected = {line.partition(b":")[0].decode().lower() for line in every_answer(b"r-1").splitlines()}
+    everywhere = {name for name, answers in documented_headers().items() if answers == "every answer"}
+    check(
+        {
+            name: f"Tests that compare whole heads do not expect {name}: add its line to tests/support/heads.py, as "
+            "Response.__init__ (scripts/proxy/response.py) has it."
+            for name in everywhere - expected
+        }
+    )
+
+
 def test_a_header_on_every_answer_can_be_read_by_web_pages() -> None:
     exposed = dict(Cors(("*",)).fields(None))[b"Access-Control-Expose-Headers"].decode().split(", ")
     tested = (TESTS / "policy" / "test_cors.py").read_text(encoding="utf-8")
@@ -424,7 +490,7 @@ def test_a_header_on_every_answer_can_be_read_by_web_pages() -> None:
 
 
 def test_a_metric_is_counted() -> None:
-    counted = read_outside()
+    counted = set(chain.from_iterable(source.counted for source in sources().values()))
     check(
         {
             name: f"{kind}.{name} (scripts/{module}) is registered but never counted: count it in "
@@ -433,6 +499,23 @@ def test_a_metric_is_counted() -> None:
             for kind, made in source.metrics.items()
             if kind.endswith("Metrics")
             for name in made - counted
+        }
+    )
+
+
+def test_a_metric_is_in_the_tests() -> None:
+    folder = TESTS / "accounting"
+    tested = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("test_recorder.py", "test_request_metrics.py")
+    )
+    registry = Registry()
+    RequestMetrics(registry, "shared", by_model=True)
+    check(
+        {
+            family.name: f"tests/accounting/test_recorder.py does not count {family.name}: add a request that counts."
+            for family in registry.families()
+            if family.name not in tested
+            and f'"{family.name.removeprefix("gateway_").removesuffix("_total")}"' not in tested
         }
     )
 
@@ -487,6 +570,23 @@ KEY_OPTIONS = sorted(
     {OPTION_OF.get(field, field) for field in keyfile.Entry._fields} - {"key_id", "digest", "rate_limit", "expires_at"}
 )
 each_key_option = pytest.mark.parametrize("option", KEY_OPTIONS)
+
+
+def test_a_key_option_has_its_field() -> None:
+    """The refusal of an unknown option lists all."""
+    with pytest.raises(keyfile.KeyFileError, match="the options are") as caught:
+        keyfile.parse_line("alice:sk-0123456789abcdef nothing=1")
+    listed = str(caught.value).removeprefix("the options are ").partition(", each")[0].split(", ")
+    fields = {option: keyfile.FIELDS.get(option, option) for option in listed}
+    assert len(fields) > 5
+    check(
+        {
+            option: f"scripts/keyfile.py parses {option}=…, but Entry has no field {field}: add it as the last one. "
+            "If the field has another name than the option, add both to FIELDS."
+            for option, field in fields.items()
+            if field not in keyfile.Entry._fields
+        }
+    )
 
 
 @each_key_option
@@ -547,24 +647,64 @@ def test_a_key_option_is_in_the_tests(option: str) -> None:
     )
 
 
+# --- CONTRIBUTING.md: the slot of a cancelled request ---
+
+each_answer = pytest.mark.parametrize("streamed", [True, False], ids=["stream", "no stream"])
+
+
+@each_answer
 @scenario(MAX_CONCURRENT_REQUESTS="1")
-async def test_the_slot_of_a_cancelled_request_is_released_when_the_backend_has_stopped(stack: Stack) -> None:
-    stack.backend.own[b"/slots"] = answer(b'[{"is_processing": true}]')
-    stack.backend.script(send(STREAM_HEAD), stall())
+async def test_the_slot_of_a_cancelled_request_is_released_when_the_backend_has_stopped(
+    stack: Stack, streamed: bool
+) -> None:
+    def show(busy: bool) -> None:
+        stack.backend.own[b"/slots"] = answer(json.dumps([{"is_processing": busy}]).encode())
+
+    await check_release(stack, show, "scripts/proxy/admission.py", streamed=streamed)
+
+
+@each_answer
+@scenario(STATE="loading", MODELS="router", MAX_CONCURRENT_REQUESTS="auto", MODELS_MAX="1")
+async def test_the_slot_of_a_cancelled_request_for_a_model_is_released_when_the_model_has_stopped(
+    stack: Stack, streamed: bool
+) -> None:
+    router = Router(stack.backend, "chat", slots=1)
+    stack.set_state("ready")
+
+    def show(busy: bool) -> None:
+        router.busy = int(busy)
+
+    await check_release(stack, show, "scripts/proxy/model_admission.py", streamed=streamed)
+
+
+async def check_release(stack: Stack, show: Callable[[bool], None], module: str, *, streamed: bool) -> None:
+    """Cancel a request while GET /slots shows its slot busy, then show it idle. `module` admits the request."""
+    show(True)
+    stack.backend.script(*((send(STREAM_HEAD),) if streamed else ()), stall())
     client = await stack.client()
-    client.send(post())
-    await client.take_through(b"\r\n\r\n")
+    client.send(post(CHAT, b'{"model": "chat"}'))
+    await stack.backend.call()
+    if streamed:
+        await client.take_through(b"\r\n\r\n")
+    before = len(stack.backend.probes)
+
+    def asked() -> int:
+        return sum(target.startswith(b"/slots") for target in stack.backend.probes[before:])
+
     client.reset()
-    await until(
-        lambda: b"/slots" in stack.backend.probes,
-        "GET /slots is asked after a client has left. scripts/proxy/admission.py must hand the slot of a request that "
-        "the backend has not finished to SlotReclaimer (scripts/backend/slots.py).",
+    await until(lambda: asked() > 1 or not stack.app.numbers.active, "GET /slots is asked after a client has left")
+    assert asked(), (
+        f"The slot of a cancelled request is free before GET /slots is asked: finish in scripts/proxy/request.py must "
+        f"call release_unfinished, and that ({module}) must hand the slot to SlotReclaimer (scripts/backend/slots.py)."
     )
-    assert stack.app.queue.active == 1, (
+    assert stack.app.numbers.active == 1, (
         "The slot is free while GET /slots still shows it busy: SlotReclaimer (scripts/backend/slots.py) must hold it."
     )
-    stack.backend.own[b"/slots"] = answer(b'[{"is_processing": false}]')
+    show(False)
+    most = asked() + 15  # a few are enough
     await until(
-        lambda: stack.app.queue.active == 0,
-        "the slot is free once GET /slots shows it idle. SlotReclaimer (scripts/backend/slots.py) must release it.",
+        lambda: not stack.app.numbers.active or asked() > most, "GET /slots is asked until it shows no busy slot"
+    )
+    assert not stack.app.numbers.active, (
+        "The slot is held though GET /slots shows it idle: SlotReclaimer (scripts/backend/slots.py) must release it."
     )

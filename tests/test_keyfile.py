@@ -432,7 +432,7 @@ def test_every_field_of_an_entry_is_written() -> None:
     rng = random.Random(6)
     for field in Entry._fields[2:]:
         values = {getattr(random_entry(rng), field) for _ in range(50)} - {getattr(default, field)}
-        assert values, f"random_entry in this file never sets {field}: add it."
+        assert values, f"random_entry in tests/test_keyfile.py never sets {field}: add a value at its end."
         entry = Entry("a", DIGEST, **{field: values.pop()})
         assert keyfile.serialize_entry(entry).text != keyfile.serialize_entry(default).text
 

@@ -71,6 +71,7 @@ def test_defaults() -> None:
     assert got.data_dir == Path("data")
     assert got.cors_origins == got.warnings == ()
     assert got.ui is True
+    assert got.member_rules == parse_rules("")
 
 
 def test_defaults_of_model_and_log() -> None:
