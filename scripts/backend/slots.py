@@ -94,6 +94,7 @@ class SlotReclaimer:
         self._task: asyncio.Task[None] | None = None
         self._new_watch = asyncio.Event()
         self._reports_slots = True
+        self._has_answered = True  # at the last poll
         self._poll_slowly = False  # whether one of the cancelled requests was not a stream
 
     def __len__(self) -> int:
@@ -124,8 +125,9 @@ class SlotReclaimer:
 
     async def _poll(self) -> None:
         clock = asyncio.get_running_loop().time
+        self._has_answered = True
         try:
-            while self._pending:
+            while self._pending and self._reports_slots:
                 await self._pause(self._pending[0].since_s + self._timeout_s - clock())
                 cancelled = await self._cancelled_slots()
                 now_s = clock()
@@ -137,11 +139,13 @@ class SlotReclaimer:
 
     async def _pause(self, left_s: float) -> None:
         """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
-        pause_s = _POLL_S if self._poll_slowly else _STREAM_POLL_S
         pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
+        pause_s = min([_POLL_S if self._poll_slowly else _STREAM_POLL_S, *pauses_s])
+        if not self._has_answered:  # a connection that is refused takes no time
+            pause_s = max(pause_s, _STREAM_POLL_S)
         self._new_watch.clear()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._new_watch.wait(), max(min(pause_s, left_s, *pauses_s), 0.0))
+            await asyncio.wait_for(self._new_watch.wait(), max(min(pause_s, left_s), 0.0))
 
     def _may_release(self, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
@@ -153,6 +157,7 @@ class SlotReclaimer:
 
     async def _cancelled_slots(self) -> int:
         """Return how many slots still work on cancelled requests; if that is unknown, all pending ones."""
+        self._has_answered = False
         try:
             busy = await busy_slots(self._fetch)
         except GatewayError:
@@ -160,6 +165,7 @@ class SlotReclaimer:
         except ValueError:
             self._reports_slots = False
             return 0
+        self._has_answered = True
         now_s, taken = asyncio.get_running_loop().time(), set[int]()
         for pending in self._pending:
             if pending.watch is not None:

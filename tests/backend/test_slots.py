@@ -225,7 +225,18 @@ def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) ->
         ticket = cancelled.queue.acquire("bob")
         cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(1, 1.0, None, None, ended.append))
         await until(lambda: cancelled.queue.active == 0)
-        assert ended == [None]
+        assert (ended, backend.polls) == ([None], 1)
+
+    run(play)
+
+
+def test_a_backend_that_is_down_is_not_polled_without_a_pause() -> None:
+    async def play() -> None:
+        cancelled = Cancelled(Backend(BACKEND_UNAVAILABLE), 2.0)
+        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch)
+        await cancelled.released()
+        assert 1 < cancelled.backend.polls <= 2.0 / 0.2 + 2
 
     run(play)
 
