@@ -59,19 +59,20 @@ class Output:
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._lines = LineSplitter(self._log_line)
         self._boot_log = boot_log
+        self._is_finished = False
         self._read_fd, self.write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
         asyncio.get_running_loop().add_reader(self._read_fd, self._read)
 
     def attach(self, child: Child) -> None:
-        """Leave the writing end to the child. Its last output is read before its exit is reported."""
+        """Leave the writing end to the child."""
         os.close(self.write_fd)
-        child.exited.add_done_callback(lambda _: self._finish())
+        child.exited.add_done_callback(lambda _: self.finish())
 
     def close(self) -> None:
         """Close both ends: there is no child."""
         os.close(self.write_fd)
-        self._finish()
+        self.finish()
 
     def _log_line(self, line: str) -> None:
         if not _CHILD.match(line):
@@ -93,7 +94,11 @@ class Output:
         self._lines.feed(data)
         return True
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Read the last output of a process that has ended, unless that has been done."""
+        if self._is_finished:
+            return
+        self._is_finished = True
         # Bounded: a process that llama-server has started may still hold the pipe and write.
         for _ in range(PIPE_BYTES // READ_BYTES):
             if not self._read():
@@ -183,7 +188,9 @@ class BackendProcess:
             # While a wedged process ended in order, it would seem to accept connections still.
             await self._children.stop(child, 0 if reason.startswith(WEDGED) else GRACE_S, KILLED_S)
             return reason
-        return exit_status.explain(await child.wait(), output.tail, exit_status.oom_kills() > oom_kills)
+        status = await child.wait()
+        output.finish()  # its callback may be due only after this
+        return exit_status.explain(status, output.tail, exit_status.oom_kills() > oom_kills)
 
     def _read_line(self, line: str) -> None:
         if self._router:

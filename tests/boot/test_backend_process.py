@@ -48,13 +48,17 @@ class Log(logging.Handler):
 
 
 class RecordingChildren(Children):
-    """Children that remember the pipe of the last one."""
+    """Children that remember the pipe of the last one. If they are `hasty`, it has ended when `spawn` returns."""
 
-    pipe = ""
+    pipe, hasty = "", False
 
     def spawn(self, *args: Any, output: int | None = None, **names: Any) -> Child:
         self.pipe = os.readlink(f"/proc/self/fd/{output}")
-        return super().spawn(*args, output=output, **names)
+        child = super().spawn(*args, output=output, **names)
+        if self.hasty:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+            self.reap()
+        return child
 
 
 def open_files() -> list[str]:
@@ -353,6 +357,17 @@ def test_its_lines_are_logged_with_their_own_levels(tmp_path: Path) -> None:
         case.order("exit", "0")
         await case.run()
         assert case.log.lines[-3:] == ["WARNING 0.00.1 W slow", "ERROR 0.00.2 E broken", "INFO plain"]
+
+    scenario(play, tmp_path)
+
+
+def test_the_lines_of_a_process_that_ends_at_once_explain_its_end(tmp_path: Path) -> None:
+    async def play(case: Case) -> None:
+        case.children.hasty = True
+        case.order("lines", "error while loading shared libraries: libcuda.so.1: cannot open shared object file")
+        case.order("exit", "127")
+        assert "libcuda.so.1" in await case.run()
+        assert case.log.lines[-1].startswith("INFO error while loading")
 
     scenario(play, tmp_path)
 
