@@ -64,7 +64,8 @@ def test_a_usual_body_is_cleared(members: dict[str, object]) -> None:
     assert not SCREEN.may_have(json.dumps(members).encode())
 
 
-def test_a_screen_for_lists_alone_or_for_names_alone() -> None:
+def test_a_screen_for_lists_alone_or_for_names_alone_or_for_nothing() -> None:
+    assert not MemberScreen((), ()).may_have(b'{"n": 2, "input": ["x"], "\\u006e": 2}')
     assert not MemberScreen((), ("input",)).may_have(b'{"n": 2, "input": "x"}')
     assert MemberScreen((), ("input",)).may_have(b'{"input": ["x"]}')
     assert not MemberScreen(("n",), ()).may_have(b'{"input": ["x"]}')
