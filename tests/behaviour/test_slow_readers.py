@@ -31,7 +31,7 @@ def held_bytes(stack: Stack) -> int:
 async def settled(stack: Stack) -> None:
     """Wait until the gateway neither reads nor writes any more, or holds far too much."""
     still, before = 0, (-1, -1)
-    while still < 50 and held_bytes(stack) < 2 * BOUND_BYTES:
+    while still < 50 and held_bytes(stack) < 8 * BOUND_BYTES:
         await asyncio.sleep(0.001)
         now = (held_bytes(stack), stack.backend.sent_bytes)
         still, before = (still + 1 if now == before else 0), now
@@ -55,7 +55,7 @@ async def test_a_backend_connection_that_was_paused_for_a_slow_reader_serves_the
 @scenario()
 async def test_little_is_held_for_a_client_that_reads_nothing(stack: Stack, framing: str) -> None:
     client = await stalled_client(stack)
-    size = 4 << 20
+    size = 16 << 20
     if framing == "sized":
         stack.backend.script(send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size, 1 << 20))
     else:
@@ -71,7 +71,7 @@ async def test_little_is_held_for_a_client_that_reads_nothing(stack: Stack, fram
 @tls_scenario()
 async def test_little_is_held_for_a_tls_client_that_reads_nothing(stack: Stack) -> None:
     client = await stalled_client(stack, trusting(stack.folder / "server.crt"))
-    size = 4 << 20
+    size = 16 << 20
     stack.backend.script(send(answer(b"x" * size), 1 << 20))
     client.send(post() + get(b"/ping"))
     await stack.backend.call()
@@ -85,11 +85,11 @@ async def test_little_is_held_for_a_tls_client_that_reads_nothing(stack: Stack) 
 @scenario()
 async def test_responses_to_pipelined_requests_do_not_accumulate(stack: Stack) -> None:
     client = await stalled_client(stack)
-    client.send(get(b"/metrics", key=None) * 200)
+    client.send(get(b"/metrics", key=None) * 1000)
     await settled(stack)
     assert 0 < held_bytes(stack) < BOUND_BYTES
     client.transport.resume_reading()
-    for _ in range(200):
+    for _ in range(1000):
         assert (await client.response()).status == 200
 
 
@@ -97,14 +97,14 @@ async def test_responses_to_pipelined_requests_do_not_accumulate(stack: Stack) -
 async def test_the_second_response_waits_until_the_first_is_read(stack: Stack) -> None:
     client = await stalled_client(stack)
     stack.backend.script(send(answer(b"1" * 200_000), 1 << 20))
-    stack.backend.script(send(answer(b"2" * (4 << 20)), 1 << 20))
+    stack.backend.script(send(answer(b"2" * (16 << 20)), 1 << 20))
     client.send(post(CHAT, b"1") + post(CHAT, b"2"))
     await stack.backend.call()
     await settled(stack)
     assert 0 < held_bytes(stack) < BOUND_BYTES
     client.transport.resume_reading()
     assert (await client.response()).body == b"1" * 200_000
-    assert (await client.response()).body == b"2" * (4 << 20)
+    assert (await client.response()).body == b"2" * (16 << 20)
 
 
 @scenario()
@@ -113,7 +113,7 @@ async def test_the_second_response_waits_until_the_first_has_left_the_buffer(sta
     client = await stalled_client(stack)
     whole = answer(b"1" * 85_000)
     stack.backend.script(send(whole[:60_000], 1 << 20), send(whole[60_000:], 1 << 20))
-    stack.backend.script(send(STREAM_HEAD + chunk(b"2" * 65536) * 64 + LAST_CHUNK, 1 << 20))
+    stack.backend.script(send(STREAM_HEAD + chunk(b"2" * 65536) * 256 + LAST_CHUNK, 1 << 20))
     client.send(post(CHAT, b"1"))
     await until(lambda: stack.backend.calls and not stack.app.sessions.backend_slots)
     client.send(post(CHAT, b"2"))
@@ -121,7 +121,7 @@ async def test_the_second_response_waits_until_the_first_has_left_the_buffer(sta
     assert 0 < held_bytes(stack) < BOUND_BYTES
     client.transport.resume_reading()
     assert (await client.response()).body == b"1" * 85_000
-    assert (await client.response()).body == b"2" * (4 << 20)
+    assert (await client.response()).body == b"2" * (16 << 20)
 
 
 @scenario()

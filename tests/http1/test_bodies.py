@@ -177,7 +177,7 @@ def random_chunks(choose: random.Random) -> bytes:
 def test_chunks_are_decoded_as_by_hand_in_any_pieces(limits: Limits | None) -> None:
     choose = random.Random(11)
     valid = 0
-    for _ in range(900):
+    for _ in range(1500):
         raw = random_chunks(choose)
         expected = ByHand(raw)
         cuts = sorted(choose.choices(range(len(raw) + 1), k=choose.choice((0, 1, 2, 20))))
@@ -197,7 +197,7 @@ def test_chunks_are_decoded_as_by_hand_in_any_pieces(limits: Limits | None) -> N
         if expected.is_valid:
             assert (body.done, payload, rest) == (True, expected.payload, expected.rest), raw
             valid += 1
-    assert valid > 600
+    assert valid > 1000
 
 
 def read_chunks(coded: bytes, size: int) -> RequestBody:
@@ -207,7 +207,7 @@ def read_chunks(coded: bytes, size: int) -> RequestBody:
     return body
 
 
-@pytest.mark.parametrize("size", [5, 7, 4096, 1 << 20])  # 5 and 7 tear a chunk of 6 bytes everywhere
+@pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
 def test_small_chunks_are_accepted_up_to_an_allowance(size: int) -> None:
     """65536 chunks of one byte have 262144 bytes of framing more than payload; the last chunk counts, too."""
     few = read_chunks(b"1\r\nx\r\n" * 65534 + b"0\r\n\r\n", size)

@@ -276,7 +276,7 @@ def test_the_size_of_a_value_is_that_of_its_spelling() -> None:
 def test_a_step_passes_a_bounded_part_of_any_body(unit: bytes) -> None:
     reader = MemberReader(TABLE)
     start = b'{"a":0,' if b":" in unit else b'{"a":['
-    reader.feed(start + unit * min(50_000, 100_000 // len(unit)))
+    reader.feed(start + unit * 50_000)
     steps = 0
     while reader.step():
         steps += 1

@@ -353,7 +353,7 @@ async def test_a_class_that_comes_back_does_not_count_the_time_without_waiters()
     assert [admitted(normal), admitted(low)] == [True, False]
 
 
-def overload(weights: list[float], seconds: float = 20.0) -> Counter[str]:
+def overload(weights: list[float], seconds: float = 60.0) -> Counter[str]:
     """Offer 10 times what 4 slots serve, split between keys by weight, and return how many of each were served."""
     clock, dice = Clock(), random.Random(4)
     queue = FairQueue(4, 100, clock)
@@ -397,7 +397,7 @@ def test_20_keys_under_10x_overload_get_their_fair_shares(weights: list[float]) 
     served = asyncio.run(run())
     shares = [served[f"key{n}"] for n in range(20)]
     fair = sum(shares) / 20
-    assert sum(shares) > 700
+    assert sum(shares) > 2000
     assert min(shares) >= 0.8 * fair
     assert sum(shares) ** 2 / (20 * sum(share * share for share in shares)) >= 0.95
 
@@ -532,9 +532,6 @@ async def test_a_later_request_of_the_same_key_does_not_pass_its_large_one() -> 
     assert queue.acquire("other").waiting is None
 
 
-TICK_S = 1.0  # longer than the gateway's, and short beside the times for which slots are kept
-
-
 @dataclass
 class Traffic:
     """What one run measured, in seconds: the longest waits, and how much of the slots' time was used."""
@@ -570,13 +567,13 @@ def mix(seed: int, slots: int, longest_s: float, *, endless: bool) -> Traffic:
     tick_s = clock.now_s
     while clock.now_s < begun_s + span_s:
         settle()
-        if running and running[0][0] <= tick_s + TICK_S:
+        if running and running[0][0] <= tick_s + 0.25:
             before_s, clock.now_s = clock.now_s, max(clock.now_s, running[0][0])
             seen.used += queue.active * (clock.now_s - before_s)
             heapq.heappop(running)[2].release()
         else:
-            seen.used += queue.active * (tick_s + TICK_S - clock.now_s)
-            clock.now_s = tick_s = tick_s + TICK_S
+            seen.used += queue.active * (tick_s + 0.25 - clock.now_s)
+            clock.now_s = tick_s = tick_s + 0.25
             queue.on_tick(clock.now_s)
     settle()
     for ticket, (key, since_s) in waiting.items():
@@ -1068,8 +1065,7 @@ def run_random_operations(dice: random.Random, queue: FairQueue, clock: Clock) -
         random_operation(dice, queue, model, number, keys)
         model.settle()
         check(queue, model)
-        if number % 3 == 0 or len(model.waiting) < 12:
-            check_positions(model)
+        check_positions(model)
         assert len(model.running) <= max(model.slots, before)
     if not model.open:
         toggle(queue, model)
