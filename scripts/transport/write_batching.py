@@ -3,15 +3,19 @@
 Writing wakes a peer on this machine that sleeps. Single writes would wake it again and again, which costs more than the
 writes do; at the end of an iteration the first one wakes it and the others find it awake. That end is the moment in
 which the loop calls its selector, so the selector is ours: a callback would need an iteration of its own.
+
+Nothing outside depends on how that is done. With asyncio's own loop everything works the same, and costs more.
 """
 
 import asyncio
 import logging
 import select
 import selectors
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import Context
+from math import inf
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
 from typing import Any, TypeVar
 
@@ -63,7 +67,9 @@ class WriteBatcher:
 class BatchingSelector(selectors.BaseSelector):
     """epoll for asyncio's loop, which flushes a batcher at the end of each iteration.
 
-    It does what selectors.EpollSelector does in half of the steps, which matters when an iteration has one event.
+    It lets transports read by itself, without an iteration of the loop around each read: so a request takes a twentieth
+    less of instructions, and an event of a stream a third. All that it must know of asyncio is where a handle has its
+    callback. What it does not recognise as a transport's it leaves to the loop.
     """
 
     def __init__(self, batcher: WriteBatcher) -> None:
@@ -72,17 +78,19 @@ class BatchingSelector(selectors.BaseSelector):
         self._flush = batcher.flush
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}
+        self._readers: dict[int, Callable[[], None]] = {}  # of transports, by descriptor
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> SelectorKey:
         key = SelectorKey(fileobj, _descriptor(fileobj), events, data)
         if key.fd in self._keys:
             raise KeyError(f"descriptor {key.fd} is registered already")
         self._epoll.register(key.fd, _mask(events))
-        self._keys[key.fd] = key
+        self._keep(key)
         return key
 
     def unregister(self, fileobj: Any) -> SelectorKey:
         key = self._keys.pop(_descriptor(fileobj))
+        self._readers.pop(key.fd, None)
         with suppress(OSError):  # it may have been closed already
             self._epoll.unregister(key.fd)
         return key
@@ -91,25 +99,46 @@ class BatchingSelector(selectors.BaseSelector):
         key = self._keys[_descriptor(fileobj)]
         if events != key.events:
             self._epoll.modify(key.fd, _mask(events))
-        key = self._keys[key.fd] = SelectorKey(key.fileobj, key.fd, events, data)
+        key = SelectorKey(key.fileobj, key.fd, events, data)
+        self._keep(key)
         return key
 
+    def _keep(self, key: SelectorKey) -> None:
+        self._keys[key.fd] = key
+        self._readers.pop(key.fd, None)
+        read = _reader_of(key.data)
+        if read is not None:
+            self._readers[key.fd] = read
+
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
+        """Wait until the loop has something to do; return the files that it must look at.
+
+        While it has nothing to do, transports read what they receive, and what is written then is sent. It gets its
+        turn when something is scheduled, when its time is up, and when any other file is ready.
+        """
         self.has_scheduled = False
-        self._flush()
-        if self.has_scheduled or (timeout is not None and timeout < 0):
-            timeout = 0
+        ends_s = inf if timeout is None else time.monotonic() + timeout
+        while True:
+            self._flush()
+            if self.has_scheduled or (timeout is not None and timeout <= 0):
+                # What is scheduled comes before what is read now.
+                return [_event(self._keys[fd], mask) for fd, mask in self._epoll.poll(0) if fd in self._keys]
+            events = self._epoll.poll(timeout)
+            ready = self._read(events)
+            if ready or self.has_scheduled or not events:
+                return ready
+            if timeout is not None:
+                timeout = ends_s - time.monotonic()
+
+    def _read(self, events: list[tuple[int, int]]) -> list[tuple[SelectorKey, int]]:
+        """Let transports read what they have received; return what is ready from the first other file on, in order."""
         ready: list[tuple[SelectorKey, int]] = []
-        keys = self._keys
-        for fd, mask in self._epoll.poll(timeout):
-            key = keys.get(fd)
-            if key is None:
-                continue
-            if mask == select.EPOLLIN:
-                ready.append((key, EVENT_READ))
-            else:  # an error, or the peer's end, concerns the reader and the writer
-                events = (mask & ~select.EPOLLIN and EVENT_WRITE) | (mask & ~select.EPOLLOUT and EVENT_READ)
-                ready.append((key, events & key.events))
+        readers, keys = self._readers, self._keys
+        for fd, mask in events:
+            if mask == select.EPOLLIN and fd in readers and not ready:
+                readers[fd]()
+            elif fd in keys:
+                ready.append(_event(keys[fd], mask))
         return ready
 
     def close(self) -> None:
@@ -122,6 +151,22 @@ class BatchingSelector(selectors.BaseSelector):
     def get_map(self) -> Mapping[Any, SelectorKey]:
         """The keys by descriptor."""
         return self._keys
+
+
+def _event(key: SelectorKey, mask: int) -> tuple[SelectorKey, int]:
+    # An error, or the peer's end, concerns the reader and the writer.
+    events = (mask & ~select.EPOLLIN and EVENT_WRITE) | (mask & ~select.EPOLLOUT and EVENT_READ)
+    return key, events & key.events
+
+
+def _reader_of(data: Any) -> Callable[[], None] | None:
+    """Return what reads for a transport, if that is what asyncio registers a file for; else None.
+
+    It handles its errors itself, and needs no context of its own: nothing here uses context variables.
+    """
+    handle = data[0] if isinstance(data, tuple) else None
+    callback = getattr(handle, "_callback", None)
+    return callback if isinstance(getattr(callback, "__self__", None), asyncio.Transport) else None
 
 
 def _descriptor(fileobj: Any) -> int:
@@ -137,8 +182,8 @@ def _mask(events: int) -> int:
 class BatchingLoop(asyncio.SelectorEventLoop):
     """asyncio's loop on that selector.
 
-    At the flush the loop has already decided how long to sleep. What a write schedules, for example when a connection
-    breaks, must not wait for that time.
+    At the flush the loop has already decided how long to sleep. What is scheduled from then on, for example when a
+    connection breaks, must not wait for that time.
     """
 
     def __init__(self, selector: BatchingSelector) -> None:
@@ -148,6 +193,10 @@ class BatchingLoop(asyncio.SelectorEventLoop):
     def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
         self.batching_selector.has_scheduled = True
         return super().call_soon(callback, *args, context=context)
+
+    def stop(self) -> None:
+        self.batching_selector.has_scheduled = True
+        super().stop()
 
     def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
         self.batching_selector.has_scheduled = True

@@ -4,8 +4,11 @@ import asyncio
 import os
 import select
 import selectors
+import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from operator import methodcaller
 from selectors import EVENT_READ, EVENT_WRITE
 from typing import Any
 
@@ -185,6 +188,228 @@ def test_a_loop_that_ends_leaves_no_task_behind() -> None:
     batcher = WriteBatcher()
     assert write_batching.run(play(batcher), write_batching.new_loop(batcher)) == "result"
     assert ended == ["thread", "task"]
+
+
+# --- Transports that read while the loop waits ---
+
+
+class Echo(asyncio.Protocol):
+    """Sends back what comes, and does as it is told at each piece."""
+
+    def __init__(self, batcher: WriteBatcher) -> None:
+        self.batcher = batcher
+        self.received: list[bytes] = []
+        self.on_data: Callable[[], object] = lambda: None
+        self.transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append(data)
+        self.batcher.write((self.transport, data))
+        self.on_data()
+
+
+@asynccontextmanager
+async def connected(batcher: WriteBatcher) -> AsyncIterator[tuple[Echo, socket.socket]]:
+    """A connection of the loop, and its other end."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(20)
+    with theirs:
+        _, echo = await asyncio.get_running_loop().create_connection(lambda: Echo(batcher), sock=ours)
+        yield echo, theirs
+        await ended(echo)
+
+
+@asynccontextmanager
+async def traffic(batcher: WriteBatcher) -> AsyncIterator[Echo]:
+    """One of two connections of the loop that send a byte to and fro without an end."""
+    loop = asyncio.get_running_loop()
+    one, other = socket.socketpair()
+    _, first = await loop.create_connection(lambda: Echo(batcher), sock=one)
+    _, second = await loop.create_connection(lambda: Echo(batcher), sock=other)
+    batcher.write((second.transport, b"x"))
+    yield first
+    await ended(first, second)
+
+
+async def ended(*echoes: Echo) -> None:
+    for echo in echoes:
+        echo.transport.abort()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+
+@each_loop
+def test_what_a_transport_receives_is_answered_while_the_loop_waits(run: Runner) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        def talk(theirs: socket.socket) -> None:
+            for number in range(100):
+                theirs.send(b"%d" % number)
+                assert theirs.recv(10) == b"%d" % number
+
+        async with connected(batcher) as (echo, theirs):
+            await asyncio.get_running_loop().run_in_executor(None, talk, theirs)
+            assert len(echo.received) == 100
+
+    run(play)
+
+
+@each_loop
+def test_traffic_delays_neither_timers_nor_other_threads_nor_signals(run: Runner) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        loop = asyncio.get_running_loop()
+        async with traffic(batcher):
+            await asyncio.sleep(0.01)
+            await loop.run_in_executor(None, os.getpid)
+            signalled: asyncio.Future[None] = loop.create_future()
+            loop.add_signal_handler(signal.SIGUSR2, signalled.set_result, None)
+            os.kill(os.getpid(), signal.SIGUSR2)
+            await signalled
+            loop.remove_signal_handler(signal.SIGUSR2)
+
+    run(play)
+
+
+@each_loop
+def test_what_a_read_schedules_is_run_amid_traffic(run: Runner) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        task_ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def work() -> None:
+            await asyncio.sleep(0)
+            task_ended.set_result("ended")
+
+        tasks: list[asyncio.Task[None]] = []
+
+        def begin() -> None:
+            if not tasks:
+                tasks.append(asyncio.ensure_future(work()))
+
+        async with traffic(batcher) as echo:
+            echo.on_data = begin
+            assert await task_ended == "ended"
+
+    run(play)
+
+
+@pytest.mark.parametrize("new_loop", [lambda: write_batching.new_loop(WriteBatcher()), asyncio.new_event_loop])
+def test_a_read_may_stop_the_loop(new_loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    class Stopping(asyncio.Protocol):
+        def data_received(self, data: bytes) -> None:
+            loop.stop()
+
+    loop = new_loop()
+    one, other = socket.socketpair()
+    with other:
+        transport, _ = loop.run_until_complete(loop.create_connection(Stopping, sock=one))
+        other.send(b"x")
+        loop.run_forever()
+        transport.close()
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@each_loop
+@pytest.mark.parametrize("end", ["pause_reading", "abort", "close"])
+def test_a_read_may_end_another_ones_that_is_due_as_well(run: Runner, end: str) -> None:
+    """Both have received bytes when the loop looks. The one that reads first keeps the other from it."""
+
+    async def play(batcher: WriteBatcher) -> None:
+        async with connected(batcher) as (one, to_one), connected(batcher) as (other, to_other):
+            one.on_data = lambda: methodcaller(end)(other.transport)
+            other.on_data = lambda: methodcaller(end)(one.transport)
+            to_one.send(b"x")
+            to_other.send(b"x")
+            while not one.received and not other.received:
+                await asyncio.sleep(0)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert sorted([one.received, other.received]) == [[], [b"x"]]
+
+    run(play)
+
+
+@each_loop
+def test_what_is_scheduled_comes_before_what_is_received_later(run: Runner) -> None:
+    """A TLS handshake depends on it: it begins in a task, before which nothing may be read."""
+
+    async def play(batcher: WriteBatcher) -> None:
+        order: list[str] = []
+
+        async def work() -> None:
+            order.append("task")
+
+        async with connected(batcher) as (echo, theirs):
+            echo.on_data = lambda: order.append("read")
+            theirs.send(b"x")
+            await asyncio.ensure_future(work())
+            while len(order) < 2:
+                await asyncio.sleep(0)
+        assert order == ["task", "read"]
+
+    run(play)
+
+
+@each_loop
+def test_reading_goes_on_after_a_pause(run: Runner) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        async with connected(batcher) as (echo, theirs):
+            echo.transport.pause_reading()
+            theirs.send(b"x")
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert echo.received == []
+            echo.transport.resume_reading()
+            while not echo.received:
+                await asyncio.sleep(0)
+            echo.transport.write(b"y" * (1 << 20))  # more than the kernel takes: now it is also watched for writing
+            theirs.send(b"z")
+            while echo.received != [b"x", b"z"]:
+                await asyncio.sleep(0)
+
+    run(play)
+
+
+@each_loop
+def test_a_protocol_that_fails_ends_its_own_connection_only(run: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        def fail() -> None:
+            raise RuntimeError("broken")
+
+        async with connected(batcher) as (one, to_one), connected(batcher) as (other, to_other):
+            one.on_data = fail
+            to_one.send(b"x")
+            while not one.transport.is_closing():
+                await asyncio.sleep(0)
+            to_other.send(b"x")
+            while not other.received:
+                await asyncio.sleep(0)
+
+    run(play)
+    assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records] == ["broken"]
+
+
+def test_a_transports_bytes_are_read_by_the_selector_and_all_else_is_the_loops(pair: Pair) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, write_batching.BatchingLoop)
+        selector = loop.batching_selector
+        async with connected(batcher) as (echo, theirs):
+            theirs.send(b"x")
+            assert ready(selector, 0.01) == []
+            assert (echo.received, theirs.recv(10)) == ([b"x"], b"x")
+            loop.add_reader(pair[0].fileno(), print)
+            pair[1].send(b"x")
+            assert [events for _, events in ready(selector, 20)] == [EVENT_READ]
+            loop.remove_reader(pair[0].fileno())
+            theirs.send(b"x")
+            assert len(ready(selector)) == 1  # the loop does not wait: it has something to do before
+            assert echo.received == [b"x"]
+
+    on_our_loop(play)
 
 
 # --- The selector, compared with the standard library's ---
