@@ -52,9 +52,8 @@ class BackendFetcher:
         """GET a stream, and call `on_data` whenever something of it comes, until it ends. Raises GatewayError."""
         backend = await self._pool.connect(shows_work=False)
         try:
-            head_waiter: Waiter[bytes] = Waiter()
-            backend.send_request(b"GET %b HTTP/1.1\r\n%b\r\n" % (target, self._own_fields), head_waiter)
-            head = parse_response_head(await head_waiter.wait())
+            request = b"GET %b HTTP/1.1\r\n%b\r\n" % (target, self._own_fields)
+            head = parse_response_head(await backend.send_request(request).wait())
             if head.status != HTTPStatus.OK:
                 raise GatewayError(BACKEND_UNAVAILABLE, f"The backend answered {head.status}.")
             finished: Waiter[None] = Waiter()
@@ -79,9 +78,7 @@ class BackendFetcher:
     async def _fetch_file(self, request: bytes, most_bytes: int) -> FetchedFile:
         backend = await self._pool.connect(shows_work=False)
         try:
-            head_waiter: Waiter[bytes] = Waiter()
-            backend.send_request(request, head_waiter)
-            head = parse_response_head(await head_waiter.wait())
+            head = parse_response_head(await backend.send_request(request).wait())
             body = response_body(response_framing(head, b"GET"))
             return FetchedFile(head, await read_file(backend, body, most_bytes))
         finally:
@@ -93,9 +90,7 @@ class BackendFetcher:
     async def _send(self, method: bytes, request: bytes) -> tuple[int, bytes]:
         backend = await self._pool.connect()
         try:
-            head_waiter: Waiter[bytes] = Waiter()
-            backend.send_request(request, head_waiter)
-            head = parse_response_head(await head_waiter.wait())
+            head = parse_response_head(await backend.send_request(request).wait())
             return head.status, await read_page(backend, response_body(response_framing(head, method)))
         finally:
             backend.abort()

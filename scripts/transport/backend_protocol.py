@@ -13,12 +13,13 @@ from http1.grammar import HEAD_END
 from transport.peer_protocol import PeerProtocol
 from transport.tcp import CLOSED, tcp_state
 from transport.ticker import Ticker
-from transport.waiter import SupportsResult
+from transport.waiter import Waiter
 from transport.write_batching import WriteBatcher
 
 _BEGINNING = b"HTTP/1."  # of any response; bytes that begin differently may never contain the end of a head
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # nor may bytes with a line that does not end with CRLF
 
+_CLOSED_EARLY = "The backend closed before it answered."
 CROSSING_MS = 20  # an end that crosses a request comes this soon after it
 
 
@@ -45,14 +46,14 @@ class BackendProtocol(PeerProtocol):
 
     __slots__ = (
         "_answered",
+        "_awaits_head",
         "_crossing_ms",
-        "_head_waiter",
+        "_head",
         "_last_activity",
         "_max_head_bytes",
         "_partial_head",
         "_requested",
         "_reused",
-        "idle",
         "leaving",
         "missed",
         "on_lost",
@@ -72,12 +73,12 @@ class BackendProtocol(PeerProtocol):
         self._last_activity = last_activity
         self._crossing_ms = crossing_ms
         self._max_head_bytes = max_head_bytes
-        self._head_waiter: SupportsResult | None = None
+        self._head: Waiter[bytes] = Waiter()  # gets each head; made once for all requests of the connection
+        self._awaits_head = False
         self._requested = False  # a request is out, and bytes may come
         self._reused = False
         self._answered = False  # a response head has come since it was made or parked
         self._partial_head = b""
-        self.idle = False  # parked in the pool
         self.leaving = False  # its request is given up, and what has still been sent of the response is read
         self.missed = Missed.NO  # whether it ended before it read the request
         self.on_lost: Callable[[BackendProtocol], None] | None = None  # called when the connection is closed
@@ -87,33 +88,37 @@ class BackendProtocol(PeerProtocol):
         self._last_activity.seen = True
         if self._sink is not None:
             self._sink(data)
-        elif self._head_waiter is not None:
-            self._scan_head(data, self._head_waiter)
+        elif self._awaits_head:
+            self._scan_head(data)
         elif self._requested:
             self.received += data
         else:
             self.abort()  # it sends without a request
 
-    def send_request(self, request: bytes, head_waiter: SupportsResult) -> None:
-        """Send a request; `head_waiter` gets its response's head, as `expect_head` says."""
-        self._requested = True
+    def send_request(self, request: bytes) -> Waiter[bytes]:
+        """Send a request; return what gets its response's head, as `expect_head` does."""
+        self._requested = self._awaits_head = True
         self.deadline_s = inf
         self._batcher.write((self.transport, request))
-        self._head_waiter = head_waiter
+        head = self._head
+        head.done = False
         if self.ended:
             self._batcher.withdraw(self.transport)
             self.missed = Missed.SURELY
-            self._fail_head_waiter()
+            self._fail_head()
+        return head
 
-    def expect_head(self, head_waiter: SupportsResult) -> None:
-        """Give `head_waiter` the next response head with its empty line; or BACKEND_UNAVAILABLE, BACKEND_MALFORMED."""
-        self._head_waiter = head_waiter
+    def expect_head(self) -> Waiter[bytes]:
+        """Return what gets the next response head with its empty line; or BACKEND_UNAVAILABLE, BACKEND_MALFORMED."""
+        self._awaits_head = True
+        self._head.done = False
         if self.received:
-            self._scan_head(self.take_received(), head_waiter)
+            self._scan_head(self.take_received())
         if self.ended:
-            self._fail_head_waiter()
+            self._fail_head()
+        return self._head
 
-    def _scan_head(self, data: bytes, head_waiter: SupportsResult) -> None:
+    def _scan_head(self, data: bytes) -> None:
         """Look for the end of the head; keep the bytes if it is not there yet."""
         partial, rest = self._partial_head, b""
         if partial and HEAD_END not in partial[-3:] + data:
@@ -123,36 +128,34 @@ class BackendProtocol(PeerProtocol):
         if (
             len(head) > self._max_head_bytes and len(head.rstrip(HEAD_END)) > self._max_head_bytes
         ):  # its end may be torn
-            self._head_waiter = None
             message = f"The backend's response head exceeds MAX_RESPONSE_HEADER_SIZE ({self._max_head_bytes} bytes)."
-            head_waiter.set_exception(GatewayError(BACKEND_MALFORMED, message))
+            self._fail_head(GatewayError(BACKEND_MALFORMED, message))
         elif end:
-            self._head_waiter = None
+            self._awaits_head = False
             self._partial_head = b""
             self._answered = True
             self.received = rest
-            head_waiter.set_result(head + end)
+            self._head.set_result(head + end)
         elif not head.startswith(_BEGINNING[: len(head)]):
-            self._head_waiter = None
-            head_waiter.set_exception(GatewayError(BACKEND_MALFORMED, "The backend does not speak HTTP."))
+            self._fail_head(GatewayError(BACKEND_MALFORMED, "The backend does not speak HTTP."))
         elif _BARE_LINE_END.search(head, max(0, len(partial) - 1)):
-            self._head_waiter = None
             message = "A line of the backend's response head does not end with CRLF."
-            head_waiter.set_exception(GatewayError(BACKEND_MALFORMED, message))
+            self._fail_head(GatewayError(BACKEND_MALFORMED, message))
         else:
             self._partial_head = head
 
     def _end(self, *, cleanly: bool) -> None:
         ended_by_backend = not self.ended
         super()._end(cleanly=cleanly)
-        if ended_by_backend and self._head_waiter is not None and not self._answered and not self._partial_head:
+        if ended_by_backend and self._awaits_head and not self._answered and not self._partial_head:
             self.missed = self._find_missed()
-        self._fail_head_waiter()
+        self._fail_head()
 
-    def _fail_head_waiter(self) -> None:
-        head_waiter, self._head_waiter = self._head_waiter, None
-        if head_waiter is not None:
-            head_waiter.set_exception(GatewayError(BACKEND_UNAVAILABLE, "The backend closed before it answered."))
+    def _fail_head(self, error: GatewayError | None = None) -> None:
+        """The head that is awaited, if one is, will not come: the connection has ended, or there is an error."""
+        if self._awaits_head:
+            self._awaits_head = False
+            self._head.set_exception(error or GatewayError(BACKEND_UNAVAILABLE, _CLOSED_EARLY))
 
     def _find_missed(self) -> Missed:
         """Find out whether the request was read. The connection has ended without a byte of the response.

@@ -239,7 +239,7 @@ class ClientProtocol(PeerProtocol):
             finally:
                 waiter.on_done = self._waiter = None
                 self.deadline_s = inf
-        return waiter.result()
+        return waiter.value if waiter.error is None else waiter.result()
 
     async def wait_while_active(self, waiter: Waiter[T], seconds: float, kind: Kind | None) -> T:
         """Wait as `wait` does; any activity of either side renews the deadline."""

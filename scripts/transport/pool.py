@@ -1,7 +1,6 @@
 """Connections to the backend, kept between requests."""
 
 import asyncio
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
 from core.errors import BACKEND_UNAVAILABLE, GatewayError
@@ -19,7 +18,7 @@ OpenConnection = Callable[[str, int], Awaitable[tuple[asyncio.StreamReader, asyn
 
 
 class ConnectionPool:
-    """Every connection to the backend: first those in use, then the idle ones; the last used one is taken first."""
+    """Every connection to the backend, in use or idle. Of the idle ones the last used is taken first."""
 
     def __init__(
         self,
@@ -45,7 +44,8 @@ class ConnectionPool:
         self._max_head_bytes = max_head_bytes
         self._open_connection = open_connection
         self._crossing_ms = crossing_ms
-        self._connections: OrderedDict[BackendProtocol, None] = OrderedDict()
+        self._connections: dict[BackendProtocol, None] = {}
+        self._idle: list[BackendProtocol] = []  # the last used at the end
         self.last_activity = LastActivity()
 
     def __len__(self) -> int:
@@ -54,16 +54,14 @@ class ConnectionPool:
     @property
     def idle_count(self) -> int:
         """Connections that could carry a request at once."""
-        return sum(backend.idle and not backend.ended for backend in self._connections)
+        return sum(not backend.ended for backend in self._idle)
 
     def acquire(self) -> BackendProtocol | None:
         """Return an idle connection, if there is one that has not ended."""
-        for backend in reversed(self._connections):
-            if not backend.idle:
-                break
+        idle = self._idle
+        while idle:
+            backend = idle.pop()
             if not backend.ended:
-                backend.idle = False
-                self._connections.move_to_end(backend, False)
                 return backend
         return None
 
@@ -87,7 +85,6 @@ class ConnectionPool:
         backend.on_lost = self._forget
         backend.deadline_s = self._ticker.now_s + _IDLE_S  # if its request has ended before it was used
         self._connections[backend] = None
-        self._connections.move_to_end(backend, last=False)
         if reader.at_eof():
             backend.abort()
             raise GatewayError(BACKEND_UNAVAILABLE, "The backend closed a new connection.")
@@ -106,8 +103,7 @@ class ConnectionPool:
         """
         if reusable and not backend.ended and not backend.transport.get_write_buffer_size():
             backend.park(_IDLE_S)
-            backend.idle = True
-            self._connections.move_to_end(backend)
+            self._idle.append(backend)
         elif not backend.leaving:
             backend.abort()
 
@@ -122,9 +118,10 @@ class ConnectionPool:
                 backend.on_timeout(self._ticker.now_s)
 
     def close_idle(self) -> None:
-        for backend in tuple(self._connections):
-            if backend.idle:
-                backend.abort()
+        for backend in tuple(self._idle):
+            backend.abort()
 
     def _forget(self, backend: BackendProtocol) -> None:
         self._connections.pop(backend, None)
+        if backend in self._idle:
+            self._idle.remove(backend)

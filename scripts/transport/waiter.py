@@ -20,39 +20,41 @@ class SupportsResult(Protocol):
 class Waiter(Generic[T]):
     """One result, as an asyncio future has it, but `on_done` is called at once, not in the loop's next iteration.
 
-    A second result is ignored: the party that sets it may not know that nothing waits any more.
+    A second result is ignored: the party that sets it may not know that nothing waits any more. `value` is the result,
+    unless `error` is set; `result` returns the one or raises the other.
     """
 
-    __slots__ = ("_error", "_value", "done", "on_done")
+    __slots__ = ("done", "error", "on_done", "value")
+    value: T
 
     def __init__(self) -> None:
         self.done = False
         self.on_done: Callable[[], None] | None = None
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
 
     def set_result(self, value: T) -> None:
         if not self.done:
             self.done = True
-            self._value = value
+            self.value = value
             if self.on_done is not None:
                 self.on_done()
 
     def set_exception(self, error: BaseException) -> None:
         if not self.done:
             self.done = True
-            self._error = error
+            self.error = error
             if self.on_done is not None:
                 self.on_done()
 
     def result(self) -> T:
         """Return the result or raise the error. Call it once."""
-        if self._error is not None:
-            error, self._error = self._error, None
+        if self.error is not None:
+            error, self.error = self.error, None
             try:
                 raise error
             finally:
                 del error  # its traceback holds this frame: kept here or in the waiter, it would be a cycle
-        return self._value
+        return self.value
 
     async def wait(self) -> T:
         """Wait in an asyncio task. Request handlers are no tasks: they use ClientProtocol.wait."""

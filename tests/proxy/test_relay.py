@@ -16,7 +16,6 @@ from support.gateway import CHAT, post
 from support.heads import every_answer
 from support.memory_gateway import EPOCH, prepare
 from support.memory_transport import ABORTED, CLOSING, OPEN, Link, MemoryTransport, run, turns_until
-from transport.waiter import Waiter
 
 TYPE = b"Content-Type: text/event-stream\r\n"
 EVENTS = [event("1"), event("2")]
@@ -53,8 +52,7 @@ class Relayed:
         self.transport, self.backend_end = MemoryTransport(), MemoryTransport()
         self.client = self.link.client(self.transport)
         self.backend = self.link.backend(self.backend_end)
-        received: Waiter[bytes] = Waiter()
-        self.backend.send_request(b"POST / HTTP/1.1\r\n\r\n", received)
+        received = self.backend.send_request(b"POST / HTTP/1.1\r\n\r\n")
         self.backend_end.receive(head + first)
         if fin:
             self.backend_end.receive_eof()

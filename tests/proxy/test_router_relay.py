@@ -11,7 +11,6 @@ from support.backend import LAST_CHUNK, STREAM_HEAD, chunk, event
 from support.gateway import post
 from support.memory_gateway import EPOCH, prepare
 from support.memory_transport import Link, MemoryTransport
-from transport.waiter import Waiter
 
 ONE, TWO = chunk(event("1")), chunk(event("proxy error: is only text"))
 CUT = chunk(b"proxy error: Failed to read connection")
@@ -25,8 +24,7 @@ class Relayed:
         self.client = self.link.client(MemoryTransport())
         self.end = MemoryTransport()
         self.backend = self.link.backend(self.end)
-        received: Waiter[bytes] = Waiter()
-        self.backend.send_request(b"POST / HTTP/1.1\r\n\r\n", received)
+        received = self.backend.send_request(b"POST / HTTP/1.1\r\n\r\n")
         self.end.receive(STREAM_HEAD + first)
         self.info = parse_response(received.result(), b"POST")
         response = Response(self.client, prepare(post()), b"r-1", EPOCH, True)

@@ -27,13 +27,10 @@ class Asked:
         self.link = Link()
         self.transport = MemoryTransport()
         self.backend = self.link.backend(self.transport, max_head_bytes)
-        self.head: Waiter[bytes] = Waiter()
-        self.backend.send_request(REQUEST, self.head)
+        self.head = self.backend.send_request(REQUEST)
 
     def next_head(self) -> Waiter[bytes]:
-        waiter: Waiter[bytes] = Waiter()
-        self.backend.expect_head(waiter)
-        return waiter
+        return self.backend.expect_head()
 
 
 # --- Heads ---
@@ -154,8 +151,7 @@ def test_a_request_on_a_connection_that_has_ended_fails_at_once() -> None:
     link = Link()
     backend = link.backend()
     end_of(backend).receive_eof()
-    head: Waiter[bytes] = Waiter()
-    backend.send_request(REQUEST, head)
+    head = backend.send_request(REQUEST)
     assert outcome(head) is BACKEND_UNAVAILABLE
 
 
@@ -273,14 +269,13 @@ def test_a_parked_connection_has_a_deadline(seconds: float, state: str) -> None:
 
 def test_a_request_ends_the_deadline() -> None:
     asked = parked()
-    asked.backend.send_request(REQUEST, Waiter())
+    asked.backend.send_request(REQUEST)
     asked.link.advance(1000)
     assert asked.transport.state == OPEN
 
 
 def sent_again(asked: Asked) -> Asked:
-    asked.head = Waiter()
-    asked.backend.send_request(REQUEST, asked.head)
+    asked.head = asked.backend.send_request(REQUEST)
     return asked
 
 

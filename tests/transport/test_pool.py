@@ -11,7 +11,6 @@ from support.clock import Clock
 from support.memory_transport import ABORTED, OPEN, Connector, Link, MemoryTransport, end_of, memory_test
 from transport.backend_protocol import BackendProtocol
 from transport.pool import ConnectionPool
-from transport.waiter import Waiter
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
@@ -34,7 +33,7 @@ class Pool:
         return backend
 
     def use(self, backend: BackendProtocol) -> None:
-        backend.send_request(b"GET / HTTP/1.1\r\n\r\n", Waiter())
+        backend.send_request(b"GET / HTTP/1.1\r\n\r\n")
         self.link.batcher.flush()
         end_of(backend).receive(HEAD)
 
@@ -104,7 +103,7 @@ async def test_a_connection_whose_request_has_left_meanwhile_is_closed(pool: Poo
 @in_memory
 async def test_a_connection_that_is_used_may_take_its_time(pool: Pool) -> None:
     backend = await pool.pool.connect()
-    backend.send_request(b"GET / HTTP/1.1\r\n\r\n", Waiter())
+    backend.send_request(b"GET / HTTP/1.1\r\n\r\n")
     pool.link.advance(1000)
     assert end_of(backend).state == OPEN
 
