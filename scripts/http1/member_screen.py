@@ -58,8 +58,12 @@ class MemberScreen:
 
     def is_suspect(self, text: bytes) -> bool:
         """Whether a whole body may have such a member or address, or be nested too deeply."""
-        depth = self.max_depth
-        return (depth is not None and len(text) > depth and brackets(text, depth) > depth) or self.may_have(text)
+        depth, size, search = self.max_depth, len(text), self._search
+        if depth is not None and size > depth and brackets(text, depth) > depth:
+            return True
+        if search is None or size > _WINDOW_BYTES or text.find(b"\\") >= 0:
+            return self.may_have(text)
+        return search(text) is not None  # the same for a short text without escapes, as most are
 
 
 def brackets(text: bytes, most: int) -> int:
@@ -67,6 +71,8 @@ def brackets(text: bytes, most: int) -> int:
 
     Most texts have few, and a jump from one to the next takes much less time than a count.
     """
+    if len(text) <= _WINDOW_BYTES:
+        return len(text) - len(text.translate(None, b"[{"))
     found, find = 0, text.find
     for bracket in (b"[", b"{"):
         at = find(bracket)

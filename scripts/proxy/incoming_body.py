@@ -121,12 +121,12 @@ class IncomingBody:
 
     def is_cleared(self) -> bool:
         """Whether no member that matters to the gateway can be in a body that was received at once."""
-        # A body that is not scanned is small, and mostly one piece, which is not copied.
-        screen = self._prepared.route.screen
+        screen, pieces = self._prepared.route.screen, self._pieces
         if screen is None:
             return True
-        # A form spells the names of its fields in more ways than the screen knows.
-        return not self._prepared.boundary and not screen.is_suspect(b"".join(self._pieces))
+        if self._prepared.boundary:  # a form spells the names of its fields in more ways than the screen knows
+            return False
+        return not screen.is_suspect(b"".join(pieces))  # it is small, and mostly one piece, which is not copied
 
     async def find_members(self) -> Members | None:
         """Read the body for its members, all of which has been received. None if the screen has cleared it."""
