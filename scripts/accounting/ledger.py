@@ -41,7 +41,7 @@ from accounting.ledger_files import (
     spent_by_day,
 )
 from accounting.spending import Spending
-from accounting.usage_reports import Tokens
+from accounting.usage_reports import TokenColumns, Tokens, token_columns
 
 log = logging.getLogger(__name__)
 
@@ -204,17 +204,20 @@ class Charge(NamedTuple):
 
 def charge(uses: Sequence[tuple[Tokens | None, str]]) -> Charge:
     """Add up finished requests: the tokens of each, and its outcome as in the access log."""
-    outcomes = [outcome for _, outcome in uses]
-    reported = [tokens for tokens, _ in uses if tokens is not None]
+    reported = token_columns([tokens for tokens, _ in uses if tokens is not None])
+    return add_up(reported, [outcome for _, outcome in uses])
+
+
+def add_up(reported: TokenColumns, outcomes: Sequence[str]) -> Charge:
+    """Add up finished requests: the tokens of those that used some, and the outcomes of all."""
+    prompts, cacheds, completions, prompt_ms, completion_ms, estimated = reported
     cancelled = outcomes.count("cancelled")
-    sums = zip(*reported, strict=True) if reported else [()] * len(Tokens._fields)
-    prompts, cacheds, completions, prompt_ms, completion_ms, estimated = sums
     return Charge(
-        requests=len(uses),
+        requests=len(outcomes),
         prompt=sum(prompts),
         cached=sum(cacheds),
         completion=sum(completions),
-        errors=len(uses) - outcomes.count("done") - cancelled,
+        errors=len(outcomes) - outcomes.count("done") - cancelled,
         cancelled=cancelled,
         timed_prompt=sum(compress(map(sub, prompts, cacheds), prompt_ms)),
         prompt_ms=sum(prompt_ms),

@@ -8,14 +8,15 @@ from operator import sub
 
 from accounting.request_record import RequestRecord
 from accounting.token_estimates import TokenEstimator
-from accounting.usage_reports import NO_TOKENS
+from accounting.usage_reports import NO_TOKENS, token_columns
 
 
 class RecordBatch:
     """The columns that several readers want; others are read from `records`.
 
-    `tokens` are the tokens of each request, None for one that used none; `prompts`, `cacheds`, `completions` and
-    `estimateds` have 0 then. `epoch_s` is the time, in seconds since the epoch, at which the records' clock was 0.
+    `tokens` are the tokens of each request, None for one that used none. `reported` are the columns of those that used
+    some, `used` those of all, with 0 for the others. `epoch_s` is the time, in seconds since the epoch, at which the
+    records' clock was 0.
     """
 
     def __init__(self, records: Sequence[RequestRecord], estimator: TokenEstimator, epoch_s: float = 0.0) -> None:
@@ -33,9 +34,10 @@ class RecordBatch:
         self.first_byte_s = [record.first_byte_s for record in records]
         self.ended_s = [record.ended_s for record in records]
         self.tokens = list(map(estimator.tokens_of, records))
-        self.prompts, self.cacheds, self.completions, _, _, self.estimateds = zip(
-            *[tokens or NO_TOKENS for tokens in self.tokens], strict=True
-        )
+        used = [tokens for tokens in self.tokens if tokens is not None]
+        self.reported = token_columns(used)
+        all_have_tokens = len(used) == len(records)
+        self.used = self.reported if all_have_tokens else token_columns([each or NO_TOKENS for each in self.tokens])
 
 
 def spans_s(begins: Sequence[float], ends: Sequence[float]) -> list[float]:
@@ -49,4 +51,6 @@ def spans_ms(begins: Sequence[float], ends: Sequence[float]) -> list[int]:
     """Return whole milliseconds between two times, 0 for a request that did not reach the second."""
     if begins == ends:  # no request had to wait
         return [0] * len(ends)
+    if all(ends):
+        return [round(span_s * 1000) for span_s in map(sub, ends, begins)]
     return [round((end_s - begin_s) * 1000) if end_s else 0 for begin_s, end_s in zip(begins, ends, strict=True)]

@@ -2,20 +2,20 @@
 
 import logging
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, groupby
-from operator import itemgetter, sub
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import sub
+from typing import TypeVar
 
 from accounting.access_file import AccessLog
 from accounting.access_lines import json_lines, text_lines
-from accounting.ledger import Charge, Ledger, charge
+from accounting.ledger import Charge, Ledger, add_up, charge
 from accounting.record_batch import RecordBatch, spans_s
 from accounting.request_history import RequestHistory
 from accounting.request_metrics import TOKEN_TYPES, KeyCounts, RequestMetrics
 from accounting.request_record import NO_MODEL, Outcome, RequestRecord
 from accounting.token_counter import TokenCounter
 from accounting.token_estimates import TokenEstimator
-from accounting.usage_reports import Tokens
+from accounting.usage_reports import TokenColumns, Tokens
 from auth import NO_KEY
 from core.errors import (
     INVALID_API_KEY,
@@ -26,6 +26,8 @@ from core.errors import (
 )
 
 log = logging.getLogger("gateway")
+
+L = TypeVar("L", bound=Hashable)
 
 _BATCH = 256
 OTHER_MODEL = "other"  # of requests that were for no model that there is
@@ -112,7 +114,7 @@ class Recorder:
         batch = RecordBatch(ended, self._estimator, self._wall_clock() - self._clock())
         self._count(batch)
         self._count_ends(batch)
-        self._count_tokens([tokens for tokens in batch.tokens if tokens is not None])
+        self._count_tokens(batch.reported)
         self._charge(batch)
         if self._has_reservations:
             self._has_reservations = False
@@ -173,12 +175,12 @@ class Recorder:
         elif record.refusal is QUEUE_FULL:
             metrics.queue_rejections.inc()
 
-    def _count_tokens(self, reported: Sequence[Tokens]) -> None:
+    def _count_tokens(self, reported: TokenColumns) -> None:
         metrics = self._metrics
-        if not reported:
+        prompts, cacheds, completions, prompt_ms, predicted_ms, _ = reported
+        if not prompts:
             return
         self.served_s = self._clock()
-        prompts, cacheds, completions, prompt_ms, predicted_ms, _ = zip(*reported, strict=True)
         if not metrics.by_model:
             for kind, numbers in zip(TOKEN_TYPES, (prompts, cacheds, completions), strict=True):
                 metrics.tokens.inc((kind,), sum(numbers))
@@ -188,25 +190,26 @@ class Recorder:
 
     def _charge(self, batch: RecordBatch) -> None:
         """Charge each key with its requests on metered routes."""
-        metered = [record.prepared.route.kind.metered for record in batch.records]
-        uses: dict[str, list[tuple[Tokens | None, str]]] = {}
-        ends = zip(batch.tokens, batch.outcomes, strict=True)
-        rows = zip(compress(batch.key_ids, metered), compress(ends, metered), strict=True)
-        for key_id, of_key in groupby(rows, itemgetter(0)):
-            uses.setdefault(key_id, []).extend(map(itemgetter(1), of_key))
-        charges = {key_id: charge(own) for key_id, own in uses.items() if key_id != NO_KEY}
+        charges = _charges(batch, batch.key_ids)
+        charges.pop(NO_KEY, None)
         self._keys.add(batch.key_ids, charges)
         if self._metrics.by_model:
-            self._ledger.record(charges, self._charges_by_model(batch, metered))
+            by_model = _charges(batch, [(record.key_id, _model_of(record)) for record in batch.records])
+            self._ledger.record(charges, {labels: each for labels, each in by_model.items() if labels[0] != NO_KEY})
         else:
             self._ledger.record(charges)
 
-    def _charges_by_model(self, batch: RecordBatch, metered: Sequence[bool]) -> dict[tuple[str, str], Charge]:
-        uses: dict[tuple[str, str], list[tuple[Tokens | None, str]]] = {}
-        for record, tokens, is_metered in zip(batch.records, batch.tokens, metered, strict=True):
-            if is_metered and record.key_id != NO_KEY:
-                uses.setdefault((record.key_id, _model_of(record)), []).append((tokens, record.outcome))
-        return {key_and_model: charge(own) for key_and_model, own in uses.items()}
+
+def _charges(batch: RecordBatch, labels: Sequence[L]) -> dict[L, Charge]:
+    """Add up the requests on metered routes that have the same label; there is one for each request of the batch."""
+    metered = [record.prepared.route.kind.metered for record in batch.records]
+    if all(metered) and labels.count(labels[0]) == len(labels):  # the batch's columns are the only label's
+        return {labels[0]: add_up(batch.reported, batch.outcomes)}
+    uses: dict[L, list[tuple[Tokens | None, str]]] = {}
+    for label, tokens, outcome, is_metered in zip(labels, batch.tokens, batch.outcomes, metered, strict=True):
+        if is_metered:
+            uses.setdefault(label, []).append((tokens, outcome))
+    return {label: charge(own) for label, own in uses.items()}
 
 
 def _model_of(record: RequestRecord) -> str:

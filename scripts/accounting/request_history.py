@@ -197,8 +197,8 @@ class RequestHistory:
             batch.left_queue_s,
             batch.first_byte_s,
             batch.ended_s,
-            batch.prompts,
-            batch.completions,
+            batch.used.prompts,
+            batch.used.completions,
         )
         return list(zip(*parts, strict=True))
 

@@ -140,6 +140,16 @@ _USAGE_AT_END = re.compile(
 ).fullmatch
 
 
+class _Integers(dict[bytes, int]):
+    """Integers by their digits. To look a number up takes a third of the time that to read it does."""
+
+    def __missing__(self, digits: bytes) -> int:
+        return int(digits)
+
+
+_INTEGERS = _Integers({b"%d" % number: number for number in range(1000)})
+
+
 def fast_tokens(text: bytes) -> Tokens | None:
     """Return the tokens of an object that ends as llama-server formats it; None if it must be parsed.
 
@@ -149,10 +159,8 @@ def fast_tokens(text: bytes) -> Tokens | None:
     if place >= 0:
         if match := _TIMINGS_AT_END(text, place):
             cached, prompt, prompt_ms, completion, predicted_ms = match.groups()
-            cache_n = int(cached)
-            return make_tokens(
-                (cache_n + int(prompt), cache_n, int(completion), float(prompt_ms), float(predicted_ms), 0)
-            )
+            cache_n, prompt_n, predicted_n = _INTEGERS[cached], _INTEGERS[prompt], _INTEGERS[completion]
+            return make_tokens((cache_n + prompt_n, cache_n, predicted_n, float(prompt_ms), float(predicted_ms), 0))
         return None
     place = text.rfind(_USAGE)
     if place >= 0 and (match := _USAGE_AT_END(text, place)):

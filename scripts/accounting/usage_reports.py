@@ -5,7 +5,7 @@ Input is JSON or what was parsed from it; nothing here raises for any input.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,6 +56,21 @@ class Tokens(NamedTuple):
 
 make_tokens = partial(tuple.__new__, Tokens)  # a third of the time of NamedTuple's own constructor
 NO_TOKENS = Tokens(0, 0, 0)
+
+
+class TokenColumns(NamedTuple):
+    """The tokens of many responses, each part of them as one sequence: that is summed up and sorted at once."""
+
+    prompts: Sequence[int] = ()
+    cacheds: Sequence[int] = ()
+    completions: Sequence[int] = ()
+    prompt_ms: Sequence[float] = ()
+    predicted_ms: Sequence[float] = ()
+    estimateds: Sequence[int] = ()
+
+
+def token_columns(tokens: Sequence[Tokens]) -> TokenColumns:
+    return TokenColumns._make(zip(*tokens, strict=True)) if tokens else TokenColumns()
 
 
 class Choice(NamedTuple):

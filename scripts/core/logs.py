@@ -32,27 +32,25 @@ def escape(text: str) -> str:
 
 def timestamp(epoch_s: float) -> str:
     """Format seconds since the epoch as UTC with milliseconds: 2026-01-02T03:04:05.678Z."""
-    return _format_milliseconds(round(epoch_s * 1000))
+    return timestamps([epoch_s])[0].decode()
 
 
 def timestamps(epochs_s: Iterable[float]) -> list[bytes]:
-    """Format many times at once. Under load many of them fall into the same millisecond, which is formatted once."""
-    return [_encode_milliseconds(round(epoch_s * 1000.0)) for epoch_s in epochs_s]
-
-
-def _format_milliseconds(epoch_ms: int) -> str:
-    seconds, milliseconds = divmod(epoch_ms, 1000)
-    return f"{_format_seconds(seconds)}.{milliseconds:03d}Z"
-
-
-@functools.lru_cache(maxsize=256)
-def _encode_milliseconds(epoch_ms: int) -> bytes:
-    return _format_milliseconds(epoch_ms).encode()
+    """Format many times at once. Under load many in a row are of the same millisecond, which is formatted once."""
+    texts: list[bytes] = []
+    last_ms, text = None, b""
+    for epoch_s in epochs_s:
+        epoch_ms = round(epoch_s * 1000)
+        if epoch_ms != last_ms:
+            seconds, milliseconds = divmod(epoch_ms, 1000)
+            last_ms, text = epoch_ms, b"%b.%03dZ" % (_format_seconds(seconds), milliseconds)
+        texts.append(text)
+    return texts
 
 
 @functools.lru_cache(maxsize=4)
-def _format_seconds(epoch_s: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s))
+def _format_seconds(epoch_s: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(epoch_s)).encode()
 
 
 def _extra(record: logging.LogRecord) -> dict[str, object]:

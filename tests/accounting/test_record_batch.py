@@ -24,7 +24,8 @@ def test_a_batch_has_a_column_for_each_thing_that_is_read() -> None:
 def test_tokens_are_read_from_what_is_there(source: object) -> None:
     batch = RecordBatch([record(usage_source=source), record(usage_source=None), record(NO_HEAD)], TokenEstimator())
     assert batch.tokens == [Tokens(10, 3, 20, 350.0, 500.0), None, None]
-    assert (batch.prompts, batch.cacheds, batch.completions) == ((10, 0, 0), (3, 0, 0), (20, 0, 0))
+    assert batch.used[:3] == ((10, 0, 0), (3, 0, 0), (20, 0, 0))
+    assert batch.reported[:3] == ((10,), (3,), (20,))
 
 
 def test_spans_are_those_of_requests_that_reached_the_end() -> None:
