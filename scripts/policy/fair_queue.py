@@ -152,8 +152,8 @@ class FairQueue:
     """Slots, and the queue in front of them.
 
     `slots` is at least 1. `max_waiting` limits the queue; 0 is no limit. `clock` returns monotonic seconds. `active` is
-    the number of slots that are occupied, `running` that of the requests in them, and `queued` that of the requests
-    that wait. `open` is False while the queue is paused.
+    the number of slots that are occupied, and `queued` that of the requests that wait. `open` is False while the queue
+    is paused.
     """
 
     def __init__(self, slots: int, max_waiting: int, clock: Callable[[], float], *, ageing_s: float = AGEING_S) -> None:
@@ -165,7 +165,7 @@ class FairQueue:
         self._clock = clock
         self._ageing_s = ageing_s
         self._keeps = False  # free slots for the request that is next, which needs more of them
-        self.running = 0
+        self._further_slots = 0  # of requests that occupy several, besides the first of each
         self._running: dict[str, int] = {}  # what counts against `parallel`, by key
         self._uncounted: dict[str, int] = {}  # slots besides that batches hold, by key
         self._flows: dict[tuple[int, str], Flow] = {}
@@ -190,7 +190,6 @@ class FairQueue:
         ):
             self._running[key_id] = running + 1
             self.active += 1
-            self.running += 1
             if self.queued:  # it was served before others that wait
                 self._admissions += 1
                 self._last_served[key_id] = self._admissions
@@ -285,6 +284,26 @@ class FairQueue:
 
     # --- Slots ---
 
+    @property
+    def running(self) -> int:
+        """How many requests occupy slots."""
+        return self.active - self._further_slots
+
+    def release_one(self, key_id: str) -> None:
+        """Free the slot that `try_acquire` took, as `release` does. Every request runs this."""
+        if self.active >= self.slots or self._keeps:
+            self._measure_rate(1)
+        self.active = active = self.active - 1
+        if not active:
+            self._last_work_s = self._clock()
+        running = self._running
+        if running[key_id] == 1:
+            del running[key_id]
+        else:
+            running[key_id] -= 1
+        if self.queued:
+            self._admit()
+
     def release(self, key_id: str, slots: int = 1, counted: int = 1) -> None:
         """Free slots of a key, update the service rate if all slots were taken, and admit the next requests.
 
@@ -293,7 +312,7 @@ class FairQueue:
         if self.active >= self.slots or self._keeps:
             self._measure_rate(slots)
         self.active -= slots
-        self.running -= 1
+        self._further_slots -= slots - 1
         if slots != counted:
             self._count_no_more(key_id, slots - counted)
         if not self.active:
@@ -324,7 +343,7 @@ class FairQueue:
         """Let a request that fits run."""
         key_id, ticket.slots = ticket.key_id, self._needed(ticket)
         self.active += ticket.slots
-        self.running += 1
+        self._further_slots += ticket.slots - 1
         counted = 1 if ticket.as_one else ticket.slots
         self._running[key_id] = self._running.get(key_id, 0) + counted
         if ticket.slots != counted:

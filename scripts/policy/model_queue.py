@@ -57,6 +57,9 @@ class ModelQueue(FairQueue):
         self._limits.count(key_id, 1)
         return True
 
+    def release_one(self, key_id: str) -> None:
+        self.release(key_id)
+
     def release(self, key_id: str, slots: int = 1, counted: int = 1) -> None:
         limits = self._limits
         limits.count(key_id, -counted)

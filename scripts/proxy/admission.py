@@ -11,7 +11,7 @@ from backend.slots import SlotReclaimer
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, DRAINING, LOADING, QUEUE_TIMEOUT, GatewayError
 from policy.fair_queue import Ticket
 from policy.prefix_digests import prefix_digests
-from policy.slot_demand import SlotDemand
+from policy.slot_demand import ONE_SLOT, SlotDemand
 from policy.suspects import Suspect
 from proxy.incoming_body import IncomingBody
 from proxy.request_services import RequestServices
@@ -21,6 +21,21 @@ from transport.client_protocol import ClientProtocol
 
 BACKEND_IS_DOWN = "The backend is down; it is being restarted."
 _LANE_S = 60.0  # after which the next suspect runs as well; longer than it takes to find the backend hung
+
+
+def takes_free_slot(services: RequestServices, record: RequestRecord, caller: Caller, demand: SlotDemand) -> bool:
+    """Take a slot, until the queue's `release_one`, if one is free and nothing must be waited for.
+
+    Most requests need nothing else: an Admission is made for the others, and for what else may happen to a request.
+    """
+    if demand is not ONE_SLOT or services.readiness.state != READY or not record.prepared.route.kind.slot:
+        return False
+    if services.models is not None or services.suspects.active:
+        return False
+    if not services.queue.try_acquire(caller.key_id, caller.parallel, caller.priority):
+        return False
+    record.queued_s = record.left_queue_s = services.clock()
+    return True
 
 
 class Admission:
@@ -39,7 +54,6 @@ class Admission:
         "_record",
         "_route",
         "_services",
-        "_slot_key",
         "_suspect",
         "_ticket",
     )
@@ -51,15 +65,17 @@ class Admission:
         record: RequestRecord,
         caller: Caller,
         demand: SlotDemand,
+        *,
+        has_free_slot: bool = False,
     ) -> None:
+        """`has_free_slot`: it has what `takes_free_slot` takes."""
         self._services = services
         self._client = client
         self._record = record
         self._route = record.prepared.route
         self._caller = caller
         self._demand = demand
-        self._slot_key: str | None = None  # of the key, while a slot is held that was free at once
-        self._ticket: Ticket | None = None  # for a slot that had to be waited for
+        self._ticket: Ticket | None = services.queue.ticket(caller.key_id, caller.parallel) if has_free_slot else None
         self._lane: Ticket | None = None  # of a suspect that must run alone
         self._lease: SlotLease | None = None  # with the ticket's slots; only if they are isolated
 
@@ -81,10 +97,6 @@ class Admission:
         parallel = caller.parallel
         if services.suspects.active and services.suspects.is_limited(caller.key_id):
             parallel = slots
-        if is_ready and slots == 1 and services.queue.try_acquire(caller.key_id, parallel, caller.priority):
-            self._slot_key = caller.key_id
-            record.left_queue_s = record.queued_s
-            return True
         self._ticket = services.queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
         return False
 
@@ -186,10 +198,7 @@ class Admission:
     async def lease_slot(self, isolation: SlotIsolation, body: IncomingBody) -> None:
         """Get a slot that holds nothing of another key, unless the request has one of the backend's current process."""
         ticket = self._ticket
-        if ticket is None:
-            assert self._slot_key is not None  # it was admitted at once
-            ticket = self._ticket = self._services.queue.ticket(self._slot_key, self._caller.parallel)
-            self._slot_key = None
+        assert ticket is not None  # it was admitted
         while self._lease is None or not self._lease.is_valid:
             if self._lease is not None:
                 self._lease.release()
@@ -224,9 +233,7 @@ class Admission:
         """Leave the queue or the slots: the backend is not at work."""
         if self._lane is not None:
             self._leave_lane(self._lane)
-        if self._slot_key is not None:
-            self._services.queue.release(self._slot_key)
-        elif self._ticket is not None:
+        if self._ticket is not None:
             self._ticket.release()
 
     def release_unfinished(
@@ -240,8 +247,6 @@ class Admission:
         if self._lane is not None:
             self._leave_lane(self._lane)
         ticket = self._ticket
-        if ticket is None and self._slot_key is not None:
-            ticket = self._services.queue.ticket(self._slot_key, self._caller.parallel)
         if self._lease is not None and not self._record.first_byte_s:
             self._lease.settle(sent_bytes)
         if ticket is not None and self._route.kind.slot:

@@ -27,7 +27,7 @@ from policy.routes import PREFLIGHT
 from policy.slot_demand import ONE_SLOT, SlotDemand, check_parallel
 from policy.suspects import Suspect
 from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
-from proxy.admission import BACKEND_IS_DOWN, Admission
+from proxy.admission import BACKEND_IS_DOWN, Admission, takes_free_slot
 from proxy.endpoints import EndpointCall
 from proxy.heartbeat import Heartbeats
 from proxy.incoming_body import IncomingBody
@@ -42,7 +42,6 @@ from proxy.router_relay import RouterRelay
 from proxy.token_quotas import allowance_lines
 from transport.backend_protocol import BackendProtocol, Missed
 from transport.client_protocol import ClientProtocol
-from transport.waiter import Waiter
 
 log = logging.getLogger("gateway")
 
@@ -63,6 +62,7 @@ class Request:
         "_client",
         "_demand",
         "_error",
+        "_has_free_slot",
         "_heartbeats",
         "_prepared",
         "_rate_counted",
@@ -91,7 +91,8 @@ class Request:
         self._caller: Caller | None = None
         self._rate_counted = False
         self._demand: SlotDemand = ONE_SLOT
-        self._admission: Admission | None = None
+        self._has_free_slot = False  # one that was free at once
+        self._admission: Admission | None = None  # see _admission_of
         self._heartbeats: Heartbeats | None = None  # made if the request waits for long
         self._sent = False  # the backend works on it, as far as is known
         self._relay: Relay | None = None  # of a response that comes in pieces
@@ -267,33 +268,29 @@ class Request:
         the end of its connection, so that the backend has not read it, is sent again on a new one.
         """
         services, record, body = self._services, self.record, self._body
-        admission = self._admission = (
-            Admission(services, self._client, record, caller, self._demand)
-            if services.models is None
-            else self._model_admission(caller, services.models)
-        )
         repeats = 0
         cut: GatewayError | None = None  # by which the last connection ended, if that may have been a death
+        self._has_free_slot = is_admitted = takes_free_slot(services, record, caller, self._demand)
         while True:
-            if not admission.try_at_once():
-                if not await admission.wait():
+            if not is_admitted and not self._admission_of(caller).try_at_once():
+                if not await self._admission_of(caller).wait():
                     self._answer_without_backend()
                     return
                 cut = None
+            is_admitted = False  # if it is sent again, it must be ready again
             if services.suspects.active or caller.limits_tokens or services.isolation is not None:
-                await self._clear_to_send(caller, admission, was_cut=cut is not None)
+                await self._clear_to_send(caller, was_cut=cut is not None)
             record.stage = Stage.AWAITING_RESPONSE
             backend = None if repeats else services.pool.acquire()
-            if backend is None and (backend := await self._connect(admission, cut)) is None:
+            if backend is None and (backend := await self._connect(cut)) is None:
                 cut = None
                 continue
             reusable = False
             try:
-                head_waiter: Waiter[bytes] = Waiter()
                 # No variable holds the request: it would keep the body for as long as the response lasts.
-                backend.send_request(body.request(record.id), head_waiter)
+                head = backend.send_request(body.request(record.id))
                 self._sent = True
-                raw = await self._client.wait(head_waiter, services.upstream_timeouts.request_s, BACKEND_TIMEOUT)
+                raw = await self._client.wait(head, services.upstream_timeouts.request_s, BACKEND_TIMEOUT)
                 info = parse_response(raw, self._prepared.method)
                 if info.status >= _BAD_REQUEST and await self._is_missed(backend, info, repeats):
                     cut = None
@@ -315,24 +312,31 @@ class Request:
             self._sent = False
             repeats += 1
 
-    async def _clear_to_send(self, caller: Caller, admission: Admission, *, was_cut: bool) -> None:
+    async def _clear_to_send(self, caller: Caller, *, was_cut: bool) -> None:
         """Check what may have changed while the request waited, and get an isolated slot."""
         services, kind = self._services, self._prepared.route.kind
         if services.suspects.active and kind.works and not was_cut:
-            await admission.await_lane(self.suspect())
+            await self._admission_of(caller).await_lane(self.suspect())
         if caller.limits_tokens and kind.metered:  # others of the key may have used them up meanwhile
             services.quotas.check(caller)
         if services.isolation is not None and kind.slot:
-            await admission.lease_slot(services.isolation, self._body)
+            await self._admission_of(caller).lease_slot(services.isolation, self._body)
 
-    def _model_admission(self, caller: Caller, models: Models) -> Admission:
-        services, client, record = self._services, self._client, self.record
-        return ModelAdmission(services, client, record, caller, self._demand, self._body, models)
+    def _admission_of(self, caller: Caller) -> Admission:
+        """Return the request's admission. It is made when it is needed: one that takes a free slot needs none."""
+        if self._admission is None:
+            services, client, record, models = self._services, self._client, self.record, self._services.models
+            self._admission = (
+                Admission(services, client, record, caller, self._demand, has_free_slot=self._has_free_slot)
+                if models is None
+                else ModelAdmission(services, client, record, caller, self._demand, self._body, models)
+            )
+        return self._admission
 
     async def _is_missed(self, backend: BackendProtocol, info: ResponseInfo, repeats: int) -> bool:
         """Whether an error response means that the model was not loaded any more, so that the request is sent again."""
-        assert self._admission is not None  # the request was admitted
-        return repeats < _MAX_REPEATS and await self._admission.is_missed(backend, info)
+        admission = self._admission  # there is one if there are several models
+        return repeats < _MAX_REPEATS and admission is not None and await admission.is_missed(backend, info)
 
     def _check_end(self, error: GatewayError, backend: BackendProtocol) -> GatewayError | None:
         """Return None if the backend has missed the request, so that it can be sent again.
@@ -357,7 +361,7 @@ class Request:
         """How certain it must be that the backend has not read the request."""
         return Missed.IF_ALIVE if self._prepared.route.kind.repeatable else Missed.SURELY
 
-    async def _connect(self, admission: Admission, cut: GatewayError | None) -> BackendProtocol | None:
+    async def _connect(self, cut: GatewayError | None) -> BackendProtocol | None:
         """Open a connection to the backend; None if it does not accept one now, or may have been started again.
 
         `cut` is the error by which the last connection ended. It is raised if the backend lives, and so has closed on
@@ -368,7 +372,7 @@ class Request:
         try:
             if cut is None:
                 backend = await self._client.run(services.pool.connect(), connect_s, BACKEND_UNAVAILABLE)
-                if not admission.has_stale_lease:
+                if self._admission is None or not self._admission.has_stale_lease:
                     return backend
                 services.pool.release(backend, False)
                 return None
@@ -445,10 +449,8 @@ class Request:
         for _ in range(_MAX_INTERIM_RESPONSES):
             if info.status == HTTPStatus.SWITCHING_PROTOCOLS:
                 raise GatewayError(BACKEND_MALFORMED, "The backend switched protocols without being asked.")
-            head_waiter: Waiter[bytes] = Waiter()
-            backend.expect_head(head_waiter)
             request_s = self._services.upstream_timeouts.request_s
-            raw = await self._client.wait(head_waiter, request_s, BACKEND_TIMEOUT)
+            raw = await self._client.wait(backend.expect_head(), request_s, BACKEND_TIMEOUT)
             info = parse_response(raw, self._prepared.method)
             if info.status >= 200:
                 return info
@@ -496,12 +498,12 @@ class Request:
 
     def _running_heartbeats(self) -> Heartbeats:
         if self._heartbeats is None:
-            assert self._admission is not None  # by its stage it is waiting for the backend
+            assert self._caller is not None  # by its stage it is waiting for the backend
             self._heartbeats = Heartbeats(
                 self._client,
                 self._response,
                 self._body,
-                self._admission,
+                self._admission_of(self._caller),
                 self._services.body_scans,
                 interval_s=self._services.timeouts.heartbeat_s,
                 since_s=self.record.queued_s,
@@ -558,6 +560,8 @@ class Request:
         else:
             if self._admission is not None:
                 self._admission.release()
+            elif self._has_free_slot:
+                services.queue.release_one(record.key_id)
             services.recorder.record(record)
         body.release()
         if services.timeouts.duration_s:
@@ -568,7 +572,7 @@ class Request:
 
         It is recorded once it is known what the backend has generated.
         """
-        recorder, record, admission, body = self._services.recorder, self.record, self._admission, self._body
+        recorder, record, body = self._services.recorder, self.record, self._body
         record.is_unfinished = True
         has_left = record.outcome is Outcome.CANCELLED
         if has_left and self.is_at_work:
@@ -579,11 +583,12 @@ class Request:
             record.asked = tokens_asked(self._prepared.route, members)
         if self._remainder is not None:
             self._remainder.when_counted(partial(_record_stream, recorder, record))
-        elif not is_watched or admission is None:
+        elif not is_watched:
             recorder.record(record)
-        if admission is not None:
-            on_generated = partial(_record_whole, recorder, record) if is_watched else None
-            admission.release_unfinished(body.size, streamed=streamed, on_generated=on_generated)
+        assert self._caller is not None  # its request was sent
+        on_generated = partial(_record_whole, recorder, record) if is_watched else None
+        admission = self._admission_of(self._caller)
+        admission.release_unfinished(body.size, streamed=streamed, on_generated=on_generated)
 
     def close(self) -> None:
         """End the connection after the response, unless the response has ended it already."""
