@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter as Tally
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import sub
 from typing import TypeVar
 
@@ -130,7 +130,7 @@ class Recorder:
         if metrics.by_model:
             self._count_by_model(batch)
         else:
-            for (label, status), number in Tally(zip(batch.labels, batch.statuses, strict=True)).items():
+            for (label, status), number in _tally(batch.labels, batch.statuses).items():
                 metrics.requests.inc((label, str(status)), number)
             metrics.first_byte.observe_all(spans_s(batch.started_s, batch.first_byte_s))
         metrics.bytes_sent.inc((), sum([record.bytes_out for record in batch.records]))
@@ -210,6 +210,14 @@ def _charges(batch: RecordBatch, labels: Sequence[L]) -> dict[L, Charge]:
         if is_metered:
             uses.setdefault(label, []).append((tokens, outcome))
     return {label: charge(own) for label, own in uses.items()}
+
+
+def _tally(labels: Sequence[str], statuses: Sequence[int]) -> Mapping[tuple[str, int], int]:
+    """Count the requests of each route and status. Most batches have one of each, which is soon seen."""
+    label, status, number = labels[0], statuses[0], len(labels)
+    if labels.count(label) == number and statuses.count(status) == number:
+        return {(label, status): number}
+    return Tally(zip(labels, statuses, strict=True))
 
 
 def _model_of(record: RequestRecord) -> str:

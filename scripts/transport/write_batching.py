@@ -25,6 +25,8 @@ log = logging.getLogger("gateway")
 
 T = TypeVar("T")
 
+_EPOLLIN = getattr(select, "EPOLLIN", 0)  # a constant of Linux
+
 
 class WriteBatcher:
     """What the current iteration of the loop has to send. `write` takes a pair: a transport and the bytes for it."""
@@ -135,7 +137,7 @@ class BatchingSelector(selectors.BaseSelector):
         ready: list[tuple[SelectorKey, int]] = []
         readers, keys = self._readers, self._keys
         for fd, mask in events:
-            if mask == select.EPOLLIN and fd in readers and not ready:
+            if mask == _EPOLLIN and fd in readers and not ready:
                 readers[fd]()
             elif fd in keys:
                 ready.append(_event(keys[fd], mask))
