@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -55,6 +56,38 @@ def serve(queue: FairQueue, running: Ticket, waiters: dict[str, Ticket]) -> list
 
 
 # --- Admission ---
+
+
+@in_loop
+async def test_a_slot_that_is_taken_without_a_ticket_is_like_one_with_a_ticket() -> None:
+    """Random requests of three keys, in one queue with tickets for all, in the other for those that have to wait."""
+    rng = random.Random(5)
+    clock = Clock()
+    usual, other = FairQueue(3, 0, clock), FairQueue(3, 0, clock)
+    held: list[tuple[Ticket, Callable[[], None]]] = []
+    taken = 0
+    for _ in range(3000):
+        clock.advance(rng.random())
+        if rng.random() < 0.4:
+            key_id, parallel, slots = rng.choice("abc"), rng.choice((None, 1, 2)), rng.choice((1, 1, 1, 2))
+            if slots == 1 and other.try_acquire(key_id, parallel, 0):
+                taken += 1
+                held.append((usual.acquire(key_id, parallel), partial(other.release_one, key_id)))
+            else:
+                waits = other.acquire(key_id, parallel, slots=slots).release
+                held.append((usual.acquire(key_id, parallel, slots=slots), waits))
+        elif held:
+            ticket, release = held.pop(rng.randrange(len(held)))
+            ticket.release()
+            release()
+        for queue in (usual, other):
+            queue.on_tick(clock())
+        states = [
+            (queue.active, queue.running, queue.order(), queue.retry_after_s(), queue.idle_s())
+            for queue in (usual, other)
+        ]
+        assert states[0] == states[1]
+    assert taken > 300
 
 
 def test_a_queue_is_idle_from_its_last_release() -> None:

@@ -71,6 +71,16 @@ def test_parallel_counts_over_all_models(two: Two) -> None:
 
 
 @with_two()
+def test_a_slot_without_a_ticket_counts_over_all_models(two: Two) -> None:
+    assert two.chat.try_acquire("alice", 1, 0)
+    assert not two.code.try_acquire("alice", 1, 0)
+    waiting = two.code.acquire("alice", 1)
+    two.chat.release_one("alice")
+    assert waiting.running
+    assert two.limits.running("alice") == 1
+
+
+@with_two()
 def test_several_slots_count_as_many_and_a_batch_as_one(two: Two) -> None:
     batch = two.chat.acquire("alice", 2, slots=2, as_one=True)
     assert two.limits.running("alice") == 1
