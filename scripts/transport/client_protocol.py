@@ -454,7 +454,9 @@ class ClientProtocol(PeerProtocol):
         """End a response that is not whole, visibly. `reset`: an orderly close would look like its end."""
         if reset:
             linger = struct.pack("ii", 1, 0)
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection = self.transport.get_extra_info("socket")
+            if connection is not None:  # see tcp_state
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.abort()
         else:
             self._drop_unread()

@@ -76,6 +76,8 @@ async def _connect(sock: socket.socket, address: tuple[str, int]) -> None:
 def tcp_state(transport: asyncio.BaseTransport) -> TcpState:
     """Return the state of a transport that is not closed yet. Only Linux reports it, and only of TCP."""
     connection = transport.get_extra_info("socket")
+    if connection is None:  # of a TLS transport that has lost its connection, in Python 3.10
+        return _UNKNOWN
     if not hasattr(socket, "TCP_INFO") or connection.family == socket.AF_UNIX:
         return _UNKNOWN
     state, retransmissions, sent_ms = _TCP_INFO.unpack(

@@ -127,7 +127,10 @@ class BatchingSelector(selectors.BaseSelector):
                 return [_event(self._keys[fd], mask) for fd, mask in self._epoll.poll(0) if fd in self._keys]
             events = self._epoll.poll(timeout)
             ready = self._read(events)
-            if ready or self.has_scheduled or not events:
+            if ready or self.has_scheduled:
+                self._flush()  # what a read has written comes before what it has scheduled
+                return ready
+            if not events:
                 return ready
             if timeout is not None:
                 timeout = ends_s - time.monotonic()
@@ -138,7 +141,10 @@ class BatchingSelector(selectors.BaseSelector):
         readers, keys = self._readers, self._keys
         for fd, mask in events:
             if mask == _EPOLLIN and fd in readers and not ready:
-                readers[fd]()
+                try:
+                    readers[fd]()
+                except Exception:
+                    log.exception("a read failed")
             elif fd in keys:
                 ready.append(_event(keys[fd], mask))
         return ready
@@ -146,6 +152,7 @@ class BatchingSelector(selectors.BaseSelector):
     def close(self) -> None:
         self._epoll.close()
         self._keys.clear()
+        self._readers.clear()
 
     def get_key(self, fileobj: Any) -> SelectorKey:
         return self._keys[_descriptor(fileobj)]
@@ -164,11 +171,12 @@ def _event(key: SelectorKey, mask: int) -> tuple[SelectorKey, int]:
 def _reader_of(data: Any) -> Callable[[], None] | None:
     """Return what reads for a transport, if that is what asyncio registers a file for; else None.
 
-    It handles its errors itself, and needs no context of its own: nothing here uses context variables.
+    It needs no context of its own: nothing here uses context variables.
     """
     handle = data[0] if isinstance(data, tuple) else None
     callback = getattr(handle, "_callback", None)
-    return callback if isinstance(getattr(callback, "__self__", None), asyncio.Transport) else None
+    is_transports = isinstance(getattr(callback, "__self__", None), asyncio.Transport)
+    return callback if is_transports and not getattr(handle, "_args", True) else None
 
 
 def _descriptor(fileobj: Any) -> int:

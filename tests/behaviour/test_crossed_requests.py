@@ -127,3 +127,18 @@ async def test_a_request_that_is_alone_at_work_when_the_backend_dies_is_not_sent
     assert (await stack.ask(post(CHAT, b"another"))).status == 200
     assert [call.body for call in stack.backend.calls] == [b"{}", b"{}", b"another"]
     assert len(stack.backend.used) == 2
+
+
+@scenario()
+async def test_a_wait_for_a_backend_that_refuses_a_connection_counts_as_a_wait(stack: Stack) -> None:
+    """A slot was free at once, but nothing takes the request."""
+    stack.backend.refuse()
+    client = await stack.client()
+    client.send(post())
+    await until(lambda: stack.app.readiness.state == "loading" and any(r.stage == "queued" for r in stack.requests))
+    for _ in range(20):
+        stack.advance(0.25)
+    await stack.backend.listen()
+    assert (await client.response()).status == 200
+    await stack.stop()
+    assert stack.lines[-1]["queue_ms"] == 5000

@@ -23,10 +23,10 @@ DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # BPF: return 0
 class Transport:
     """A transport that is nothing but its socket."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket | None) -> None:
         self._connection = connection
 
-    def get_extra_info(self, name: str) -> socket.socket:
+    def get_extra_info(self, name: str) -> socket.socket | None:
         assert name == "socket"
         return self._connection
 
@@ -70,6 +70,11 @@ def test_a_fin_is_no_end_of_both_directions() -> None:
         client.shutdown(socket.SHUT_WR)
         assert accepted.recv(1) == b""
         assert (state(accepted).state == CLOSED, state(accepted).unacknowledged) == (False, 0)
+
+
+def test_nothing_is_known_of_a_transport_without_a_socket() -> None:
+    transport: Any = Transport(None)
+    assert not tcp_state(transport).peer_is_unreachable
 
 
 def test_bytes_for_a_closed_socket_are_answered_by_a_reset() -> None:

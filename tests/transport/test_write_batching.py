@@ -225,7 +225,7 @@ async def connected(batcher: WriteBatcher) -> AsyncIterator[tuple[Echo, socket.s
 
 @asynccontextmanager
 async def traffic(batcher: WriteBatcher) -> AsyncIterator[Echo]:
-    """One of two connections of the loop that send a byte to and fro without an end."""
+    """One of two connections of the loop that send a byte back and forth without an end."""
     loop = asyncio.get_running_loop()
     one, other = socket.socketpair()
     _, first = await loop.create_connection(lambda: Echo(batcher), sock=one)
@@ -390,6 +390,63 @@ def test_a_protocol_that_fails_ends_its_own_connection_only(run: Runner, caplog:
 
     run(play)
     assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records] == ["broken"]
+
+
+@each_loop
+def test_a_datagram_protocol_that_fails_stops_nothing(run: Runner, caplog: pytest.LogCaptureFixture) -> None:
+    """What protocols of streams raise is caught by asyncio itself, but not what those of datagrams do."""
+
+    class Failing(asyncio.DatagramProtocol):
+        def datagram_received(self, data: bytes, address: object) -> None:
+            raise RuntimeError("broken")
+
+    async def play(batcher: WriteBatcher) -> None:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(Failing, local_addr=("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"x", transport.get_extra_info("sockname"))
+        while not caplog.records:
+            await asyncio.sleep(0.001)
+        transport.close()
+
+    run(play)
+    assert [str(record.exc_info and record.exc_info[1]) for record in caplog.records] == ["broken"]
+
+
+@each_loop
+def test_a_callback_with_arguments_gets_them(run: Runner, pair: Pair) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        loop = asyncio.get_running_loop()
+        pair[1].send(b"x")
+        async with connected(batcher) as (echo, theirs):
+            loop.add_reader(pair[0].fileno(), echo.transport.write, b"hello")
+            assert await loop.run_in_executor(None, theirs.recv, 5) == b"hello"
+            loop.remove_reader(pair[0].fileno())
+
+    run(play)
+
+
+def test_what_a_read_writes_is_sent_before_what_it_schedules_is_run() -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        order: list[str] = []
+
+        class Noting(MemoryTransport):
+            def write(self, data: bytes) -> None:
+                order.append("sent")
+
+        async with connected(batcher) as (echo, theirs):
+
+            def note() -> None:
+                asyncio.get_running_loop().call_soon(order.append, "run")
+                batcher.write((Noting(), b"x"))
+
+            echo.on_data = note
+            await asyncio.get_running_loop().run_in_executor(None, theirs.send, b"x")
+            while len(order) < 2:
+                await asyncio.sleep(0.001)
+        assert order == ["sent", "run"]
+
+    on_our_loop(play)
 
 
 def test_a_transports_bytes_are_read_by_the_selector_and_all_else_is_the_loops(pair: Pair) -> None:
