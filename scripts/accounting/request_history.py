@@ -6,7 +6,8 @@ The recorder adds each batch of requests that have ended. Nothing of a key's own
 from collections import Counter as Tally
 from collections import deque
 from collections.abc import Sequence
-from operator import itemgetter, sub
+from itertools import chain
+from operator import sub
 from typing import Any, NamedTuple
 
 from accounting.record_batch import RecordBatch
@@ -20,7 +21,8 @@ STEP_S = 5  # of a series
 STEPS = 180  # of a series: 15 minutes
 _DONE = Outcome.DONE
 _LOCAL = frozenset(path for _, path, kind in TABLE if kind.local)
-Row = tuple[Any, ...]  # of an EndedRequest's fields: hundreds of them are made for each one that is read
+# Requests, each field of an EndedRequest as one sequence: hundreds are counted for each one that is read.
+Rows = Sequence[Sequence[Any]]
 # Such requests are counted, but any stranger could fill the list with them.
 _UNLISTED = (INVALID_API_KEY, ROUTE_NOT_FOUND)
 
@@ -52,8 +54,7 @@ class EndedRequest(NamedTuple):
         return f"backend_{self.status}" if self.status >= 400 else ""
 
 
-_KEY_ID, _LABEL = map(EndedRequest._fields.index, ("key_id", "label"))
-_completion = itemgetter(EndedRequest._fields.index("completion"))
+_KEY_ID, _LABEL, _COMPLETION = map(EndedRequest._fields.index, ("key_id", "label", "completion"))
 
 
 class TokenSeries:
@@ -108,26 +109,26 @@ class KeyHistory:
     the sum of all generated tokens.
     """
 
-    __slots__ = ("_rows", "added", "completion", "failures", "series")
+    __slots__ = ("_batches", "_kept", "added", "completion", "failures", "series")
 
     def __init__(self) -> None:
-        self._rows: deque[Row] = deque(maxlen=MOST_ROWS)
+        self._batches: deque[Rows] = deque()  # of the last MOST_ROWS requests, and of some before
+        self._kept = 0
         self.added = 0
         self.failures: Tally[str] = Tally()
         self.series = TokenSeries()
         self.completion = 0
 
-    def add(self, rows: Sequence[Row], end_s: float, *, plain: bool) -> None:
+    def add(self, rows: Rows, end_s: float, *, plain: bool) -> None:
         """Count requests that have ended, the newest at the end, at `end_s`.
 
         `plain`: all went well, and no response took longer than a step of the series.
         """
         if not plain:
-            self._add_each(list(map(EndedRequest._make, rows)))
+            self._add_each(list(map(EndedRequest._make, zip(*rows, strict=True))))
             return
-        self._rows.extend(rows)
-        self.added += len(rows)
-        tokens = sum(map(_completion, rows))
+        self._keep(rows)
+        tokens = sum(rows[_COMPLETION])
         if tokens:
             self.completion += tokens
             self.series.add(tokens, end_s)
@@ -135,17 +136,27 @@ class KeyHistory:
     def _add_each(self, rows: list[EndedRequest]) -> None:
         self.failures.update(row.failure for row in rows if row.failure)
         listed = [row for row in rows if row.refusal not in _UNLISTED and row.label != UNROUTED.label]
-        self._rows.extend(listed)
-        self.added += len(listed)
+        if listed:
+            self._keep(tuple(zip(*listed, strict=True)))
         for row in rows:
             if row.completion:
                 self.completion += row.completion
                 self.series.spread(row.completion, row.first_byte_s or row.ended_s, row.ended_s)
 
+    def _keep(self, rows: Rows) -> None:
+        """List requests, and forget those that more than MOST_ROWS follow."""
+        batches = self._batches
+        batches.append(rows)
+        self.added += len(rows[0])
+        self._kept += len(rows[0])
+        while self._kept - len(batches[0][0]) >= MOST_ROWS:
+            self._kept -= len(batches.popleft()[0])
+
     @property
     def rows(self) -> list[EndedRequest]:
         """The last requests that have ended, the newest at the end."""
-        return list(map(EndedRequest._make, self._rows))
+        rows = chain.from_iterable(zip(*batch, strict=True) for batch in self._batches)
+        return [EndedRequest._make(row) for row in rows][-MOST_ROWS:]
 
     def newest(self, count: int) -> list[EndedRequest]:
         """Return the last rows, at most so many, the newest first."""
@@ -166,26 +177,26 @@ class RequestHistory:
         """
         rows, end_s = self._rows(batch), batch.ended_s[-1]
         if not _LOCAL.isdisjoint(batch.labels):
-            rows = [row for row in rows if row[_LABEL] not in _LOCAL]
+            rows = tuple(zip(*[row for row in zip(*rows, strict=True) if row[_LABEL] not in _LOCAL], strict=True))
             if not rows:
                 return
         all_done = batch.outcomes.count(_DONE) == len(batch.outcomes) and max(batch.statuses) < 400
         plain = all_done and max(map(sub, batch.ended_s, batch.first_byte_s)) <= STEP_S
         self.all.add(rows, end_s, plain=plain)
-        key_id = rows[0][_KEY_ID]
+        key_id = rows[_KEY_ID][0]
         if batch.key_ids.count(key_id) == len(batch.key_ids):
             self._own(key_id).add(rows, end_s, plain=plain)
             return
-        by_key: dict[str, list[Row]] = {}
-        for row in rows:
+        by_key: dict[str, list[tuple[Any, ...]]] = {}
+        for row in zip(*rows, strict=True):
             by_key.setdefault(row[_KEY_ID], []).append(row)
         for key_id, own in by_key.items():
-            self._own(key_id).add(own, end_s, plain=plain)
+            self._own(key_id).add(tuple(zip(*own, strict=True)), end_s, plain=plain)
 
     @staticmethod
-    def _rows(batch: RecordBatch) -> list[Row]:
+    def _rows(batch: RecordBatch) -> Rows:
         """Return the fields of an EndedRequest of each request."""
-        parts = (
+        return (
             batch.ids,
             batch.key_ids,
             batch.labels,
@@ -200,7 +211,6 @@ class RequestHistory:
             batch.used.prompts,
             batch.used.completions,
         )
-        return list(zip(*parts, strict=True))
 
     def _own(self, key_id: str) -> KeyHistory:
         """Return a key's part, and make it the newest."""

@@ -134,7 +134,7 @@ def test_tokens_of_a_long_answer_are_spread_over_its_time() -> None:
 def test_an_answer_of_which_no_first_byte_is_known_counts_at_its_end() -> None:
     row = EndedRequest(b"r", "a", "/x", 200, Outcome.DONE, None, 0.0, 0.0, 0.0, 0.0, 50.0, 1, 8)
     history = KeyHistory()
-    history.add([row], 50.0, plain=False)
+    history.add([[value] for value in row], 50.0, plain=False)
     assert history.series.values(50.0)[-1] == 8
 
 
@@ -161,3 +161,16 @@ def test_a_copy_leaves_the_series_as_it_is() -> None:
     series = TokenSeries()
     series.copy().spread(10, 5.0, 5.0)
     assert sum(series.values(5.0)) == 0
+
+
+def test_the_newest_rows_are_kept_whatever_the_sizes_of_the_batches() -> None:
+    history = RequestHistory()
+    numbers = iter(range(10_000))
+    for size in (1, MOST_ROWS - 1, 1, 7, 2 * MOST_ROWS, 3, MOST_ROWS, 1):
+        batch = [record(id=b"%d" % next(numbers)) for _ in range(size)]
+        history.add(RecordBatch(batch, TokenEstimator()))
+        last = int(batch[-1].id)
+        wanted = [b"%d" % number for number in range(max(0, last + 1 - MOST_ROWS), last + 1)]
+        assert [row.id for row in history.all.rows] == wanted
+        assert [row.id for row in history.of("alice").newest(2)] == wanted[-1:-3:-1]
+        assert history.all.added == last + 1

@@ -55,7 +55,7 @@ def ended(name: bytes = b"r-1", key_id: str = "alice", first_byte_s: float = 101
 
 def of(*rows: EndedRequest) -> KeyHistory:
     history = KeyHistory()
-    history.add(rows, 104.0, plain=False)
+    history.add(list(zip(*rows, strict=True)), 104.0, plain=False)
     return history
 
 
