@@ -680,3 +680,13 @@ def test_a_long_last_event_is_known_by_its_beginning() -> None:
     for start in range(0, len(event), 65536):
         counter.feed(event[start : start + 65536])
     assert counter.is_complete
+
+
+@pytest.mark.parametrize("number", [0, 9, 999, 1000, 31_415, 999_999_999_999])
+def test_numbers_of_any_size_are_read_fast(number: int) -> None:
+    timings = (
+        f'{{"content":"a","timings":{{"cache_n":{number},"prompt_n":1,"prompt_ms":2.5,"prompt_per_token_ms":1,'
+        f'"prompt_per_second":1,"predicted_n":{number},"predicted_ms":3,"predicted_per_token_ms":1,'
+        f'"predicted_per_second":1}}}}'
+    )
+    assert fast_tokens(timings.encode()) == Tokens(number + 1, number, number, 2.5, 3.0)
