@@ -203,7 +203,8 @@ def test_a_chat_and_an_embedding_model_side_by_side(llama_bin: str, models: Path
         assert served.loads() == {'model="chat",result="ok"': 1.0, 'model="embed",result="ok"': 1.0}
         assert served.router.loads() == 2
         lines = [line for line in served.lines(40) if line["model"] == EMBED]
-        assert [line["queue_ms"] for line in lines[1:]] == [0] * 39
+        assert len(lines) == 40
+        assert max(line["queue_ms"] for line in lines[1:]) < 1000  # a wait for a chat's slot would last until its end
 
 
 def read_stream(url: str, key: str, model: str, begun: threading.Semaphore) -> tuple[bool, bool]:
