@@ -34,9 +34,9 @@ class RecordBatch:
         self.first_byte_s = [record.first_byte_s for record in records]
         self.ended_s = [record.ended_s for record in records]
         self.tokens = list(map(estimator.tokens_of, records))
-        used = [tokens for tokens in self.tokens if tokens is not None]
-        self.reported = token_columns(used)
-        all_have_tokens = len(used) == len(records)
+        reported = [tokens for tokens in self.tokens if tokens is not None]
+        self.reported = token_columns(reported)
+        all_have_tokens = len(reported) == len(records)
         self.used = self.reported if all_have_tokens else token_columns([each or NO_TOKENS for each in self.tokens])
 
 

@@ -4,7 +4,7 @@ Writing wakes a peer on this machine that sleeps. Single writes would wake it ag
 writes do; at the end of an iteration the first one wakes it and the others find it awake. That end is the moment in
 which the loop calls its selector, so the selector is ours: a callback would need an iteration of its own.
 
-Nothing outside depends on how that is done. With asyncio's own loop everything works the same, and costs more.
+Nothing outside depends on it: with asyncio's own loop everything works as well, and costs more.
 """
 
 import asyncio
@@ -70,13 +70,13 @@ class BatchingSelector(selectors.BaseSelector):
     """epoll for asyncio's loop, which flushes a batcher at the end of each iteration.
 
     It lets transports read by itself, without an iteration of the loop around each read: so a request takes a twentieth
-    less of instructions, and an event of a stream a third. All that it must know of asyncio is where a handle has its
-    callback. What it does not recognise as a transport's it leaves to the loop.
+    fewer instructions, and an event of a stream that comes alone a third. All that it must know of asyncio is where a
+    handle has its callback. What it does not recognise as a transport's it leaves to the loop.
     """
 
     def __init__(self, batcher: WriteBatcher) -> None:
         batcher.flushed_by_loop()
-        self.has_scheduled = False  # whether the loop scheduled something during the flush
+        self.has_scheduled = False  # whether the loop has scheduled something since `select` was called
         self._flush = batcher.flush
         self._epoll = select.epoll()
         self._keys: dict[int, SelectorKey] = {}

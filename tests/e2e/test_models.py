@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import httpx
 import openai
@@ -204,7 +205,9 @@ def test_a_chat_and_an_embedding_model_side_by_side(llama_bin: str, models: Path
         assert served.router.loads() == 2
         lines = [line for line in served.lines(40) if line["model"] == EMBED]
         assert len(lines) == 40
-        assert max(line["queue_ms"] for line in lines[1:]) < 1000  # a wait for a chat's slot would last until its end
+        waits_ms = [line["queue_ms"] for line in lines[1:]]
+        assert median(waits_ms) == 0
+        assert max(waits_ms) < 250  # a tick: none was waited for, though a busy machine may stop the process meanwhile
 
 
 def read_stream(url: str, key: str, model: str, begun: threading.Semaphore) -> tuple[bool, bool]:
