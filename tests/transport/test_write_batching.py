@@ -324,7 +324,7 @@ def test_a_read_may_end_another_ones_that_is_due_as_well(run: Runner, end: str) 
             to_one.send(b"x")
             to_other.send(b"x")
             while not one.received and not other.received:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.01)  # the loop waits, so the selector reads
             for _ in range(10):
                 await asyncio.sleep(0)
             assert sorted([one.received, other.received]) == [[], [b"x"]]
@@ -349,6 +349,29 @@ def test_what_is_scheduled_comes_before_what_is_received_later(run: Runner) -> N
             while len(order) < 2:
                 await asyncio.sleep(0)
         assert order == ["task", "read"]
+
+    run(play)
+
+
+@each_loop
+def test_files_are_served_in_the_order_in_which_they_became_ready(run: Runner, pair: Pair) -> None:
+    async def play(batcher: WriteBatcher) -> None:
+        loop = asyncio.get_running_loop()
+        order: list[str] = []
+
+        def note() -> None:
+            order.append("file")
+            pair[0].recv(1)
+
+        async with connected(batcher) as (echo, theirs):
+            echo.on_data = lambda: order.append("transport")
+            loop.add_reader(pair[0].fileno(), note)
+            pair[1].send(b"x")
+            theirs.send(b"x")
+            while len(order) < 2:
+                await asyncio.sleep(0.01)
+            loop.remove_reader(pair[0].fileno())
+        assert order == ["file", "transport"]
 
     run(play)
 
