@@ -29,7 +29,7 @@ from typing import cast
 
 from accounting.request_record import Stage
 from config.loader import load_config
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from core import fd_limit, logs
 from core.errors import DRAINING, GatewayError
 from core.fd_limit import AcceptErrorHandler

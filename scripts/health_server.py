@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from urllib.parse import unquote
 
 from config.loader import load_config
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from core import logs
 from core.installation import add_version, shown
 from core.off_loop import finishes_within, run_off_loop

@@ -61,9 +61,8 @@ VOLUMES = ("/runpod-volume", "/workspace", "/data")
 # 99999 days from now is still a valid date.
 DURATION = re.compile(r"([0-9]{1,5})([dhm])")
 UNITS = {"d": "days", "h": "hours", "m": "minutes"}
-# The fields of an entry that options set, in the order of the output.
-QUOTAS = ("tokens_per_day", "tokens_per_minute", "tokens_per_month", "max_tokens")
-LIMITS = ("rate_limit", "expires_at", "role", "parallel", "priority", *QUOTAS, "models", "sources")
+# The fields of an entry that arguments set.
+LIMITS = ("rate_limit", "expires_at", *[option.field for option in keyfile.OPTIONS.values()])
 
 
 class CommandError(Exception):
@@ -435,11 +434,11 @@ def _state(entry: Entry) -> str:
 
 def _record(entry: Entry) -> dict[str, Any]:
     """Return an entry as it is shown: everything except the digest."""
-    record = {"key_id": entry.key_id, "state": _state(entry), **{name: getattr(entry, name) for name in LIMITS}}
-    if entry.expires_at is not None:
-        record["expires_at"] = keyfile.serialize_time(entry.expires_at)
-    record["models"] = None if entry.models is None else ",".join(entry.models)
-    record["from"] = keyfile.serialize_networks(record.pop("sources")) or None
+    expires_at = None if entry.expires_at is None else keyfile.serialize_time(entry.expires_at)
+    record = {"key_id": entry.key_id, "state": _state(entry), "rate_limit": entry.rate_limit, "expires_at": expires_at}
+    for name, option in keyfile.OPTIONS.items():
+        value = getattr(entry, option.field)
+        record[name] = (option.serialize(value) or None) if isinstance(value, tuple) else value
     return record
 
 
@@ -547,6 +546,21 @@ def _value(metavar: str, parse: Callable[[str], object], sentence: str, **more: 
     return {"metavar": metavar, "type": convert, "help": sentence, **more}
 
 
+def _argument(name: str) -> str:
+    """Return the argument that sets an option of a line."""
+    return "--" + name.replace("_", "-")
+
+
+def _value_of(option: keyfile.Option) -> dict[str, Any]:
+    default = Entry._field_defaults[option.field]
+    return _value(
+        option.metavar,
+        lambda text: default if option.unset and text == option.unset else option.parse(text),
+        option.help,
+        dest=option.field,
+    )
+
+
 FLAG = {"action": "store_true"}
 EXPIRATION_HELP = "2026-12-31, 2026-12-31T23:59:59+02:00 (UTC without an offset), 30d, 24h, 60m, or never"
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -555,31 +569,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--rate-limit": _value(
         "N", keyfile.parse_rate_limit, "requests per minute; 0 suspends the key; or default", blank="default"
     ),
-    "--role": {
-        "choices": keyfile.ROLES,
-        "help": "operator may also reload, drain, and read slots, props, usage, metrics",
-    },
-    "--parallel": _value("N", keyfile.parse_parallel, "concurrent requests, more wait; or none", blank="none"),
-    "--priority": _value("N", keyfile.parse_priority, "higher is served first (default: 0)"),
-    "--tokens-per-day": _value(
-        "N", keyfile.parse_tokens_per_day, "prompt and completion tokens per UTC day; or none", blank="none"
-    ),
-    "--tokens-per-minute": _value(
-        "N", keyfile.parse_tokens_per_minute, "prompt and completion tokens in any 60 s; or none", blank="none"
-    ),
-    "--tokens-per-month": _value(
-        "N", keyfile.parse_tokens_per_month, "prompt and completion tokens per UTC month; or none", blank="none"
-    ),
-    "--max-tokens": _value("N", keyfile.parse_max_tokens, "generated tokens of one choice; or none", blank="none"),
-    "--models": _value(
-        "LIST", keyfile.parse_models, "the models that it may use, like 'chat-*,embed'; or all", blank="all"
-    ),
-    "--from": _value(
-        "LIST",
-        lambda text: () if text == "none" else keyfile.parse_networks(text),
-        "networks from which alone the key works, like 10.0.0.0/8,2001:db8::/32; or none",
-        dest="sources",
-    ),
+    **{_argument(name): _value_of(option) for name, option in keyfile.OPTIONS.items()},
     "--plain": {**FLAG, "default": False, "help": "store the key itself instead of its SHA-256 digest"},
     "--line": {**FLAG, "default": False, "help": "print a whole line, for the file or for API_KEYS"},
     "--overlap": _value("TIME", parse_duration, "how long the old key keeps working (24h, 7d)", default=timedelta(0)),
@@ -598,17 +588,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--quiet": {**FLAG, "help": "print only data and errors"},
 }
 COMMON = ("--file", "--json", "--quiet")
-TOKEN_OPTIONS = ("--tokens-per-day", "--tokens-per-minute", "--tokens-per-month", "--max-tokens")
-LIMIT_OPTIONS = (
-    "--expires",
-    "--rate-limit",
-    "--role",
-    "--parallel",
-    "--priority",
-    *TOKEN_OPTIONS,
-    "--models",
-    "--from",
-)
+LIMIT_OPTIONS = ("--expires", "--rate-limit", *map(_argument, keyfile.OPTIONS))
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], tuple[str, ...], str]] = {
     "generate": (generate, ("--name", *LIMIT_OPTIONS, "--plain"), "generate a key and show it, only this once"),
     "list": (list_keys, (), "show the key ids with their limits, never the keys"),

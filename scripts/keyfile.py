@@ -188,19 +188,53 @@ parse_tokens_per_month = _whole("tokens_per_month", 1, 10**15 - 1)
 # llama-server reads a signed number of 32 bits.
 parse_max_tokens = _whole("max_tokens", 1, 2**31 - 1)
 
-_OPTIONS: dict[str, Callable[[str], Any]] = {
-    "role": parse_role,
-    "parallel": parse_parallel,
-    "priority": parse_priority,
-    "tokens_per_day": parse_tokens_per_day,
-    "tokens_per_minute": parse_tokens_per_minute,
-    "tokens_per_month": parse_tokens_per_month,
-    "max_tokens": parse_max_tokens,
-    "models": parse_models,
-    "from": parse_networks,
+
+class Option(NamedTuple):
+    """One option of a line: the field of Entry that it sets, how its value is parsed and serialized, and its help.
+
+    A program that sets it on its command line accepts `unset` as the field's default; empty if no word stands for that.
+    """
+
+    field: str
+    parse: Callable[[str], Any]
+    metavar: str
+    help: str
+    unset: str = ""
+    serialize: Callable[[Any], str] = str
+
+
+# key_mgmt.py takes each of them as --name.
+OPTIONS: dict[str, Option] = {
+    "role": Option(
+        "role",
+        parse_role,
+        "{infer,operator}",
+        "operator may also reload, drain, and read slots, props, usage, metrics",
+    ),
+    "parallel": Option("parallel", parse_parallel, "N", "concurrent requests, more wait; or none", "none"),
+    "priority": Option("priority", parse_priority, "N", "higher is served first (default: 0)"),
+    "tokens_per_day": Option(
+        "tokens_per_day", parse_tokens_per_day, "N", "prompt and completion tokens per UTC day; or none", "none"
+    ),
+    "tokens_per_minute": Option(
+        "tokens_per_minute", parse_tokens_per_minute, "N", "prompt and completion tokens in any 60 s; or none", "none"
+    ),
+    "tokens_per_month": Option(
+        "tokens_per_month", parse_tokens_per_month, "N", "prompt and completion tokens per UTC month; or none", "none"
+    ),
+    "max_tokens": Option("max_tokens", parse_max_tokens, "N", "generated tokens of one choice; or none", "none"),
+    "models": Option(
+        "models", parse_models, "LIST", "the models that it may use, like 'chat-*,embed'; or all", "all", ",".join
+    ),
+    "from": Option(
+        "sources",
+        parse_networks,
+        "LIST",
+        "networks from which alone the key works, like 10.0.0.0/8,2001:db8::/32; or none",
+        "none",
+        serialize_networks,
+    ),
 }
-# The fields of Entry whose names are not those of their options.
-FIELDS = {"from": "sources"}
 
 
 def parse_line(line: str) -> Entry | None:
@@ -225,13 +259,12 @@ def _parse_options(texts: list[str]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        convert = _OPTIONS.get(name)
-        if convert is None:
-            raise KeyFileError(f"the options are {', '.join(_OPTIONS)}, each as name=value")
-        field = FIELDS.get(name, name)
-        if field in options:
+        option = OPTIONS.get(name)
+        if option is None:
+            raise KeyFileError(f"the options are {', '.join(OPTIONS)}, each as name=value")
+        if option.field in options:
             raise KeyFileError(f"{name} is given twice")
-        options[field] = convert(value)
+        options[option.field] = option.parse(value)
     return options
 
 
@@ -403,18 +436,10 @@ def serialize_entry(entry: Entry, secret: str = "") -> Line:
 
 def _serialize_options(entry: Entry) -> Iterator[str]:
     """Yield name=value for each option that is not the default."""
-    default = Entry(entry.key_id, entry.digest)
-    for name in _OPTIONS:
-        field = FIELDS.get(name, name)
-        value = getattr(entry, field)
-        if value != getattr(default, field):
-            yield f"{name}={_serialize_value(field, value)}"
-
-
-def _serialize_value(field: str, value: Any) -> str:
-    if field == "models":
-        return ",".join(value)
-    return serialize_networks(value) if field == "sources" else str(value)
+    for name, option in OPTIONS.items():
+        value = getattr(entry, option.field)
+        if value != Entry._field_defaults[option.field]:
+            yield f"{name}={option.serialize(value)}"
 
 
 def serialize_time(at: datetime) -> str:

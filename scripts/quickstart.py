@@ -28,7 +28,7 @@ from boot.probes import LOOPBACK_OF, Address, probe
 from boot.router_models import find_models
 from boot.shutdown import EXIT_SETTINGS, EXIT_STOPPED, StartupError
 from config.loader import load_config
-from config.schema import Config, ConfigError, ModelSettings
+from config.settings import Config, ConfigError, ModelSettings
 from core.installation import ROOT, add_version, command, is_one_file, shown
 
 FIRST_KEY_ID = "first"

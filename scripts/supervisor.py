@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _debug_shell_enabled(environ: Mapping[str, str]) -> bool:
     """Read DEBUG_SHELL alone: the shell must be available when other settings are wrong."""
     from config.loader import load_config
-    from config.schema import ConfigError
+    from config.settings import ConfigError
 
     try:
         return load_config({"DEBUG_SHELL": environ.get("DEBUG_SHELL", "")}).supervision.debug_shell

@@ -20,7 +20,7 @@ TESTS = Path(__file__).resolve().parent
 if __name__ == "__main__":
     sys.path[:0] = [str(TESTS.parent / "scripts")]
 
-from config.schema import Limits  # noqa: E402
+from config.settings import Limits  # noqa: E402
 from core.dialects import DIALECTS  # noqa: E402
 from core.errors import CATALOGUE, GatewayError  # noqa: E402
 from http1.bodies import ChunkedBody  # noqa: E402

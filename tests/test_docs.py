@@ -20,8 +20,7 @@ from accounting.ledger import Usage
 from auth import allowance, unauthorized
 from boot import shutdown
 from config.loader import load_config
-from config.schema import Limits
-from config.settings import SETTINGS
+from config.settings import SETTINGS, Limits
 from core.dialects import ANTHROPIC, DIALECTS, OPENAI, Dialect
 from core.errors import BACKEND_UNAVAILABLE, CATALOGUE, GatewayError
 from http1.grammar import parse_request_head

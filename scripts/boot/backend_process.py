@@ -22,7 +22,7 @@ from boot.router_watch import RouterWatch
 from boot.stack_limit import find_limit
 from boot.stuck_loop import StuckLoop
 from boot.watchdog import SilenceTimer, StallDetector, slots_timeout_s
-from config.schema import Config
+from config.settings import Config
 from core import logs
 from core.listener import UNREPORTED, find_listener, is_socket_path
 

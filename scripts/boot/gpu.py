@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from boot.transfer import format_size
 from config.loader import load_config
-from config.schema import ConfigError
+from config.settings import ConfigError
 from core import logs
 
 TOOLS = ("nvidia-smi", "rocm-smi")

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from boot.shutdown import EXIT_BACKEND, EXIT_SETTINGS
-from config.schema import PRIVATE, Config, ModelSettings
-from config.settings import SETTINGS
+from config.settings import PRIVATE, SETTINGS, Config, ModelSettings
 from core.installation import command as command_of
 from core.listener import is_socket_path
 

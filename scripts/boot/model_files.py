@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 from boot.model_errors import LOCAL_ERRORS, NO_MODEL_MESSAGE, ModelError, ModelUnavailable, magic_complaint, redact
 from boot.transfer import FetchLimits
 from config.loader import load_config
-from config.schema import Config, ModelSettings
+from config.settings import Config, ModelSettings
 from core import logs
 
 SPLIT = re.compile(r"(?P<stem>.*)-(?P<part>[0-9]{5})-of-(?P<parts>[0-9]{5})\.gguf")

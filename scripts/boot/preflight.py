@@ -15,8 +15,7 @@ from boot import llama_server
 from boot.model_errors import NO_MODEL_MESSAGE
 from boot.shutdown import EXIT_NO_MODEL, EXIT_SERVICE, EXIT_SETTINGS, StartupError
 from config.converters import is_service_link
-from config.schema import Config
-from config.settings import SETTINGS
+from config.settings import SETTINGS, Config
 from core.listener import is_socket_path
 
 API_KEYS = ("API_KEYS", "API_KEYS_FILE")

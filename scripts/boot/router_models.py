@@ -13,7 +13,7 @@ from boot.llama_server import CACHE_SETTINGS, models_folder
 from boot.model_errors import ModelError
 from boot.model_files import MAX_LISTED_NAMES, examine
 from boot.preset_file import TRUE, parse_preset
-from config.schema import Config
+from config.settings import Config
 
 _DRAFTS = ("mtp-", "dspark-", "dflash-")
 _FIRST_PART = "-00001-of-"

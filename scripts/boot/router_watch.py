@@ -18,7 +18,7 @@ from boot.model_output import ModelOutput
 from boot.router_client import ModelState, RouterClient
 from boot.stuck_loop import GetActivity, StuckLoop
 from boot.watchdog import SilenceTimer, slots_timeout_s
-from config.schema import Config
+from config.settings import Config
 
 POLL_S = 0.1
 _PROC = Path("/proc")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from boot.shutdown import EXIT_SETTINGS, StartupError
-from config.schema import Config
+from config.settings import Config
 
 # They concern the main process alone, so no child gets them.
 VARIABLES = frozenset(

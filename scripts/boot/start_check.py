@@ -18,7 +18,7 @@ from boot.preflight import check_backend, check_tls, claim_ports
 from boot.run_dir import PARENTS
 from boot.shutdown import EXIT_NO_MODEL, EXIT_SETTINGS, StartupError
 from config.loader import check_config, load_config
-from config.schema import Config
+from config.settings import Config
 from config.tenants import configured_key_ids, shared_cache_warning
 
 VERSION_TIMEOUT_S = 15.0  # some programs look for GPUs first

@@ -10,7 +10,7 @@ from boot.llama_server import may_use_gpu, works_in_one_thread
 from boot.probes import Activity
 from boot.thread_times import one_runs, thread_ticks
 from boot.watchdog import stuck_probe_s, stuck_timeout_s
-from config.schema import Config
+from config.settings import Config
 
 GetActivity = Callable[[], Awaitable[Activity | None]]
 AskSlots = Callable[[float], Awaitable[bool]]

@@ -41,7 +41,7 @@ from boot.state_publisher import StatePublisher
 from boot.version import check_version
 from boot.watchdog import IdleTimer, RestartPolicy
 from config.loader import load_config
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from core import logs, signals
 from core.health_token import health_token
 from core.installation import command

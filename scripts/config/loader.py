@@ -11,8 +11,7 @@ from itertools import zip_longest
 from typing import Any, TextIO
 
 from config import converters
-from config.schema import PRIVATE, Config, ConfigError
-from config.settings import ALIASES, OFF_WHEN_EMPTY, SETTINGS, YEAR_S, Setting
+from config.settings import ALIASES, OFF_WHEN_EMPTY, PRIVATE, SETTINGS, YEAR_S, Config, ConfigError, Setting
 from core.listener import is_socket_path
 
 # With these llama-server's slots share what prompts leave behind, or cannot be told apart.

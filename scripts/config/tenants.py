@@ -4,7 +4,7 @@ from collections.abc import Set
 from contextlib import suppress
 
 import keyfile
-from config.schema import SHARED, Config
+from config.settings import SHARED, Config
 
 
 def shared_cache_warning(config: Config, key_ids: Set[str]) -> str | None:

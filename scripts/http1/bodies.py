@@ -6,7 +6,7 @@ A body consumes bytes as they arrive and detects its end. The bytes that follow 
 import re
 from functools import lru_cache
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import BACKEND_MALFORMED, BAD_REQUEST, GatewayError, Kind
 from http1.grammar import CRLF, HEAD_END, TOKEN, Framing, body_too_large, parse_fields
 

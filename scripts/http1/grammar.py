@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import (
     BACKEND_MALFORMED,
     BAD_REQUEST,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 
 from auth import candidates
-from config.schema import Limits
+from config.settings import Limits
 from core.dialects import DIALECTS
 from core.errors import BAD_REQUEST, Fields, GatewayError
 from http1.bodies import holds_request_line

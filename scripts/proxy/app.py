@@ -21,7 +21,7 @@ from backend.readiness import READY, Probe, Readiness, StateFile
 from backend.scraped_metrics import ScrapedMetrics
 from backend.slot_isolation import SlotIsolation
 from backend.slots import SlotReclaimer, total_slots
-from config.schema import PRIVATE, Config
+from config.settings import PRIVATE, Config
 from config.tenants import shared_cache_warning
 from core.errors import BACKEND_UNAVAILABLE, GatewayError
 from core.health_token import health_token

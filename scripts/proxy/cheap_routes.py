@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from auth import Caller, RateLimiter
-from config.schema import CheapSettings
+from config.settings import CheapSettings
 from core.errors import PAYLOAD_TOO_LARGE, RATE_LIMIT_EXCEEDED, GatewayError
 from policy.fair_queue import FairQueue
 

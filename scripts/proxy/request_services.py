@@ -9,7 +9,7 @@ from backend.models import Models
 from backend.readiness import Readiness
 from backend.slot_isolation import SlotIsolation
 from backend.slots import SlotReclaimer
-from config.schema import Limits
+from config.settings import Limits
 from policy.body_rules import BodyRules
 from policy.fair_queue import FairQueue
 from policy.memory_budget import MemoryBudget

@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator
 from math import inf
 from typing import Any, TypeVar
 
-from config.schema import Limits
+from config.settings import Limits
 from core.addresses import parse_address
 from core.errors import REQUEST_TIMEOUT, GatewayError, Kind, PeerGone
 from http1.bodies import RequestBody

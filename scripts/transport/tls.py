@@ -5,7 +5,7 @@ import logging
 import ssl
 from collections.abc import Callable
 
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from core.summed_log import SummedLog
 from core.tasks import end_tasks
 from transport.certificate import expires_at

@@ -18,7 +18,7 @@ from boot.llama_server import (
     works_in_one_thread,
 )
 from config.loader import load_config
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from support.paths import SCRIPTS
 
 KEY_FILE = Path("/run/key")

@@ -17,7 +17,7 @@ from boot.model_errors import ModelError
 from boot.model_files import FoundModel, locate, obtain, parts_of
 from boot.transfer import FetchLimits
 from config.loader import load_config
-from config.schema import ModelSettings
+from config.settings import ModelSettings
 from support.boot import FOR_COVERAGE, PATIENCE_S
 from support.faults import Fault, make_faults, seen_by_program
 from support.fileserver import Site, serve

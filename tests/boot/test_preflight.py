@@ -12,7 +12,7 @@ import pytest
 from boot.preflight import check_backend, check_tls, claim_ports, services_environment, without_api_keys
 from boot.shutdown import StartupError
 from config.loader import load_config
-from config.schema import Config
+from config.settings import Config
 from support.ports import free_port
 
 

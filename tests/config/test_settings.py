@@ -1,7 +1,12 @@
-"""settings.py: the table, and the page that is made from it."""
+"""settings.py: the fields of Config, and the table that is made from them."""
 
-from config.schema import Config
-from config.settings import ALIASES, OFF_WHEN_EMPTY, SETTINGS
+import re
+from types import UnionType
+from typing import get_args, get_origin
+
+import pytest
+
+from config.settings import ALIASES, OFF_WHEN_EMPTY, SETTINGS, Config, ConfigError, Limits, Setting
 
 NAMES = {setting.name for setting in SETTINGS}
 
@@ -17,18 +22,42 @@ def test_help_is_whole_sentences() -> None:
         assert "|" not in setting.help + setting.converter.accepts
 
 
-def test_each_path_is_an_attribute_of_config() -> None:
-    for setting in SETTINGS:
-        part, _, attribute = setting.path.rpartition(".")
-        fields = Config.__annotations__[part]._fields if part else Config._fields
-        assert attribute in fields, setting.name
+def test_the_data_folder_is_read_before_what_is_in_it() -> None:
+    assert SETTINGS[0].name == "DATA_DIR"
 
 
-def test_each_attribute_of_config_has_a_setting() -> None:
-    paths = {setting.path for setting in SETTINGS}
-    for part, kind in Config.__annotations__.items():
-        for attribute in getattr(kind, "_fields", ()):
-            assert f"{part}.{attribute}" in paths
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_a_default_becomes_what_its_field_is(setting: Setting) -> None:
+    part, _, field = setting.path.rpartition(".")
+    annotation = (Config.__annotations__[part] if part else Config).__annotations__[field]
+    types = get_args(annotation.__origin__) if isinstance(annotation.__origin__, UnionType) else [annotation.__origin__]
+    value = setting.converter.parse(setting.default) if setting.default else None
+    assert (value is None and not setting.default) or isinstance(value, tuple(get_origin(t) or t for t in types))
+
+
+def test_default_limits() -> None:
+    assert Limits() == Limits(8192, 8192, 64, 65536, 32 * 1024 * 1024, 65536)
+
+
+def test_settings_are_immutable() -> None:
+    with pytest.raises(AttributeError):
+        Limits().headers = 1  # type: ignore[misc]
+
+
+def test_slices_are_named_after_their_attribute() -> None:
+    slices = {
+        name: kind.__name__
+        for name, kind in Config.__annotations__.items()
+        if re.search("Settings$|Limits", getattr(kind, "__name__", ""))
+    }
+    assert slices.pop("limits") == "Limits"
+    assert slices == {name: name.capitalize().removesuffix("s") + "Settings" for name in slices}
+
+
+def test_a_config_error_has_one_line_per_complaint() -> None:
+    error = ConfigError(("A: bad", "B: bad"))
+    assert str(error) == "A: bad\nB: bad"
+    assert error.complaints == ("A: bad", "B: bad")
 
 
 def test_aliases_and_exceptions_name_settings() -> None:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import BACKEND_MALFORMED, BAD_REQUEST, GatewayError
 from http1.bodies import (
     ChunkedBody,

@@ -10,7 +10,7 @@ from types import FrameType
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import GatewayError
 from http1.bodies import encode_chunk
 from http1.grammar import (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import Fields
 from http1.grammar import RequestHead, parse_request_head
 from policy.cors import Cors

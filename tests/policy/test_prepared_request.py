@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import BAD_REQUEST, INVALID_API_KEY, PAYLOAD_TOO_LARGE, GatewayError
 from policy.cors import Cors
 from policy.prepared_request import PreparedRequest, RequestCache

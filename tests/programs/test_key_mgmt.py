@@ -26,7 +26,7 @@ import keyfile
 from accounting import ledger
 from config import converters
 from config.loader import load_config
-from config.schema import ConfigError
+from config.settings import ConfigError
 from support.faults import Fault, environment, make_faults
 from support.paths import SCRIPTS
 from support.together import ENVIRON, aside
@@ -170,8 +170,9 @@ def test_a_file_and_a_folder_created_by_root_get_the_owner_of_the_parent_folder(
 # list
 
 
-OPTION_COLUMNS = ["role", "parallel", "priority", *key_mgmt.QUOTAS, "models", "from"]
-NO_QUOTAS = ["-"] * len(key_mgmt.QUOTAS)
+QUOTAS = ["tokens_per_day", "tokens_per_minute", "tokens_per_month", "max_tokens"]
+OPTION_COLUMNS = ["role", "parallel", "priority", *QUOTAS, "models", "from"]
+NO_QUOTAS = ["-"] * len(QUOTAS)
 
 
 def test_list_shows_limits_and_never_a_key(path: Path, run: Callable[..., Response]) -> None:

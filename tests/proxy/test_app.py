@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from config.loader import load_config
-from config.schema import ConfigError
+from config.settings import ConfigError
 from core.installation import version
 from proxy.app import App, backend_fields, model_name
 from support.backend import answer

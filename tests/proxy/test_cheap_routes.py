@@ -3,7 +3,7 @@
 import pytest
 
 from auth import Caller
-from config.schema import CheapSettings
+from config.settings import CheapSettings
 from core.errors import PAYLOAD_TOO_LARGE, RATE_LIMIT_EXCEEDED, GatewayError
 from proxy.cheap_routes import CheapRoutes
 from support.clock import Clock

@@ -7,7 +7,7 @@ with the remaining bytes.
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import GatewayError
 from http1.bodies import Body, RequestBody, response_body
 from http1.grammar import (

@@ -13,7 +13,7 @@ from auth import Caller, Keyring, RateLimiter
 from backend.generation_watch import GenerationWatch
 from backend.readiness import LOADING, READY
 from backend.slot_isolation import SlotIsolation
-from config.schema import CheapSettings, Limits
+from config.settings import CheapSettings, Limits
 from policy.body_rules import BodyRules
 from policy.cors import Cors
 from policy.fair_queue import FairQueue, Ticket

@@ -19,7 +19,7 @@ import types
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import GatewayError
 from core.off_loop import THREAD_NAME
 from support.clock import Clock

@@ -4,7 +4,7 @@ from typing import Any
 
 from accounting.request_record import RequestRecord, Stage
 from accounting.token_counter import TokenCounter
-from config.schema import Limits
+from config.settings import Limits
 from policy.cors import Cors
 from policy.prepared_request import PreparedRequest, RequestCache
 from policy.routes import Routes

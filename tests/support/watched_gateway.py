@@ -14,7 +14,7 @@ import sys
 
 import gateway
 from config.loader import load_config
-from config.schema import Config
+from config.settings import Config
 from core import logs
 from proxy.app import App
 from transport import write_batching

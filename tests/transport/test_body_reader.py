@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import BAD_REQUEST, MEMORY_FULL, GatewayError, PeerGone
 from http1.bodies import RequestBody, encode_chunk
 from transport.body_reader import BodyReader

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from config.schema import Limits
+from config.settings import Limits
 from core.errors import (
     BAD_REQUEST,
     MEMORY_FULL,

@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 
 from config.loader import load_config
-from config.schema import Config, ConfigError
+from config.settings import Config, ConfigError
 from support.gateway import make_certificate, trusting, until
 from support.rawclient import RawClient
 from transport.tls import Certificate, HandshakeReader, Handshakes, make_context, read_certificate
