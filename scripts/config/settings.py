@@ -277,10 +277,11 @@ class LogSettings(NamedTuple):
             "The access log, one line per request; reopened at SIGHUP. Empty: no access log.")]
     dir: Annotated[Path, Setting("LOG_DIR", PATH, "$DATA_DIR/logs", "",
             "Folder of the boot logs; on the volume, so that they outlive the container.")]
-    name: Annotated[str, Setting("LOG_NAME", NAME, "llama", "",
-            "Folder inside LOG_DIR; with WORKER_TYPE the default is llama-WORKER_TYPE.")]
+    # Before the name, since its default has the value.
     worker_type: Annotated[str, Setting("WORKER_TYPE", NAME, "", "",
             "Kind of worker, used in the name of the boot logs' folder.")]
+    name: Annotated[str, Setting("LOG_NAME", NAME, "llama", "",
+            "Folder inside LOG_DIR; with WORKER_TYPE the default is llama-WORKER_TYPE.")]
     instance_id: Annotated[str, Setting("INSTANCE_ID", NAME, None, "",
             "Name of this instance's ledger and boot logs on a shared volume. Unset: RUNPOD_POD_ID or the host name.")]
 

@@ -81,7 +81,7 @@ def test_defaults_of_model_and_log() -> None:
     )
     assert got.router == RouterSettings(False, None, 1, (), None, {}, 30.0, 0.0)
     assert got.log == LogSettings(
-        "text", "info", Path("data/logs/api_access.log"), Path("data/logs"), "llama", "", "box"
+        "text", "info", Path("data/logs/api_access.log"), Path("data/logs"), "", "llama", "box"
     )
 
 
@@ -151,7 +151,7 @@ def test_every_setting_lands_where_its_row_says() -> None:
     assert got.cheap == CheapSettings(32, 33, 3072)
     assert got.timeouts == TimeoutSettings(18.0, 19.0, 600, 20.0, 21.0, 15.0, 16.0, 17.0, 22.0)
     assert got.limits == Limits(101, 100, 25, 2048, 1024, 102, 34)
-    assert got.log == LogSettings("json", "debug", Path("/al"), Path("/ld"), "ln", "wt", "i")
+    assert got.log == LogSettings("json", "debug", Path("/al"), Path("/ld"), "wt", "ln", "i")
     assert got.usage == UsageSettings(Path("/u"), 1.25, 10.0)
     assert got.model == ModelSettings(
         "/m.gguf",
