@@ -6,6 +6,7 @@ from itertools import count
 
 from accounting.token_counter import TokenCounter
 from auth import NO_KEY
+from backend.generation_watch import Generated
 from core.errors import Kind
 from policy.prepared_request import PreparedRequest
 from policy.token_limiter import Reservation
@@ -95,6 +96,6 @@ class RequestRecord:
         self.asked = ONE_ANSWER  # what the body asks for, and the key allows
         self.reservation: Reservation | None = None  # of tokens within a minute
         self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
-        self.generated: int | None = None  # what the backend was seen to generate for a client that has left
+        self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
         self.is_behind = False  # more may have been generated for a client that has left than was received and counted
         self.usage_source: TokenCounter | bytes | None = None  # the response, or what counted its tokens

@@ -111,7 +111,9 @@ class TokenEstimator:
 
     def _complete(self, record: RequestRecord, count: Count) -> Tokens:
         """Return the reported tokens of a request with an estimate of the others."""
-        tokens = count.tokens
+        tokens, seen = count.tokens, record.generated
+        if seen is not None and seen.is_exact:
+            return tokens._replace(prompt=seen.prompt or 0, completion=seen.tokens, estimated=0)
         prompt = self._prompt_of(record, count)
         completion, estimated = self._completion_of(record, count, prompt)
         estimated += max(prompt - tokens.prompt, 0)
@@ -121,6 +123,8 @@ class TokenEstimator:
         """Return the tokens of the prompts. The report of a whole response to several prompts has the first one's."""
         if count.has_prompt and not (record.asked.prompts > 1 and len(count.choices) > 1):
             return count.tokens.prompt
+        if record.generated is not None and record.generated.prompt is not None:
+            return record.generated.prompt
         return max(count.tokens.prompt, self.prompt_tokens(record.prepared.route.label, record.bytes_in))
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
@@ -137,7 +141,7 @@ class TokenEstimator:
             more = self._unsent(record, tokens) if was_left else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
-            generated = self._by_time(record, prompt) if record.generated is None else record.generated
+            generated = self._by_time(record, prompt) if record.generated is None else record.generated.tokens
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 from backend.generation_watch import GenerationWatch
@@ -42,15 +42,15 @@ async def listed_slots(fetch: Fetch) -> int:
     return len(value)
 
 
-async def busy_slots(fetch: Fetch) -> Sequence[Mapping[str, Any]]:
-    """Return the slots that are processing a request, as GET /slots lists them.
+async def fetch_slots(fetch: Fetch) -> Sequence[Mapping[str, Any]]:
+    """Return all slots, as GET /slots lists them.
 
     Raises GatewayError if the backend does not respond now, ValueError if it does not report its slots.
     """
     value = await _fetch_json(fetch, b"/slots")
     if not isinstance(value, list) or not all(isinstance(slot, dict) for slot in value):
         raise ValueError("not a list of slots")
-    return [slot for slot in value if slot.get("is_processing") is True]
+    return value
 
 
 async def _fetch_json(fetch: Fetch, target: bytes) -> Any:
@@ -77,20 +77,26 @@ class PendingRelease(NamedTuple):
     earliest_s: float
     watch: GenerationWatch | None
 
+    @property
+    def at_work_s(self) -> float:
+        """When the backend was last seen at work on it; -inf if it was not, or nothing watches that."""
+        return -inf if self.watch is None else self.watch.at_work_s
+
 
 class SlotReclaimer:
     """Releases the slots of cancelled requests once the backend has stopped working on them.
 
     `relaying` returns the number of slots in which the backend should be working: further busy slots are those of
     cancelled requests. If the backend does not report its slots, a slot is released at once. If it does not respond
-    because it is busy, it is polled again. Each slot is released after `timeout_s` at the latest.
+    because it is busy, it is polled again. Each slot is released at the latest `timeout_s` after the request was
+    cancelled, or was last seen at work by its watch.
     """
 
     def __init__(self, fetch: Fetch, relaying: Callable[[], int], timeout_s: float = _TIMEOUT_S) -> None:
         self._fetch = fetch
         self._relaying = relaying
         self._timeout_s = timeout_s
-        self._pending: deque[PendingRelease] = deque()
+        self._pending: list[PendingRelease] = []
         self._task: asyncio.Task[None] | None = None
         self._new_watch = asyncio.Event()
         self._reports_slots = True
@@ -128,28 +134,35 @@ class SlotReclaimer:
         self._has_answered = True
         try:
             while self._pending and self._reports_slots:
-                await self._pause(self._pending[0].since_s + self._timeout_s - clock())
-                cancelled = await self._cancelled_slots()
-                now_s = clock()
-                while self._pending and self._may_release(cancelled, now_s):
-                    _end(self._pending.popleft())
+                await self._pause()
+                self._release_ended(await self._cancelled_slots(), clock())
         finally:
             self._poll_slowly = False
             self._release_all()
 
-    async def _pause(self, left_s: float) -> None:
+    async def _pause(self) -> None:
         """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
+        now_s = asyncio.get_running_loop().time()
         pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
         pause_s = min([_POLL_S if self._poll_slowly else _STREAM_POLL_S, *pauses_s])
         if not self._has_answered:  # a connection that is refused takes no time
             pause_s = max(pause_s, _STREAM_POLL_S)
+        left_s = [pending.since_s + self._timeout_s - now_s for pending in self._pending]
         self._new_watch.clear()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._new_watch.wait(), max(min(pause_s, left_s), 0.0))
+            await asyncio.wait_for(self._new_watch.wait(), min([pause_s, *(each for each in left_s if each > 0)]))
 
-    def _may_release(self, busy: int, now_s: float) -> bool:
+    def _release_ended(self, busy: int, now_s: float) -> None:
+        """Release the slots of requests on which the backend has stopped working. `busy` slots are still at work."""
+        for pending in list(self._pending):
+            if self._may_release(pending, busy, now_s):
+                self._pending.remove(pending)
+                _end(pending)
+
+    def _may_release(self, pending: PendingRelease, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
-        pending = self._pending[0]
+        if busy and pending.at_work_s + self._timeout_s > now_s:
+            return False
         if pending.since_s + self._timeout_s <= now_s:
             return True
         others = sum(each.ticket.slots for each in self._pending) - pending.ticket.slots
@@ -159,7 +172,7 @@ class SlotReclaimer:
         """Return how many slots still work on cancelled requests; if that is unknown, all pending ones."""
         self._has_answered = False
         try:
-            busy = await busy_slots(self._fetch)
+            slots = await fetch_slots(self._fetch)
         except GatewayError:
             return sum(pending.ticket.slots for pending in self._pending)
         except ValueError:
@@ -169,12 +182,13 @@ class SlotReclaimer:
         now_s, taken = asyncio.get_running_loop().time(), set[int]()
         for pending in self._pending:
             if pending.watch is not None:
-                taken |= pending.watch.look(busy, now_s, taken)
-        return max(0, len(busy) - self._relaying())
+                taken |= pending.watch.look(slots, now_s, taken)
+        busy = sum(slot.get("is_processing") is True for slot in slots)
+        return max(0, busy - self._relaying())
 
     def _release_all(self) -> None:
         while self._pending:
-            _end(self._pending.popleft())
+            _end(self._pending.pop(0))
 
     async def close(self) -> None:
         if self._task is not None:

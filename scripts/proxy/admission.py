@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from accounting.request_record import RequestRecord, Stage
 from auth import Caller
-from backend.generation_watch import GenerationWatch
+from backend.generation_watch import Generated, GenerationWatch
 from backend.readiness import DEAD, READY
 from backend.slot_isolation import SlotIsolation, SlotLease
 from backend.slots import SlotReclaimer
@@ -237,7 +237,7 @@ class Admission:
             self._ticket.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[int | None], None] | None = None
+        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated | None], None] | None = None
     ) -> None:
         """Release the slots once the backend, which was cut short, has stopped working.
 
@@ -255,11 +255,13 @@ class Admission:
         elif ticket is not None:
             ticket.release()
 
-    def _watch(self, on_generated: Callable[[int | None], None]) -> GenerationWatch:
+    def _watch(self, on_generated: Callable[[Generated | None], None]) -> GenerationWatch:
         record = self._record
         age_s = record.ended_s - record.left_queue_s
         slot = None if self._lease is None else self._lease.slot
-        return GenerationWatch(record.asked.answers, age_s, record.asked.max_tokens, slot, on_generated)
+        return GenerationWatch(
+            record.asked.answers, age_s, record.asked.max_tokens, slot, on_generated, record.asked.prompts
+        )
 
     def _reclaimer(self) -> SlotReclaimer:
         return self._services.reclaimer

@@ -7,6 +7,7 @@ from urllib.parse import parse_qs
 
 from accounting.request_record import RequestRecord
 from auth import Caller
+from backend.generation_watch import Generated
 from backend.models import Models
 from backend.readiness import DEAD, READY
 from backend.slots import SlotReclaimer
@@ -206,7 +207,7 @@ class ModelAdmission(Admission):
             self._visit.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[int | None], None] | None = None
+        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated | None], None] | None = None
     ) -> None:
         super().release_unfinished(sent_bytes, streamed=streamed, on_generated=on_generated)
         if self._visit is not None:

@@ -8,6 +8,7 @@ from accounting.recorder import Recorder
 from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small
 from auth import Caller, ForeignSource
+from backend.generation_watch import Generated
 from backend.models import Models
 from backend.readiness import DEAD
 from core.errors import (
@@ -604,7 +605,7 @@ def _record_stream(recorder: Recorder, record: RequestRecord, is_behind: bool) -
     recorder.record(record)
 
 
-def _record_whole(recorder: Recorder, record: RequestRecord, generated: int | None) -> None:
+def _record_whole(recorder: Recorder, record: RequestRecord, generated: Generated | None) -> None:
     """Record a request whose client has left before its answer."""
     record.generated = generated
     recorder.record(record)

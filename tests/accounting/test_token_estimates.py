@@ -11,6 +11,7 @@ from accounting.request_record import Outcome, RequestRecord
 from accounting.token_counter import TokenCounter
 from accounting.token_estimates import MARGIN, OVERRUN_TOKENS, TOKENS_PER_BYTE, TokenEstimator, limit_of
 from accounting.usage_reports import Tokens
+from backend.generation_watch import Generated
 from policy.token_limits import TokensAsked
 from support.paths import TESTS
 from support.records import ANSWER, CHAT, EVENTS, PING, counted, prepare, record
@@ -81,8 +82,10 @@ def test_what_was_generated_for_a_client_that_left_is_estimated_by_the_time() ->
 
 
 def test_what_the_backend_was_seen_to_generate_precedes_the_time() -> None:
-    assert tokens_of(left(generated=7), taught()) == Tokens(25, 0, 7, estimated=32)
-    assert tokens_of(left(generated=0), taught()) == Tokens(25, 0, 0, estimated=25)
+    assert tokens_of(left(generated=Generated(7, None, False)), taught()) == Tokens(25, 0, 7, estimated=32)
+    assert tokens_of(left(generated=Generated(7, 30, False)), taught()) == Tokens(30, 0, 7, estimated=37)
+    assert tokens_of(left(generated=Generated(7, 30, True)), taught()) == Tokens(30, 0, 7)
+    assert tokens_of(left(generated=Generated(0, None, False)), taught()) == Tokens(25, 0, 0, estimated=25)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.TIMED_OUT, Outcome.TRUNCATED])

@@ -6,8 +6,8 @@ from collections.abc import Callable, Coroutine
 
 import pytest
 
-from backend.generation_watch import GenerationWatch
-from backend.slots import SlotReclaimer, busy_slots, total_slots
+from backend.generation_watch import Generated, GenerationWatch
+from backend.slots import SlotReclaimer, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
 from support.clock import Clock
@@ -71,19 +71,19 @@ def test_total_slots_is_read_from_props(reply: Reply, slots: int) -> None:
     assert asyncio.run(total_slots(Backend(reply).fetch)) == slots
 
 
-def test_busy_slots_are_those_that_are_processing() -> None:
-    assert len(asyncio.run(busy_slots(Backend(3).fetch))) == 3
+def test_all_slots_are_listed() -> None:
+    assert len(asyncio.run(fetch_slots(Backend(3).fetch))) == 4
 
 
 @pytest.mark.parametrize("reply", UNREADABLE)
 def test_a_backend_that_does_not_report_its_slots_is_a_value_error(reply: Reply) -> None:
     with pytest.raises(ValueError, match=r"^(not a list of slots|no such page|nested too deeply|Expecting value.*)$"):
-        asyncio.run(busy_slots(Backend(reply).fetch))
+        asyncio.run(fetch_slots(Backend(reply).fetch))
 
 
 def test_a_backend_that_does_not_respond_is_a_gateway_error() -> None:
     with pytest.raises(GatewayError):
-        asyncio.run(busy_slots(Backend(BACKEND_TIMEOUT).fetch))
+        asyncio.run(fetch_slots(Backend(BACKEND_TIMEOUT).fetch))
 
 
 # --- Cancelled requests ---
@@ -193,13 +193,64 @@ def test_close_releases_all_slots() -> None:
     run(play)
 
 
-def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_is_released() -> None:
-    def listed(tokens: int) -> Reply:
-        slot = {"id": 0, "id_task": 5, "is_processing": True, "next_token": [{"n_decoded": tokens}]}
-        return 200, json.dumps([slot]).encode()
+def at_work(task: int, tokens: int, *others: int) -> Reply:
+    """The reply that lists a task with so many tokens, and others that are at work."""
+    slots = [
+        {"id": each, "id_task": each, "is_processing": True, "next_token": [{"n_decoded": tokens}]}
+        for each in (task, *others)
+    ]
+    return 200, json.dumps(slots).encode()
+
+
+def test_a_slot_that_is_seen_at_work_is_held_beyond_the_timeout() -> None:
+    """The results of other requests keep llama-server from noticing that the client has left."""
 
     async def play() -> None:
-        backend, ended = Backend(1, listed(10), listed(20), 0), list[tuple[int | None, int]]()
+        backend = Backend(*[at_work(5, tokens) for tokens in range(40)], 0)
+        cancelled = Cancelled(backend, timeout_s=5.0)
+        clock = asyncio.get_running_loop().time
+        began_s, ticket = clock(), cancelled.queue.acquire("bob")
+        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: not ticket.running)
+        assert (backend.polls, clock() - began_s > 30) == (41, True)
+
+    run(play)
+
+
+def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
+    async def play() -> None:
+        backend = Backend(at_work(5, 1), at_work(5, 2), at_work(5, 3), BACKEND_TIMEOUT)
+        cancelled = Cancelled(backend, timeout_s=5.0)
+        ticket = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: not ticket.running or backend.polls > 20)
+        assert not ticket.running
+
+    run(play)
+
+
+def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
+    async def play() -> None:
+        both, one = at_work(5, 10, 6), at_work(6, 10)
+        backend = Backend(both, both, both, both, one, one, 0)
+        cancelled, ended = Cancelled(backend), list[str]()
+        for key, age_s in (("alice", 1.0), ("bob", 1.0)):
+            ticket = cancelled.queue.acquire(key)
+            watch = GenerationWatch(1, age_s, None, None, lambda _, key=key: ended.append(key))  # type: ignore[misc]
+            cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: bool(ended))
+        assert ended == ["alice"]
+        await cancelled.released()
+        assert ended == ["alice", "bob"]
+
+    run(play)
+
+
+def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_is_released() -> None:
+    async def play() -> None:
+        backend, ended = Backend(1, at_work(5, 10), at_work(5, 20), 0), list[tuple[Generated | None, int]]()
         cancelled = Cancelled(backend)
         cancelled.cancel()
         await until(lambda: backend.polls == 1)
@@ -209,7 +260,7 @@ def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_i
         await cancelled.released()
         ((generated, held),) = ended
         assert generated is not None
-        assert (generated > 20, held) == (True, 1)
+        assert (generated.tokens > 20, held) == (True, 1)
 
     run(play)
 
@@ -217,7 +268,7 @@ def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_i
 @pytest.mark.parametrize("polls", [0, 1])
 def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) -> None:
     async def play() -> None:
-        backend, ended = Backend((501, b"{}")), list[int | None]()
+        backend, ended = Backend((501, b"{}")), list[Generated | None]()
         cancelled = Cancelled(backend)
         for _ in range(polls):
             cancelled.cancel()

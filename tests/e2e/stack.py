@@ -111,6 +111,7 @@ class LlamaServer(Process):
     """llama-server with the tiny model. Context shift is on, so that a response ends at max_tokens and not before."""
 
     name = "llama-server"
+    slot_context = 1024  # tokens of a slot
 
     def __init__(self, folder: Path, binary: str, model: Path, slots: int, page: Path | None = None) -> None:
         """`page` is the folder of its page; it has none without."""
@@ -122,9 +123,8 @@ class LlamaServer(Process):
         self.key_file.write_text(self.key + "\n")
 
     def command(self) -> list[str]:
-        options = (
-            f"--host 127.0.0.1 --port {self.port} --parallel {self.slot_count} --ctx-size {self.slot_count * 1024}"
-        )
+        context = self.slot_count * self.slot_context
+        options = f"--host 127.0.0.1 --port {self.port} --parallel {self.slot_count} --ctx-size {context}"
         flags = "--alias tiny --metrics --slots --embeddings --pooling mean --context-shift --threads 1"
         page = ["--no-webui"] if self.page is None else ["--path", str(self.page)]
         files = ["-m", str(self.model), "--api-key-file", str(self.key_file), *page]

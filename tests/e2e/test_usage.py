@@ -2,9 +2,11 @@
 
 import json
 import random
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -160,6 +162,61 @@ def test_whole_responses_are_charged_no_less_than_generated_and_at_most_a_quarte
     generated = difference(counted(backend), before)["completion"]
     counts = difference(metric_totals(own_gateway.url), charged)["completion"]
     assert generated <= counts <= 1.25 * generated
+
+
+# --- Whole responses whose clients leave before them ---
+
+LEFT: dict[str, tuple[list[dict[str, object]], bool]] = {  # the requests, and whether what is charged is no estimate
+    "one": ([{}], True),
+    "prompts": ([{"prompt": ["the moon", "a cat on a stone"]}], True),
+    "choices": ([{"n": 3}], False),
+    "several at once": ([{"prompt": "a cat"}, {"prompt": "the moon"}, {"prompt": "one river"}], False),
+}
+
+
+class DeepServer(LlamaServer):
+    """llama-server whose slots do not fill before it notices that a client has left."""
+
+    slot_context = 1 << 15
+
+
+@pytest.fixture(scope="module")
+def deep_backend(tmp_path_factory: pytest.TempPathFactory, llama_bin: str, model: Path):
+    yield from running(DeepServer(tmp_path_factory.mktemp("deep"), llama_bin, model, slots=4))
+
+
+def sent(url: str, body: dict[str, object]) -> socket.socket:
+    """Send a request for a whole response, and return the connection."""
+    address = urlsplit(url)
+    request = httpx.Request("POST", f"{url}/v1/completions", headers=bearer(TEAM_KEY), json=body)
+    head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+    connection = socket.create_connection((address.hostname, address.port), 10)
+    connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.content)
+    return connection
+
+
+def wait_for_cancelled(access_log: Path, number: int) -> Tokens:
+    """Return the tokens of all cancelled requests once there are so many."""
+    return eventually(lambda: logged(access_log, "cancelled"), lambda seen: seen[0] == number, 60)[1]
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_who_leaves_before_a_whole_response_is_charged_what_was_generated(
+    deep_backend: LlamaServer, tmp_path: Path, name: str
+) -> None:
+    bodies, is_exact = LEFT[name]
+    asked = {"prompt": "the moon", "max_tokens": 30_000, "ignore_eos": True}
+    before, times = counted(deep_backend), 3
+    for gateway in running(Gateway(tmp_path, deep_backend, LOG_FORMAT="json")):
+        for number in range(1, times + 1):
+            connections = [sent(gateway.url, asked | body) for body in bodies]
+            eventually(deep_backend.busy, lambda busy: busy >= len(bodies), 10)
+            for connection in connections:
+                connection.close()
+            charged = wait_for_cancelled(gateway.access_log, number * len(bodies))
+        deep_backend.all_free()
+    generated = difference(counted(deep_backend), before)["completion"]
+    assert generated <= charged["completion"] <= (1 if is_exact else 1.25) * generated
 
 
 # --- The limit of a key ---
