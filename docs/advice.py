@@ -206,9 +206,13 @@ SETTINGS: dict[str, SettingAdvice] = {
         "Lower it to keep slots free, for example for another program that uses llama-server directly.",
         "MAX_CONCURRENT_REQUESTS=2"),
     "MAX_QUEUE_SIZE": SettingAdvice(
-        "Lower it if clients should get 503 soon and try another worker; raise it for batch jobs.",
+        "Lower it if clients should get 503 soon and try another worker; raise it for batch jobs. If the queue is full,"
+        " the newest request of the key that has the most waiting ones gets the 503, so no key can fill the queue for"
+        " the others.",
         "MAX_QUEUE_SIZE=20"),
-    "QUEUE_TIMEOUT": SettingAdvice("Set it if an answer that begins late is of no use.", "QUEUE_TIMEOUT=60"),
+    "QUEUE_TIMEOUT": SettingAdvice(
+        "Set it if an answer that begins late is of no use. Times like this are looked at every 0.25 s.",
+        "QUEUE_TIMEOUT=60"),
     "COLD_START_WAIT": SettingAdvice(
         "Set it to 0 if clients must get 503 at once while the model loads; raise it for slow volumes.",
         "COLD_START_WAIT=600"),
@@ -385,7 +389,8 @@ ERRORS: dict[str, Remedy] = {
         "Read the message and llama-server's log: mostly there is too little memory, or the file is damaged. The next"
         " attempt comes with the next request after Retry-After; the pause doubles with each failure."),
     "queue_full": Remedy(
-        "`MAX_QUEUE_SIZE` requests wait already.",
+        "`MAX_QUEUE_SIZE` requests wait already, and no key has more of them than this one. A request that waits gets"
+        " it, too, if its key has the most waiting ones and another key's request comes.",
         "Add slots (`PARALLEL`) or workers, or raise `MAX_QUEUE_SIZE` if clients may wait longer."),
     "queue_timeout": Remedy("No slot became free within `QUEUE_TIMEOUT`.", "As for `queue_full`."),
     "loading": Remedy(
