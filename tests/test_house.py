@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from inspect import isclass
 from itertools import chain
@@ -583,9 +584,15 @@ def test_a_key_option_has_its_field() -> None:
 
 @each_key_option
 def test_a_key_option_is_parsed(option: str) -> None:
+    """No option has an empty value: a parser refuses that."""
     assert option in keyfile.OPTIONS, (
         f"scripts/keyfile.py does not parse {option}=…: add it to OPTIONS, or name the field {option} in its option."
     )
+    with suppress(keyfile.KeyFileError):
+        keyfile.OPTIONS[option].parse("")
+        pytest.fail(
+            f"scripts/keyfile.py accepts {option}= without a value: give it a parser that refuses what is wrong."
+        )
 
 
 @each_key_option
