@@ -101,11 +101,12 @@ class GenerationWatch:
         self._own: dict[int, _Task] | None = None
         self._at_work_s = -inf
         self._goes_on = False
+        self._is_over = False
 
     @property
     def pause_s(self) -> float:
         """How long to wait before the next look at most."""
-        if self._own is not None:
+        if self._own is not None or self._is_over:
             return _LATER_S
         return 0.0 if self._candidates is None else _PACE_S
 
@@ -116,6 +117,8 @@ class GenerationWatch:
 
     def look(self, slots: Sequence[Slot], now_s: float, taken: set[int]) -> set[int]:
         """Look at all slots; return the tasks that are the request's. Those that are `taken` are not."""
+        if self._is_over:
+            return set()
         found = {slot["id_task"]: slot for slot in slots if type(slot.get("id_task")) is int}
         if self._own is not None:
             self._follow(self._own, found, now_s)
@@ -157,6 +160,11 @@ class GenerationWatch:
         if _params(slot).get("stream") is True:
             return False
         return self._limit is None or _limit(slot) == self._limit
+
+    def forget_tasks(self) -> None:
+        """Look no more: llama-server may be another process, whose tasks have the same numbers."""
+        self._is_over = True
+        self._at_work_s = -inf
 
     def end(self) -> None:
         """llama-server works on it no more, or it is not waited for any longer."""

@@ -108,8 +108,11 @@ class SlotReclaimer:
         return len(self._pending)
 
     def reset(self) -> None:
-        """Assume again that the backend reports its slots, because it was restarted."""
+        """The backend may have been restarted: it may report its slots, and has other tasks."""
         self._reports_slots = True
+        for pending in self._pending:
+            if pending.watch is not None:
+                pending.watch.forget_tasks()
 
     def release(self, ticket: Ticket, *, streamed: bool, watch: GenerationWatch | None = None) -> None:
         """Release the slot of a cancelled request as soon as the backend has stopped working on it.

@@ -133,6 +133,18 @@ def test_it_is_at_work_as_long_as_a_look_shows_it() -> None:
         assert watch.at_work_s == at_work_s
 
 
+def test_the_tasks_of_another_process_are_not_its_own() -> None:
+    ended: list[Generated | None] = []
+    watch = GenerationWatch(1, 1.0, None, None, ended.append)
+    for now_s, tokens in ((10.0, 100), (10.2, 120)):
+        watch.look([slot(7, tokens)], now_s, set())
+    watch.forget_tasks()
+    assert watch.look([slot(7, 9000)], 12.0, set()) == set()
+    assert (watch.at_work_s, watch.pause_s > 60) == (-inf, True)
+    watch.end()
+    assert ended == [Generated(225, None, False)]
+
+
 def test_streams_and_other_limits_are_not_its_own() -> None:
     streams = [slot(1, 100, stream=True)], [slot(1, 120, stream=True)]
     assert watched(*streams) is None

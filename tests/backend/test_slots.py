@@ -231,6 +231,22 @@ def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
     run(play)
 
 
+def test_a_task_of_the_backends_next_process_holds_no_slot() -> None:
+    async def play() -> None:
+        backend = Backend(at_work(5, 1))
+        cancelled = Cancelled(backend, timeout_s=5.0)
+        ticket = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: backend.polls > 5)
+        assert ticket.running
+        cancelled.reclaimer.reset()
+        await until(lambda: not ticket.running or backend.polls > 20)
+        assert not ticket.running
+
+    run(play)
+
+
 def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
     async def play() -> None:
         both, one = at_work(5, 10, 6), at_work(6, 10)
