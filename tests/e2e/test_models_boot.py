@@ -176,7 +176,7 @@ def test_a_wedged_model_is_ended_alone(service: Service) -> None:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
         connection.close()
-    assert "the model embed is wedged: " in service.log.read_text()
+    eventually(service.log.read_text, lambda text: "the model embed is wedged: " in text, SOON_S)
     assert service.router_pid == router
     assert service.complete("chat") == 200
     # The state's detail has it too, until the model is loaded again.
