@@ -485,8 +485,8 @@ FIELDS: dict[str, str] = {
     "route": "The same as the label `route` of `gateway_requests_total`.",
     "status": "499 is never sent: the client had left before there was a status.",
     "backend_status": "If it differs from `status`, the gateway decided; if it is the same, llama-server did.",
-    "outcome": "`done`: a complete answer. `truncated`: llama-server broke off. `cancelled`: the client left."
-               " `refused`: the gateway's own error. `timed_out`: a time limit ended it.",
+    "outcome": "`done`: a complete answer. `truncated`: llama-server broke off, or `DRAIN_TIMEOUT` ended it."
+               " `cancelled`: the client left. `refused`: the gateway's own error. `timed_out`: a time limit ended it.",
     "stage": "The last stage that the request reached.",
     "bytes_in": "A large number and a long `first_byte_ms` without `queue_ms`: the upload took the time.",
     "bytes_out": "0 if nothing could be sent.",

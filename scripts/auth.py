@@ -25,6 +25,7 @@ from core.errors import (
     RATE_LIMIT_EXCEEDED,
     Fields,
     GatewayError,
+    Kind,
 )
 from core.sliding_window import BUCKET_S, WINDOW_S, SlidingWindow, WindowTable
 
@@ -78,11 +79,14 @@ def unauthorized(detail: str = "") -> GatewayError:
     return GatewayError(INVALID_API_KEY, detail, fields=CHALLENGE)
 
 
-class ForeignSource(GatewayError):
-    """A valid key came from an address that its `from=` does not allow. The client sees the one 401."""
+class KeyRefused(GatewayError):
+    """A key that is known, but suspended, or sent from an address that its `from=` does not allow.
 
-    def __init__(self, key_id: str) -> None:
-        super().__init__(INVALID_API_KEY, fields=CHALLENGE)
+    The client sees the one 401 for the latter. `key_id` is for the logs.
+    """
+
+    def __init__(self, kind: Kind, key_id: str) -> None:
+        super().__init__(kind, fields=CHALLENGE if kind is INVALID_API_KEY else ())
         self.key_id = key_id
 
 
@@ -132,17 +136,16 @@ class Keyring:
 
         addresses are all that the client's may be: a key with `from=` works only if it allows each of them.
 
-        Raises GatewayError(INVALID_API_KEY) for an unknown or expired key, ForeignSource, and
-        GatewayError(KEY_SUSPENDED).
+        Raises GatewayError(INVALID_API_KEY) for an unknown or expired key, and KeyRefused.
         """
         caller = self._callers.get(digest)
         if caller is None or (caller.expires_s is not None and caller.expires_s <= clock()):
             _all_within(addresses, _NOWHERE)  # it takes as long as for a key that does not work from here
             raise unauthorized()
         if caller.sources and not _all_within(addresses, caller.sources):
-            raise ForeignSource(caller.key_id)
+            raise KeyRefused(INVALID_API_KEY, caller.key_id)
         if caller.rate_limit == 0:
-            raise GatewayError(KEY_SUSPENDED)
+            raise KeyRefused(KEY_SUSPENDED, caller.key_id)
         return caller
 
     def find_one(self, digests: Sequence[bytes], clock: Callable[[], float], addresses: Sequence[str] = ()) -> Caller:

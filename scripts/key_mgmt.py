@@ -132,7 +132,12 @@ def parse_duration(text: str) -> timedelta:
 
 
 def parse_when(text: str) -> datetime:
-    return now() + parse_duration(text) if text[-1:] in UNITS else keyfile.parse_expiration(text)
+    if DURATION.fullmatch(text):
+        return now() + parse_duration(text)
+    try:
+        return keyfile.parse_expiration(text)
+    except keyfile.KeyFileError as error:
+        raise keyfile.KeyFileError(f"{error}, or a duration like 30d, 24h or 60m, or never") from None
 
 
 # The commands
@@ -149,7 +154,7 @@ def generate(arguments: argparse.Namespace) -> int:
             )
         document.lines.append(keyfile.serialize_entry(entry, secret if arguments.plain else ""))
 
-    return _show_key(arguments, _rewrite(arguments, add, create=True), secret)
+    return _show_key(arguments, _rewrite(arguments, add, create=True), secret, f"added {entry.key_id} to")
 
 
 def list_keys(arguments: argparse.Namespace) -> int:
@@ -172,6 +177,8 @@ def remove(arguments: argparse.Namespace) -> int:
 
     _rewrite(arguments, delete)
     _report(f"removed {arguments.name}", arguments.quiet)
+    if any(entry.key_id == arguments.name for entry in given_keys().entries):
+        _report(f"warning: API_KEYS has a key of {arguments.name}, which is in force now: remove it there", False)
     return _print_json({"key_id": arguments.name, "removed": True}) if arguments.json else 0
 
 
@@ -188,7 +195,11 @@ def rotate(arguments: argparse.Namespace) -> int:
         for index, old in reversed(old_lines):
             _retire(document, index, old, arguments.overlap)
 
-    return _show_key(arguments, _rewrite(arguments, add_and_retire), secret)
+    ends = (
+        f"works until {keyfile.serialize_time(now() + arguments.overlap)} at most" if arguments.overlap else "has ended"
+    )
+    done = f"rotated {arguments.name}, whose old key {ends}, in"
+    return _show_key(arguments, _rewrite(arguments, add_and_retire), secret, done)
 
 
 def _retire(document: Document, index: int, entry: Entry, overlap: timedelta) -> None:
@@ -301,6 +312,8 @@ def show_usage(arguments: argparse.Namespace) -> int:
     except ledger_files.LedgerUnreadable as error:
         raise CommandError(str(error)) from None
     costs = [{} if price is None else {"cost": round(ledger.cost(row.gpu_s, price), 4)} for row in rows]
+    if arguments.key and not rows:
+        _report(f"no use of {arguments.key} is recorded in {path}", arguments.quiet)
     full = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
     records = [{name: value for name, value in record.items() if value != ""} for record in full]
     return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
@@ -412,7 +425,8 @@ def _earlier(first: datetime | None, second: datetime | None) -> datetime | None
     return min((at for at in (first, second) if at is not None), default=None)
 
 
-def _show_key(arguments: argparse.Namespace, document: Document, secret: str) -> int:
+def _show_key(arguments: argparse.Namespace, document: Document, secret: str, done: str) -> int:
+    """Show a new key; `done` says what has been done in the file whose path follows."""
     name = arguments.name
     entry = document.find(name)[-1][1]
     record = {**_record(entry), "api_key": secret}
@@ -422,7 +436,7 @@ def _show_key(arguments: argparse.Namespace, document: Document, secret: str) ->
         message = f"the new key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
         raise CommandError(message) from None
     expiration = f"; it expires at {record['expires_at']}" if entry.expires_at is not None else ""
-    _report(f"added {name} to {keys_file(arguments)}; the key is shown only once{expiration}", arguments.quiet)
+    _report(f"{done} {keys_file(arguments)}; the key is shown only once{expiration}", arguments.quiet)
     return 0
 
 

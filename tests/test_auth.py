@@ -19,7 +19,7 @@ import pytest
 
 import auth
 import keyfile
-from auth import Caller, ForeignSource, Keyring, KeyStore, RateLimiter, allowance, allowance_lines, unauthorized
+from auth import Caller, KeyRefused, Keyring, KeyStore, RateLimiter, allowance, allowance_lines, unauthorized
 from core.errors import FIELDS_SEARCHED, INVALID_API_KEY, KEY_SUSPENDED, LOADING, RATE_LIMIT_EXCEEDED, GatewayError
 from support.clock import Clock
 from support.faults import Fault, environment, make_faults
@@ -262,7 +262,7 @@ def test_a_key_with_networks_works_from_these_alone() -> None:
         assert ring.find(digest(K), now, addresses).key_id == "a"
     for addresses in ([], ["11.0.0.1"], ["local"], [""], ["10.1.2.3", "192.0.2.7"]):
         error = refusal(lambda addresses=addresses: ring.find(digest(K), now, addresses))
-        assert isinstance(error, ForeignSource)
+        assert isinstance(error, KeyRefused)
         assert (error.key_id, error.kind, str(error)) == ("a", INVALID_API_KEY, str(unauthorized()))
         assert error.fields == unauthorized().fields
     assert ring.find(digest(L), now, ["192.0.2.7"]).key_id == "b"
@@ -279,7 +279,7 @@ def test_among_several_keys_the_one_counts_that_works_from_here() -> None:
     both = [digest(K), digest(L)]
     assert ring.find_one(both, now, ["::2"]).key_id == "b"
     assert "two different" in str(refusal(lambda: ring.find_one(both, now, ["::1"])))
-    assert isinstance(refusal(lambda: ring.find_one([digest(K), bytes(32)], now, ["::2"])), ForeignSource)
+    assert isinstance(refusal(lambda: ring.find_one([digest(K), bytes(32)], now, ["::2"])), KeyRefused)
 
 
 def test_all_401_errors_are_identical() -> None:

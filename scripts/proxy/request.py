@@ -7,7 +7,7 @@ from http import HTTPStatus
 from accounting.recorder import Recorder
 from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small
-from auth import Caller, ForeignSource
+from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
 from backend.models import Models
 from backend.readiness import DEAD
@@ -536,7 +536,7 @@ class Request:
             return
         if self._caller is None:
             self._client.authenticated = False  # its key is not valid any more
-        if isinstance(error, ForeignSource):
+        if isinstance(error, KeyRefused):
             self.record.key_id = error.key_id
         self.record.refusal = error.kind
         self.record.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED

@@ -120,6 +120,9 @@ async def test_expired_and_suspended_keys(stack: Stack) -> None:
     assert (await stack.ask(post(key=NEW_KEY))).code == "invalid_api_key"
     response = await stack.ask(post(key=b"sk-held-0123456789abcdef"))
     assert (response.status, response.code) == (403, "key_suspended")
+    assert response.field(b"www-authenticate") is None
+    await stack.stop()
+    assert [line["key"] for line in stack.lines] == ["-", "held"]  # its owner can be told
 
 
 @scenario(AUTH_ENABLED="false")

@@ -288,6 +288,24 @@ def test_rotate_with_overlap_keeps_the_old_key_for_that_time(path: Path, run: Ca
         assert ring.find(hashlib.sha256(secret.encode()).digest(), lambda at_s=now_s: at_s).key_id == "a"
 
 
+def test_rotate_says_until_when_the_old_key_works(path: Path, run: Callable[..., Response]) -> None:
+    path.write_text(f"a:{OLD}\n")
+    said = run("rotate", "--name", "a", "--overlap", "24h").err
+    until = re.search(r"rotated a, whose old key works until (\S+) at most, in ", said)
+    assert until is not None
+    assert is_in(keyfile.parse_expiration(until[1]), timedelta(hours=24))
+
+
+def test_remove_says_that_a_key_of_the_environment_works_again(
+    path: Path, run: Callable[..., Response], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path.write_text(f"a:{OLD}\nb:{OLD}2\n")
+    monkeypatch.setenv("API_KEYS", f"b:{OLD}3")
+    assert run("remove", "--name", "a").err == "key_mgmt: removed a\n"
+    warning = "key_mgmt: warning: API_KEYS has a key of b, which is in force now: remove it there\n"
+    assert run("remove", "--name", "b").err == "key_mgmt: removed b\n" + warning
+
+
 def test_a_second_rotation_does_not_prolong_the_first_overlap(path: Path, run: Callable[..., Response]) -> None:
     path.write_text(f"a:{OLD}\n")
     run("rotate", "--name", "a", "--overlap", "60m")
@@ -312,9 +330,12 @@ def test_rotate_of_an_expired_key_needs_an_expiration(path: Path, run: Callable[
 def test_the_expiration_of_a_new_key_is_reported(path: Path, run: Callable[..., Response]) -> None:
     path.write_text(f"a:{OLD}::{FUTURE}\nb:{OLD}2\n")
     assert run("rotate", "--name", "a").err == (
-        f"key_mgmt: added a to {path}; the key is shown only once; it expires at {FUTURE}\n"
+        f"key_mgmt: rotated a, whose old key has ended, in {path}; the key is shown only once; it expires at {FUTURE}\n"
     )
-    assert run("rotate", "--name", "b").err == f"key_mgmt: added b to {path}; the key is shown only once\n"
+    assert (
+        run("rotate", "--name", "b").err
+        == f"key_mgmt: rotated b, whose old key has ended, in {path}; the key is shown only once\n"
+    )
 
 
 # check, hash
@@ -497,6 +518,12 @@ def test_usage_of_one_key(usage_file: Path, run: Callable[..., Response]) -> Non
     rows = run("usage", "--usage-file", str(usage_file), "--key", "bob", "--by", "day", "--json").json
     assert [row["requests"] for row in rows] == [1]  # type: ignore[attr-defined]
     assert run("usage", "--usage-file", str(usage_file), "--key", "carol", "--json").json == []
+
+
+def test_usage_of_a_key_that_has_none_says_so(usage_file: Path, run: Callable[..., Response]) -> None:
+    answer = run("usage", "--usage-file", str(usage_file), "--key", "nobody", "--json")
+    assert (answer.status, answer.out) == (0, "[]\n")
+    assert answer.err == f"key_mgmt: no use of nobody is recorded in {usage_file}\n"
 
 
 def test_usage_shows_quotas_what_is_left_and_when_they_reset(
@@ -695,7 +722,10 @@ def test_wrong_usage_is_status_2_and_changes_nothing(path: Path, run: Callable[.
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--expires", "a duration is 1 to 5 digits and d, h or m, like 30d, 24h or 60m"),
+        (
+            "--expires",
+            "an expiration is like 2026-12-31, 2026-12-31T23:59:59Z or 2026-12-31T23:59:59+02:00, or a duration like 30d, 24h or 60m, or never",
+        ),
         ("--rate-limit", "the rate limit is a whole number from 0 to 1000000000"),
         ("--name", "a key id is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter, a digit or _"),
     ],

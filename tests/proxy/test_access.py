@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from accounting.token_estimates import TokenEstimator
-from auth import ANONYMOUS, ANONYMOUS_OPERATOR, Caller, ForeignSource, RateLimiter
+from auth import ANONYMOUS, ANONYMOUS_OPERATOR, Caller, KeyRefused, RateLimiter
 from core.errors import (
     DRAINING,
     INVALID_API_KEY,
@@ -132,7 +132,7 @@ def test_behind_a_proxy_the_caller_is_looked_up_with_the_clients_address() -> No
     client.is_proxy = True
     prepared = replace(prepare(get(CHAT)), forwarded=("192.0.2.9",))
     assert access.control.find_caller(client, prepared).key_id == "alice"  # type: ignore[union-attr]
-    with pytest.raises(ForeignSource):
+    with pytest.raises(KeyRefused):
         access.control.find_caller(client, replace(prepared, forwarded=("198.51.100.9",)))
 
 
