@@ -113,7 +113,7 @@ class TokenEstimator:
         """Return the reported tokens of a request with an estimate of the others."""
         tokens, seen = count.tokens, record.generated
         if seen is not None and seen.is_exact:
-            return tokens._replace(prompt=seen.prompt or 0, completion=seen.tokens, estimated=0)
+            return tokens._replace(prompt=seen.prompt or 0, completion=seen.tokens or 0, estimated=0)
         prompt = self._prompt_of(record, count)
         completion, estimated = self._completion_of(record, count, prompt)
         estimated += max(prompt - tokens.prompt, 0)
@@ -141,7 +141,8 @@ class TokenEstimator:
             more = self._unsent(record, tokens) if was_left else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
-            generated = self._by_time(record, prompt) if record.generated is None else record.generated.tokens
+            seen = None if record.generated is None else record.generated.tokens
+            generated = self._by_time(record, prompt) if seen is None else seen
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
@@ -169,11 +170,11 @@ class TokenEstimator:
 
     def _by_time(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what the backend generated for a client that has left, or reported to no one, by the time."""
-        span_s = record.ended_s - record.left_queue_s
+        span_s, asked = record.ended_s - record.left_queue_s, record.asked
+        at_once = asked.answers if record.generated is None else record.generated.at_once
         if record.is_unfinished:
-            span_s = max(span_s + LINGER_S - prompt / self._prompt_speed.value, 0.0)
-        generated = ceil(span_s * self._speed.value)
-        generated *= record.asked.answers
+            span_s = max(span_s + LINGER_S - prompt / asked.prompts / self._prompt_speed.value, 0.0)
+        generated = ceil(span_s * self._speed.value) * at_once
         return min(generated, limit_of(record) or generated)
 
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:

@@ -1,30 +1,60 @@
 """What llama-server generates for a request that was given up before its answer, as GET /slots shows it.
 
 llama-server notices that the client of an answer that is not a stream has left after a second in which no slot produced
-a result, and reports nothing to anyone. /slots lists the tokens of each busy slot, but not whose request it works on:
-of those that may be the request's, the ones count that are as old as it is, at the pace at which they generate. A slot
-keeps the tokens of its task, prompt included, until it gets the next one: their number is exact.
+a result, and reports nothing to anyone. /slots lists the tokens of each busy slot, but not whose request it works on.
+It gives its tasks numbers as they arrive. So once as many slots are busy as are awaited, a request's tasks follow from
+its place in the order in which the requests were sent. A slot keeps the tokens of its task, prompt included, until it
+gets the next one: their number is exact.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-_PACE_S = 0.2  # between the first two looks
+from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, limit_of, prompt_of, task_of
+
+_PACE_S = 0.2  # between the first looks
+_LOOKS = 6  # after which a request whose tasks have not been found is not looked for any more
 _LINGER_S = 1.05  # from the last look until llama-server has noticed, and a little more
 _LATER_S = 3600.0
-_UNNOTICED_S = 3.0  # after so long other slots' results keep llama-server from noticing, and it goes on to the end
+_MARGIN = 1.12  # above the most likely number of tokens that were not seen: it should not be below the true one
 
-Slot = Mapping[str, Any]
+
+class AtWork(NamedTuple):
+    """A request on which the backend works: since when, in how many slots, and whether its answer has not begun."""
+
+    sent_s: float
+    slots: int
+    is_awaited: bool = True
 
 
 class Generated(NamedTuple):
-    """The tokens that were generated, and those of the prompts (None: not known). `is_exact`: both are certain."""
+    """The tokens that were generated and those of the prompts, None if not known. `is_exact`: both are certain.
 
-    tokens: int
+    `at_once` is in how many slots they were generated.
+    """
+
+    tokens: int | None
     prompt: int | None
     is_exact: bool
+    at_once: int = 1
+
+
+class GivenUp(NamedTuple):
+    """A request that was given up: `tasks` tasks for `prompts` different prompts, at most `at_once` of them at once.
+
+    `sent_s` and `age_s` are when it was sent, and for how long the backend has had it. `slot` is the slot in which it
+    runs, and `limit` the most tokens of a task, None if they are not known.
+    """
+
+    tasks: int
+    sent_s: float
+    age_s: float
+    prompts: int = 1
+    at_once: int = 1
+    limit: int | None = None
+    slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -43,21 +73,23 @@ class _Task:
 
     def seen(self, slot: Slot, now_s: float) -> "_Task":
         """Return it as it is now, after a look at the slot that has its tokens."""
-        if not _is_busy(slot):
+        if not is_busy(slot):
             return replace(self, ended_with=self._in_the_end(slot))
-        tokens, prompt = _decoded(slot), _prompt(slot)
+        tokens, prompt = decoded_of(slot), prompt_of(slot)
         pace = (tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
         return _Task(tokens, prompt, self.limit, now_s, max(pace, 0.0))
 
     def _in_the_end(self, slot: Slot) -> int | None:
         """Return how many tokens it has generated: the last one is not in the slot. A task may also empty its slot."""
-        generated = _number(slot, "n_prompt_tokens") + 1 - self.prompt
+        generated = kept_in(slot) + 1 - self.prompt
         return generated if self.prompt and generated >= max(self.tokens, 1) else None
 
-    def likely_end(self, *, goes_on: bool) -> int:
-        """Return how many tokens it will have had in the end, which is its limit if it goes on."""
-        if goes_on and self.limit >= 0:
-            return self.limit
+    def ended(self) -> "_Task":
+        """Return it as one that another task has followed in its slot: it has had all its tokens, if it has a limit."""
+        return self if self.ended_with is not None or self.limit < 0 else replace(self, ended_with=self.limit)
+
+    def likely_end(self) -> int:
+        """Return how many tokens it will have had in the end."""
         return self._limited(round(self.tokens + self.pace * _LINGER_S))
 
     def end_with(self, other: "_Task") -> int:
@@ -69,97 +101,117 @@ class _Task:
         return min(tokens, self.limit) if self.limit >= 0 else tokens
 
 
-def _first_seen(slot: Slot, now_s: float) -> _Task:
-    return _Task(_decoded(slot), _prompt(slot), _limit(slot), now_s)
-
-
 class GenerationWatch:
-    """Follows the tokens of one request, which has `tasks` tasks and was sent `age_s` seconds ago.
+    """Follows the tokens of one request. `on_end` gets what was generated; that is called once.
 
-    `prompts` is how many different prompts its tasks have. `slot` is the slot in which it runs, and `limit` the most
-    tokens of a task, None if they are not known. `on_end` gets what was generated, None if nothing was seen of it; that
-    is called once.
+    A request with more tasks than run at once begins one as another ends; their numbers follow each other.
     """
 
-    def __init__(
-        self,
-        tasks: int,
-        age_s: float,
-        limit: int | None,
-        slot: int | None,
-        on_end: Callable[[Generated | None], None],
-        prompts: int = 1,
-    ) -> None:
-        self._tasks = tasks
-        self._prompts = prompts
-        self._age_s = age_s
-        self._limit = limit
-        self._slot = slot
+    def __init__(self, request: GivenUp, on_end: Callable[[Generated], None]) -> None:
+        self.request = request
         self._on_end = on_end
+        self._looks = self._follows = 0  # until its tasks were found, and since then
         self._began_s = 0.0
-        self._candidates: dict[int, _Task] | None = None
-        self._own: dict[int, _Task] | None = None
-        self._at_work_s = -inf
-        self._goes_on = False
+        self._first: dict[int, _Task] = {}  # as they were when they were found
+        self._own: dict[int, _Task] = {}
+        self._listed: Set[int] = frozenset()  # at the last look: what is not has ended whole
+        self._found_s = self._newest_s = 0.0  # when they were found, and when the newest one was seen first
+        self._is_certain = False
         self._is_over = False
+        self._at_work_s = -inf
 
     @property
     def pause_s(self) -> float:
         """How long to wait before the next look at most."""
-        if self._own is not None or self._is_over:
+        if self._is_over:
             return _LATER_S
-        return 0.0 if self._candidates is None else _PACE_S
+        if not self._looks:
+            return 0.0
+        return _LATER_S if self._follows else _PACE_S
+
+    @property
+    def at_work(self) -> AtWork:
+        return AtWork(self.request.sent_s, self.request.at_once)
+
+    @property
+    def tasks(self) -> Set[int]:
+        """The tasks that are known to be its own."""
+        return self._own.keys()
 
     @property
     def at_work_s(self) -> float:
         """When the backend was last seen at work on it; -inf if it was not, at the last look."""
         return self._at_work_s
 
-    def look(self, slots: Sequence[Slot], now_s: float, taken: set[int]) -> set[int]:
-        """Look at all slots; return the tasks that are the request's. Those that are `taken` are not."""
-        if self._is_over:
-            return set()
-        found = {slot["id_task"]: slot for slot in slots if type(slot.get("id_task")) is int}
-        if self._own is not None:
-            self._follow(self._own, found, now_s)
-        elif self._candidates is None:
-            self._began_s = now_s
-            own = {task: slot for task, slot in found.items() if task not in taken and self._may_be_own(slot)}
-            self._candidates = {task: _first_seen(slot, now_s) for task, slot in own.items()}
-            self._own = None if own else {}
-        else:
-            self._own = self._choose(self._candidates, found, now_s, taken)
-        own_tasks = set(self._own or ())
-        is_at_work = any(_is_busy(found[task]) for task in own_tasks & found.keys())
-        self._at_work_s = now_s if is_at_work else -inf
-        return own_tasks
+    @property
+    def is_certain(self) -> bool:
+        """Whether its tasks cannot be another request's."""
+        return self._is_certain
 
-    def _choose(
-        self, before: Mapping[int, _Task], found: Mapping[int, Slot], now_s: float, taken: set[int]
-    ) -> dict[int, _Task]:
-        """Return the tasks that have as many tokens as the request's must have by now, at their pace.
+    def look(
+        self, slots: Sequence[Slot], now_s: float, assigned: Sequence[int], others: Set[int] = frozenset()
+    ) -> None:
+        """Look at all slots.
 
-        Tasks that have ended come last: the request's seldom ends by itself so soon.
+        `assigned` are the tasks that are its own by their order, empty if that says nothing. `others` are certainly
+        another request's.
         """
-        seen = {task: before[task].seen(found[task], now_s) for task in (before.keys() & found.keys()) - taken}
-        age_s = self._age_s + now_s - self._began_s
+        if self._is_over:
+            return
+        if self._own:
+            self._follows += 1
+            self._follow(slots, now_s)
+            return
+        self._looks += 1
+        if self._looks == 1:
+            self._began_s = now_s
+        tasks = {task: slot for slot in slots if (task := task_of(slot)) is not None and task not in others}
+        self._find_tasks({task: slot for task, slot in tasks.items() if self._may_be_own(slot)}, now_s, assigned)
 
-        def distance(task: int) -> tuple[bool, float]:
-            return not _is_busy(found[task]), abs(seen[task].tokens - seen[task].pace * age_s)
+    def _find_tasks(self, possible: Mapping[int, Slot], now_s: float, assigned: Sequence[int]) -> None:
+        """Find its tasks: those that are assigned to it, or all that it can have."""
+        is_pinned = self.request.slot is not None and bool(possible)
+        if (assigned or is_pinned) and len(possible) == self.request.at_once:
+            self._is_certain = True
+        elif assigned and set(assigned) <= possible.keys():
+            possible = {task: possible[task] for task in assigned}
+        else:
+            self._is_over = self._looks == _LOOKS
+            return
+        self._own = self._first = {task: _first_seen(slot, now_s) for task, slot in possible.items()}
+        self._found_s = self._newest_s = self._at_work_s = now_s
 
-        return {task: seen[task] for task in sorted(seen, key=distance)[: self._tasks]}
+    def _follow(self, slots: Sequence[Slot], now_s: float) -> None:
+        listed = {task: slot for slot in slots if (task := task_of(slot)) is not None and self._is_own(task)}
+        is_at_work = any(map(is_busy, listed.values()))
+        self._at_work_s = now_s if is_at_work else -inf
+        if listed.keys() - self._own.keys():
+            self._newest_s = now_s
+        seen = {task: self._seen(task, slot, now_s) for task, slot in listed.items()}
+        gone = {task: each.ended() for task, each in self._own.items() if self._has_further and task not in listed}
+        self._own = {**self._own, **gone, **seen}
+        self._listed = listed.keys()
 
-    def _follow(self, own: dict[int, _Task], found: Mapping[int, Slot], now_s: float) -> None:
-        listed = own.keys() & found.keys()
-        own.update({task: own[task].seen(found[task], now_s) for task in listed})
-        self._goes_on = now_s > self._began_s + _UNNOTICED_S and any(_is_busy(found[task]) for task in listed)
+    def _seen(self, task: int, slot: Slot, now_s: float) -> _Task:
+        before = self._own.get(task)
+        if before is not None:
+            return before.seen(slot, now_s)
+        return _first_seen(slot, now_s) if is_busy(slot) else _never_seen(slot, now_s)
+
+    @property
+    def _has_further(self) -> bool:
+        """Whether it has more tasks than run at once."""
+        return self.request.tasks > self.request.at_once
+
+    def _is_own(self, task: int) -> bool:
+        oldest = min(self._first)
+        return task in self._own or (self._has_further and oldest < task < oldest + self.request.tasks)
 
     def _may_be_own(self, slot: Slot) -> bool:
-        if not _is_busy(slot) or (self._slot is not None and slot.get("id") != self._slot):
+        request = self.request
+        if not is_busy(slot) or is_streamed(slot) or (request.slot is not None and slot.get("id") != request.slot):
             return False
-        if _params(slot).get("stream") is True:
-            return False
-        return self._limit is None or _limit(slot) == self._limit
+        return request.limit is None or limit_of(slot) == request.limit
 
     def forget_tasks(self) -> None:
         """Look no more: llama-server may be another process, whose tasks have the same numbers."""
@@ -168,48 +220,58 @@ class GenerationWatch:
 
     def end(self) -> None:
         """llama-server works on it no more, or it is not waited for any longer."""
-        self._on_end(self._generated(list(self._own.values())) if self._own else None)
+        request = self.request
+        if not self._own:
+            self._on_end(Generated(None, None, False, request.at_once))
+        elif self._has_further:
+            self._on_end(Generated(self._limited(self._of_many()), None, False, request.at_once))
+        else:
+            self._on_end(self._of_few(list(self._own.values())))
 
-    def _generated(self, own: Sequence[_Task]) -> Generated:
+    def _of_few(self, own: Sequence[_Task]) -> Generated:
+        """Return what was generated for a request all of whose tasks ran at once."""
         ended = [task for task in own if task.ended_with is not None]
-        tokens = sum(task.ended_with or 0 for task in ended)
-        for task in own:
-            if task.ended_with is None:
-                tokens += task.end_with(ended[0]) if ended else task.likely_end(goes_on=self._goes_on)
-        is_known = len(own) == self._tasks and all(task.prompt for task in own)
-        prompt = sum(task.prompt for task in own) * self._prompts // self._tasks if is_known else None
-        is_alone = self._candidates is not None and len(self._candidates) == self._tasks
-        return Generated(tokens, prompt, is_known and is_alone and len(ended) == self._tasks)
+        tokens = sum([_end_of(task, ended) for task in own])
+        # Choices that had ended before: none of them had more tokens.
+        tokens += (self.request.at_once - len(own)) * max(task.tokens for task in self._first.values())
+        has_prompts = all(task.prompt for task in own)
+        prompt = sum(task.prompt for task in own) * self.request.prompts // len(own) if has_prompts else None
+        is_exact = self._is_certain and has_prompts and len(ended) == len(own)
+        return Generated(self._limited(tokens), prompt, is_exact, self.request.at_once)
+
+    def _of_many(self) -> int:
+        """Estimate what was generated for a request whose tasks follow each other: some ran unseen, some before."""
+        ends = {task: _end_of(each, []) for task, each in self._own.items()}
+        whole = [end for task, end in ends.items() if task not in self._listed] or list(ends.values())
+        average = sum(whole) / len(whole)
+        since = sum(end - self._first[task].tokens if task in self._first else end for task, end in ends.items())
+        newest, newest_first = max(self._own), max(self._first)
+        begun = newest - newest_first
+        unseen = begun - sum(task > newest_first for task in self._own)
+        at_pace = sum(self._own[task].pace for task in self._first)
+        in_turn = average * begun / max(self._newest_s - self._found_s, _PACE_S)
+        before = max(at_pace, in_turn) * (self.request.age_s + self._found_s - self._began_s)
+        at_first = sum(task.tokens for task in self._first.values())
+        return round(max(before * _MARGIN, at_first) + since + unseen * average * _MARGIN)
+
+    def _limited(self, tokens: int) -> int:
+        """Return no more tokens than the request may have had."""
+        limit = self.request.limit
+        return tokens if limit is None or limit < 0 else min(tokens, limit * self.request.tasks)
 
 
-def _is_busy(slot: Slot) -> bool:
-    return slot.get("is_processing") is True
+def _end_of(task: _Task, ended: Sequence[_Task]) -> int:
+    """Return how many tokens a task has had, or is likely to have had beside others of its request that have ended."""
+    if task.ended_with is not None:
+        return task.ended_with
+    return task.end_with(ended[0]) if ended else task.likely_end()
 
 
-def _params(slot: Slot) -> Mapping[str, Any]:
-    params = slot.get("params")
-    return params if isinstance(params, dict) else {}
+def _first_seen(slot: Slot, now_s: float) -> _Task:
+    return _Task(decoded_of(slot), prompt_of(slot), limit_of(slot), now_s)
 
 
-def _limit(slot: Slot) -> int:
-    """Return the most tokens that a slot will generate, -1 if there is no limit."""
-    limit = _params(slot).get("n_predict")
-    return limit if type(limit) is int else -1
-
-
-def _decoded(slot: Slot) -> int:
-    """Return how many tokens a slot has generated."""
-    listed = slot.get("next_token")
-    first = listed[0] if isinstance(listed, list) and listed else listed
-    return _number(first, "n_decoded") if isinstance(first, dict) else 0
-
-
-def _prompt(slot: Slot) -> int:
-    """Return how many tokens the prompt of a slot's task has, 0 as long as they have not all been read."""
-    return _number(slot, "n_prompt_tokens_processed") + _number(slot, "n_prompt_tokens_cache") if _decoded(slot) else 0
-
-
-def _number(values: Mapping[str, Any], name: str) -> int:
-    """Return a count, 0 if it is none."""
-    value = values.get(name)
-    return value if type(value) is int and value > 0 else 0
+def _never_seen(slot: Slot, now_s: float) -> _Task:
+    """Return a task that has begun and ended between two looks. Its prompt is not known, and counts as generated."""
+    tokens, limit = kept_in(slot), limit_of(slot)
+    return _Task(0, 0, limit, now_s, ended_with=min(tokens, limit) if limit >= 0 else tokens)

@@ -9,13 +9,14 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import quote
 
+from backend.generation_watch import AtWork
 from backend.slots import Fetch, SlotReclaimer, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, GatewayError
 from policy.model_names import ModelNames
@@ -91,14 +92,14 @@ class ModelHooks:
     """What the models need of the gateway, and report to it.
 
     `on_load` gets each load's model, result ("ok" or "failed") and duration in seconds. `on_death` gets a model whose
-    process has died while it was loaded. `relaying` returns in how many slots of a model the backend should be working.
+    process has died while it was loaded. `at_work` returns the requests on which a model should be working.
     `reasons` returns why models have failed, as the supervisor has read it in llama-server's output; None without a
     supervisor.
     """
 
     on_load: Callable[[str, str, float], None]
     on_death: Callable[[str], None]
-    relaying: Callable[[str], int]
+    at_work: Callable[[str], Sequence[AtWork]]
     reasons: Callable[[], Mapping[str, str]] | None = None
 
 
@@ -261,7 +262,7 @@ class Models:
         for name in [name for name in listed if name not in known]:
             self.scheduler.add(name)
             if name not in self._reclaimers:  # a model may come back while its slots are still to be released
-                self._reclaimers[name] = SlotReclaimer(self._fetch_of(name), partial(self._hooks.relaying, name))
+                self._reclaimers[name] = SlotReclaimer(self._fetch_of(name), partial(self._hooks.at_work, name))
         self.names.update({entry.name: entry.aliases for entry in listed.values()})
 
     def _fetch_of(self, name: str) -> Fetch:

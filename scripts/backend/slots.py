@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import inf
 from typing import Any, NamedTuple
 
-from backend.generation_watch import GenerationWatch
+from backend.generation_watch import AtWork, GenerationWatch
+from backend.slot_listing import Slot, awaited_task, is_busy
 from core.errors import BACKEND_MALFORMED, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
@@ -42,7 +43,7 @@ async def listed_slots(fetch: Fetch) -> int:
     return len(value)
 
 
-async def fetch_slots(fetch: Fetch) -> Sequence[Mapping[str, Any]]:
+async def fetch_slots(fetch: Fetch) -> Sequence[Slot]:
     """Return all slots, as GET /slots lists them.
 
     Raises GatewayError if the backend does not respond now, ValueError if it does not report its slots.
@@ -86,15 +87,15 @@ class PendingRelease(NamedTuple):
 class SlotReclaimer:
     """Releases the slots of cancelled requests once the backend has stopped working on them.
 
-    `relaying` returns the number of slots in which the backend should be working: further busy slots are those of
-    cancelled requests. If the backend does not report its slots, a slot is released at once. If it does not respond
+    `at_work` returns the requests on which the backend should be working: further busy slots are those of cancelled
+    ones. If the backend does not report its slots, a slot is released at once. If it does not respond
     because it is busy, it is polled again. Each slot is released at the latest `timeout_s` after the request was
     cancelled, or was last seen at work by its watch.
     """
 
-    def __init__(self, fetch: Fetch, relaying: Callable[[], int], timeout_s: float = _TIMEOUT_S) -> None:
+    def __init__(self, fetch: Fetch, at_work: Callable[[], Sequence[AtWork]], timeout_s: float = _TIMEOUT_S) -> None:
         self._fetch = fetch
-        self._relaying = relaying
+        self._at_work = at_work
         self._timeout_s = timeout_s
         self._pending: list[PendingRelease] = []
         self._task: asyncio.Task[None] | None = None
@@ -164,7 +165,7 @@ class SlotReclaimer:
 
     def _may_release(self, pending: PendingRelease, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
-        if busy and pending.at_work_s + self._timeout_s > now_s:
+        if pending.at_work_s + self._timeout_s > now_s:
             return False
         if pending.since_s + self._timeout_s <= now_s:
             return True
@@ -182,12 +183,21 @@ class SlotReclaimer:
             self._reports_slots = False
             return 0
         self._has_answered = True
-        now_s, taken = asyncio.get_running_loop().time(), set[int]()
-        for pending in self._pending:
-            if pending.watch is not None:
-                taken |= pending.watch.look(slots, now_s, taken)
-        busy = sum(slot.get("is_processing") is True for slot in slots)
-        return max(0, busy - self._relaying())
+        at_work = self._at_work()
+        self._look(slots, at_work, asyncio.get_running_loop().time())
+        return max(0, sum(map(is_busy, slots)) - sum(each.slots for each in at_work))
+
+    def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
+        """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""
+        watches = [pending.watch for pending in self._pending if pending.watch is not None]
+        known = set[int]().union(*(watch.tasks for watch in watches))
+        certain = set[int]().union(*(watch.tasks for watch in watches if watch.is_certain))
+        tasks = sorted({task for slot in slots if (task := awaited_task(slot)) is not None} - known)
+        awaited = [(each, None) for each in at_work if each.is_awaited]
+        searching = [(watch.at_work, watch) for watch in watches if not watch.tasks]
+        assigned = _assign(tasks, [*awaited, *searching])
+        for watch in watches:
+            watch.look(slots, now_s, assigned.get(watch, ()), certain)
 
     def _release_all(self) -> None:
         while self._pending:
@@ -197,6 +207,23 @@ class SlotReclaimer:
         if self._task is not None:
             await end_tasks([self._task])
         self._release_all()  # a task that was cancelled before its first step has not done so
+
+
+def _assign(
+    tasks: Sequence[int], awaited: Sequence[tuple[AtWork, GenerationWatch | None]]
+) -> Mapping[GenerationWatch | None, Sequence[int]]:
+    """Assign the tasks at work to the requests that are awaited, both in their order.
+
+    That needs as many tasks as are awaited: if there are fewer, one may not have begun, and if there are more, another
+    program uses the backend. If one request alone is awaited, what is there is its own.
+    """
+    most = sum(each.slots for each, _ in awaited)
+    if len(tasks) != most and (len(awaited) != 1 or len(tasks) > most):
+        return {}
+    assigned, left = dict[GenerationWatch | None, Sequence[int]](), tasks
+    for each, watch in sorted(awaited, key=lambda pair: pair[0].sent_s):
+        assigned[watch], left = left[: each.slots], left[each.slots :]
+    return assigned
 
 
 def _end(pending: PendingRelease) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from accounting.request_record import RequestRecord, Stage
 from auth import Caller
-from backend.generation_watch import Generated, GenerationWatch
+from backend.generation_watch import Generated, GenerationWatch, GivenUp
 from backend.readiness import DEAD, READY
 from backend.slot_isolation import SlotIsolation, SlotLease
 from backend.slots import SlotReclaimer
@@ -237,12 +237,12 @@ class Admission:
             self._ticket.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated | None], None] | None = None
+        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated], None] | None = None
     ) -> None:
         """Release the slots once the backend, which was cut short, has stopped working.
 
         `sent_bytes` is the size of the body that the backend got. `on_generated` gets what the backend was seen to
-        generate, None if that was not seen.
+        generate.
         """
         if self._lane is not None:
             self._leave_lane(self._lane)
@@ -250,18 +250,23 @@ class Admission:
         if self._lease is not None and not self._record.first_byte_s:
             self._lease.settle(sent_bytes)
         if ticket is not None and self._route.kind.slot:
-            watch = None if on_generated is None else self._watch(on_generated)
+            watch = None if on_generated is None else self._watch(ticket, on_generated)
             self._reclaimer().release(ticket, streamed=streamed, watch=watch)
         elif ticket is not None:
             ticket.release()
 
-    def _watch(self, on_generated: Callable[[Generated | None], None]) -> GenerationWatch:
-        record = self._record
-        age_s = record.ended_s - record.left_queue_s
-        slot = None if self._lease is None else self._lease.slot
-        return GenerationWatch(
-            record.asked.answers, age_s, record.asked.max_tokens, slot, on_generated, record.asked.prompts
+    def _watch(self, ticket: Ticket, on_generated: Callable[[Generated], None]) -> GenerationWatch:
+        record, asked = self._record, self._record.asked
+        given_up = GivenUp(
+            tasks=asked.answers,
+            sent_s=record.left_queue_s,
+            age_s=record.ended_s - record.left_queue_s,
+            prompts=asked.prompts,
+            at_once=min(ticket.slots, asked.answers),
+            limit=asked.max_tokens,
+            slot=None if self._lease is None else self._lease.slot,
         )
+        return GenerationWatch(given_up, on_generated)
 
     def _reclaimer(self) -> SlotReclaimer:
         return self._services.reclaimer

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from math import inf
 
@@ -16,6 +16,7 @@ from accounting.request_record import RequestRecord, request_ids
 from accounting.token_estimates import TokenEstimator
 from auth import NO_KEY, KeyStore, RateLimiter, Reload
 from backend.fetch import BackendFetcher
+from backend.generation_watch import AtWork
 from backend.models import ModelHooks, Models
 from backend.readiness import READY, Probe, Readiness, StateFile
 from backend.scraped_metrics import ScrapedMetrics
@@ -134,7 +135,7 @@ class App:
             self.numbers = QueueTotals(self.models.scheduler, clock)
         shared_key = "" if config.auth.enabled else NO_KEY
         self.suspects = Suspects(self._requests_at_work, clock, shared_key)
-        self.reclaimer = SlotReclaimer(self._fetch, lambda: self.sessions.backend_slots)
+        self.reclaimer = SlotReclaimer(self._fetch, self._at_work)
         probe = Probe(lambda: self._fetch.status(b"/health"), config.queue.cold_start_wait_s, clock)
         source = state_file or probe
         self.readiness = Readiness(source, self._prepare_backend, self._on_backend_state)
@@ -159,7 +160,7 @@ class App:
             ModelHooks(
                 on_load=self._count_load,
                 on_death=self._note_death,
-                relaying=self._slots_at_backend,
+                at_work=self._at_work,
                 reasons=None if state_file is None else state_file.model_failures,
             ),
             slots=config.queue.max_concurrent,
@@ -175,8 +176,8 @@ class App:
         self.suspects.note_cut(model)
         self.suspects.note_down()
 
-    def _slots_at_backend(self, model: str) -> int:
-        return self.sessions.backend_slots_of(model)
+    def _at_work(self, model: str | None = None) -> Sequence[AtWork]:
+        return self.sessions.at_work(model)
 
     def _make_accounting(self, clock: Callable[[], float]) -> None:
         config = self._config
@@ -534,11 +535,11 @@ class App:
         self.ticker.stop()
         self.pool.end_leaving()
         await self.reclaimer.close()
-        self.recorder.flush()
-        self.pool.close_idle()
-        await self.page_files.close()
         if self.models is not None:
             await self.models.close()
+        self.recorder.flush()  # what the slots of cancelled requests have shown, too
+        self.pool.close_idle()
+        await self.page_files.close()
         if self._reload_due is not None:
             self._reload_due.cancel()
         closing = [run_off_loop(self.ledger.close)]

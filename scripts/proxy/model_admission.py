@@ -207,7 +207,7 @@ class ModelAdmission(Admission):
             self._visit.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated | None], None] | None = None
+        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated], None] | None = None
     ) -> None:
         super().release_unfinished(sent_bytes, streamed=streamed, on_generated=on_generated)
         if self._visit is not None:

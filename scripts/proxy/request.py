@@ -605,7 +605,7 @@ def _record_stream(recorder: Recorder, record: RequestRecord, is_behind: bool) -
     recorder.record(record)
 
 
-def _record_whole(recorder: Recorder, record: RequestRecord, generated: Generated | None) -> None:
+def _record_whole(recorder: Recorder, record: RequestRecord, generated: Generated) -> None:
     """Record a request whose client has left before its answer."""
     record.generated = generated
     recorder.record(record)

@@ -7,6 +7,7 @@ from itertools import count
 from operator import attrgetter
 
 from accounting.request_record import Stage
+from backend.generation_watch import AtWork
 from core.errors import TOO_MANY_CONNECTIONS, GatewayError, PeerGone
 from core.summed_log import SummedLog
 from http1.forwarded import NO_PROXIES, TrustedProxies
@@ -216,10 +217,14 @@ class Sessions:
         """Slots in which the backend works on requests whose clients still want them."""
         return sum(session.request.backend_slots for session in self._sessions if session.request is not None)
 
-    def backend_slots_of(self, model: str) -> int:
-        """The same of one of several models."""
+    def at_work(self, model: str | None = None) -> list[AtWork]:
+        """The requests on which the backend works, or one model of it."""
         requests = [session.request for session in self._sessions if session.request is not None]
-        return sum(request.backend_slots for request in requests if request.record.model == model)
+        return [
+            AtWork(request.record.left_queue_s, request.backend_slots, request.stage is Stage.AWAITING_RESPONSE)
+            for request in requests
+            if request.backend_slots and model in (None, request.record.model)
+        ]
 
     def unanswered_bytes(self) -> int:
         """Return the size of all bodies that the backend works on and has not begun to answer."""

@@ -3,9 +3,7 @@
 from math import inf
 from typing import Any
 
-import pytest
-
-from backend.generation_watch import Generated, GenerationWatch
+from backend.generation_watch import Generated, GenerationWatch, GivenUp
 
 
 def slot(
@@ -25,58 +23,34 @@ def idle(task: int, tokens: int, number: int = 0) -> dict[str, Any]:
     return {**listed, **read, "next_token": [{"n_decoded": 0}]}
 
 
-def seen(
-    *looks: list[dict[str, Any]],
-    tasks: int = 1,
-    age_s: float = 1.0,
-    limit: int | None = None,
-    own: int | None = None,
-    prompts: int = 1,
-) -> Generated | None:
-    """Look at these slots, the second time after 0.2 s, later after 1.2 s each; return what is reported."""
-    ended: list[Generated | None] = []
-    watch = GenerationWatch(tasks, age_s, limit, own, ended.append, prompts)
+def seen(*looks: list[dict[str, Any]], own: list[int] | None = None, **request: Any) -> Generated:
+    """Look at these slots, first with what is assigned, the second time after 0.2 s, later after 1.2 s each."""
+    ended: list[Generated] = []
+    watch = GenerationWatch(GivenUp(**{"tasks": 1, "sent_s": 0.0, "age_s": 1.0} | request), ended.append)
     now_s = 10.0
     for slots in looks:
-        watch.look(slots, now_s, set())
+        watch.look(slots, now_s, ([7] if own is None else own) if now_s == 10.0 else ())
         now_s += 0.2 if now_s == 10.0 else 1.2
     watch.end()
     (generated,) = ended
     return generated
 
 
-def watched(*looks: list[dict[str, Any]], **options: Any) -> int | None:
-    """Return the tokens that are reported, which are not exact."""
-    generated = seen(*looks, **options)
-    assert generated is None or not generated.is_exact
-    return None if generated is None else generated.tokens
+NOTHING = Generated(None, None, False)
 
 
 def test_what_is_generated_until_it_is_noticed_follows_from_the_pace() -> None:
-    assert watched([slot(7, 100)], [slot(7, 120)], []) == 120 + 105
-    assert watched([slot(7, 100)], [slot(7, 120)], [slot(7, 240)], []) == 240 + 105
-    assert watched([slot(7, 100, limit=130)], [slot(7, 120, limit=130)], []) == 130
-
-
-def test_what_is_not_noticed_for_long_runs_to_its_end() -> None:
-    looks = [[slot(7, tokens, limit=900)] for tokens in (100, 120, 240, 360, 480)]
-    assert watched(*looks) == 900
-    assert watched(*looks, []) == 480 + 105
-    assert watched(*([slot(7, tokens)] for tokens in (100, 120, 240, 360, 480))) == 480 + 105
-
-
-def test_of_several_that_may_be_its_own_the_one_of_its_age_counts() -> None:
-    older, newer = [slot(1, 500), slot(2, 100, 1)], [slot(1, 520), slot(2, 120, 1)]
-    assert watched(older, newer, age_s=1.0) == 120 + 105
-    assert watched(older, newer, age_s=5.0) == 520 + 105
-    assert watched(older, newer, age_s=5.0, own=1) == 120 + 105
-    assert watched(older, newer, tasks=2) == 640 + 210
+    assert seen([slot(7, 100)], [slot(7, 120)], []) == Generated(120 + 105, None, False)
+    assert seen([slot(7, 100)], [slot(7, 120)], [slot(7, 240)], []) == Generated(240 + 105, None, False)
+    assert seen([slot(7, 100, limit=130)], [slot(7, 120, limit=130)], []) == Generated(130, None, False)
+    assert seen([slot(7, 100)], [slot(7, 90)], []) == Generated(90, None, False)  # it never goes back
 
 
 def test_a_slot_keeps_the_tokens_of_the_task_that_it_has_ended() -> None:
     """The last token that was generated is not in the slot."""
     looks = [slot(7, 100, prompt=10)], [slot(7, 120, prompt=10)]
     assert seen(*looks, [idle(7, 309)]) == Generated(300, 10, True)
+    assert seen(*looks, [idle(7, 129)]) == Generated(120, 10, True)
     assert seen(*looks, [slot(7, 240, prompt=10)], [idle(7, 309)]) == Generated(300, 10, True)
     assert seen(looks[0], [idle(7, 129)]) == Generated(120, 10, True)  # it has ended before the second look
 
@@ -84,9 +58,9 @@ def test_a_slot_keeps_the_tokens_of_the_task_that_it_has_ended() -> None:
 def test_what_a_slot_keeps_counts_only_if_it_can_be_the_tasks() -> None:
     looks = [slot(7, 100, prompt=10)], [slot(7, 120, prompt=10)]
     assert seen(*looks, [idle(8, 400)]) == Generated(225, 10, False)  # the slot has had another task since then
-    assert seen(*looks, [idle(7, 60)]) == Generated(225, 10, False)  # its context was shifted
+    assert seen(*looks, [idle(7, 128)]) == Generated(225, 10, False)  # its context was shifted
     assert seen(*looks, [idle(7, 0)]) == Generated(225, 10, False)  # the task has emptied it
-    assert watched([slot(7, 100)], [slot(7, 120)], [idle(7, 309)]) == 225  # a version that does not tell the prompt
+    assert seen([slot(7, 100)], [slot(7, 120)], [idle(7, 309)]) == Generated(225, None, False)  # an older version
 
 
 def test_a_prompt_that_has_not_been_read_whole_is_not_known() -> None:
@@ -96,92 +70,157 @@ def test_a_prompt_that_has_not_been_read_whole_is_not_known() -> None:
     assert seen(*looks, [slot(7, 30, prompt=12)], [idle(7, 51)]) == Generated(40, 12, True)
 
 
-def test_choices_share_a_prompt_and_prompts_have_their_own() -> None:
-    """A further choice empties its slot at its end: it had gone on for as long as the first one."""
-    first = [slot(1, 50, 0, prompt=10), slot(2, 48, 1, prompt=10)]
-    second = [slot(1, 60, 0, prompt=10), slot(2, 58, 1, prompt=10)]
-    assert seen(first, second, [idle(1, 109, 0), idle(2, 0, 1)], tasks=2) == Generated(100 + 98, 10, False)
-    first[1], second[1] = slot(2, 48, 1, prompt=4), slot(2, 58, 1, prompt=4)
-    ended = [idle(1, 109, 0), idle(2, 101, 1)]
-    assert seen(first, second, ended, tasks=2, prompts=2) == Generated(100 + 98, 14, True)
-    assert seen(first, second, ended[:1], tasks=2, prompts=2) == Generated(100 + 98, 14, False)
+# --- Whose task it is ---
 
 
-def test_the_end_of_a_choice_is_not_above_its_limit() -> None:
-    first = [slot(1, 50, 0, 99, prompt=10), slot(2, 55, 1, 99, prompt=10)]
-    second = [slot(1, 60, 0, 99, prompt=10), slot(2, 65, 1, 99, prompt=10)]
-    assert seen(first, second, [idle(1, 107, 0), idle(2, 0, 1)], tasks=2) == Generated(98 + 99, 10, False)
+def test_a_task_that_is_not_assigned_is_not_its_own() -> None:
+    """It may be another request's, though it is the only one at work."""
+    assert seen([slot(7, 100, prompt=10)], [idle(7, 129)], own=[]) == NOTHING
+    assert seen([slot(8, 100)], [slot(8, 120)], own=[7]) == Generated(225, None, False)  # the only one that it can be
+    assert seen([slot(8, 100), slot(9, 100, 1)], [slot(8, 120)], own=[7]) == NOTHING
 
 
-def test_among_several_it_is_an_estimate_and_one_that_is_at_work_is_likelier() -> None:
-    looks = [slot(1, 100, prompt=10), slot(2, 100, 1, prompt=10)], [idle(1, 129), slot(2, 120, 1, prompt=10)]
-    assert seen(*looks, [idle(1, 129), idle(2, 209, 1)]) == Generated(200, 10, False)
-    assert seen(*looks, [idle(1, 129), idle(2, 209, 1)], tasks=2) == Generated(320, 10, True)
+def test_a_task_in_the_requests_own_slot_is_its_own() -> None:
+    looks = [slot(5, 1, 0), slot(8, 100, 1, prompt=10)], [idle(8, 129, 1)]
+    assert seen(*looks, own=[], slot=1) == Generated(120, 10, True)
+    assert seen(*looks, own=[], slot=2) == NOTHING
+    assert seen([slot(8, 100, 0, prompt=10)], [idle(8, 129)], own=[], slot=0) == Generated(120, 10, True)
+
+
+def test_among_several_the_assigned_one_counts_as_an_estimate() -> None:
+    looks = [slot(7, 100, prompt=10), slot(8, 0, 1, prompt=90)], [idle(7, 129), slot(8, 0, 1, prompt=90)]
+    assert seen(*looks) == Generated(120, 10, False)
+    assert seen(*looks, own=[8]) == Generated(0, None, False)
+    both = [idle(7, 129), idle(8, 219, 1)]
+    assert seen(
+        [slot(7, 100, prompt=10), slot(8, 99, 1, prompt=10)], both, own=[7, 8], tasks=2, at_once=2
+    ) == Generated(120 + 210, 10, True, 2)
+
+
+def test_the_only_one_that_is_not_certainly_anothers_is_its_own() -> None:
+    ended: list[Generated] = []
+    watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
+    watch.look([slot(7, 100, prompt=10), slot(8, 100, 1, prompt=10)], 10.0, [7], {8})
+    watch.look([idle(7, 129), slot(8, 120, 1, prompt=10)], 10.2, ())
+    watch.end()
+    assert (watch.is_certain, ended) == (True, [Generated(120, 10, True)])
+
+
+def test_streams_and_other_limits_are_not_its_own() -> None:
+    assert seen([slot(7, 100, stream=True)], [slot(7, 120, stream=True)]) == NOTHING
+    assert seen([slot(7, 10, limit=50)], [slot(7, 12, limit=50)], limit=60) == NOTHING
+    assert seen([slot(7, 10, limit=50)], [slot(7, 20, limit=50)], limit=50).tokens == 50
+    looks = [slot(7, 100, limit=200, prompt=10), slot(8, 1, 1, 300)], [idle(7, 129), slot(8, 1, 1, 300)]
+    assert seen(*looks, limit=200) == Generated(120, 10, True)  # the other one has another limit
+
+
+def test_it_is_looked_for_several_times_and_not_for_ever() -> None:
+    ended: list[Generated] = []
+    watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
+    assert watch.pause_s == 0
+    for number in range(5):
+        watch.look([slot(7, 1)], 10.0 + number, ())
+        assert watch.pause_s == 0.2
+    watch.look([slot(7, 1)], 15.0, ())
+    assert watch.pause_s > 60
+    watch.look([slot(7, 1)], 16.0, [7])
+    watch.end()
+    assert (watch.tasks, ended) == (set(), [NOTHING])
+
+
+def test_what_was_found_is_looked_at_soon_again_and_then_seldom() -> None:
+    watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
+    watch.look([slot(7, 1)], 1.0, [7])
+    assert (watch.tasks, watch.pause_s) == ({7}, 0.2)
+    watch.look([slot(7, 1)], 1.0, ())  # at the same time
+    assert watch.pause_s > 60
 
 
 def test_it_is_at_work_as_long_as_a_look_shows_it() -> None:
-    watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+    watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
     looks: list[tuple[list[dict[str, Any]], float]] = [
-        ([slot(7, 1)], -inf),  # not known to be its own yet
+        ([slot(7, 1)], 10.0),
         ([slot(7, 2)], 11.0),
-        ([slot(7, 3)], 12.0),
-        ([idle(7, 3)], -inf),
+        ([slot(7, 3), slot(8, 3, 1)], 12.0),
+        ([idle(7, 3), slot(8, 3, 1)], -inf),
         ([], -inf),
     ]
+    assert watch.at_work_s == -inf
     for number, (slots, at_work_s) in enumerate(looks):
-        watch.look(slots, 10.0 + number, set())
+        watch.look(slots, 10.0 + number, [7])
         assert watch.at_work_s == at_work_s
 
 
 def test_the_tasks_of_another_process_are_not_its_own() -> None:
-    ended: list[Generated | None] = []
-    watch = GenerationWatch(1, 1.0, None, None, ended.append)
+    ended: list[Generated] = []
+    watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
     for now_s, tokens in ((10.0, 100), (10.2, 120)):
-        watch.look([slot(7, tokens)], now_s, set())
+        watch.look([slot(7, tokens)], now_s, [7])
     watch.forget_tasks()
-    assert watch.look([slot(7, 9000)], 12.0, set()) == set()
+    watch.look([slot(7, 9000)], 12.0, ())
     assert (watch.at_work_s, watch.pause_s > 60) == (-inf, True)
     watch.end()
     assert ended == [Generated(225, None, False)]
 
 
-def test_streams_and_other_limits_are_not_its_own() -> None:
-    streams = [slot(1, 100, stream=True)], [slot(1, 120, stream=True)]
-    assert watched(*streams) is None
-    assert watched([slot(1, 10, limit=50)], [slot(1, 12, limit=50)], limit=60) is None
-    assert watched([slot(1, 10, limit=50)], [slot(1, 20, limit=50)], limit=50) == 50
+# --- Several tasks ---
 
 
-def test_nothing_that_was_seen_is_nothing_known() -> None:
-    assert watched() is None
-    assert watched([]) is None
-    assert watched([slot(7, 100)], []) is None
-    assert watched([slot(7, 100)], [slot(8, 3)]) is None
+def test_choices_share_a_prompt_and_prompts_have_their_own() -> None:
+    """A further choice empties its slot at its end: it had gone on for as long as the first one."""
+    first = [slot(7, 50, 0, prompt=10), slot(8, 48, 1, prompt=10)]
+    second = [slot(7, 60, 0, prompt=10), slot(8, 58, 1, prompt=10)]
+    two = {"own": [7, 8], "tasks": 2, "at_once": 2}
+    assert seen(first, second, [idle(7, 109, 0), idle(8, 0, 1)], **two) == Generated(100 + 98, 10, False, 2)
+    first[1], second[1] = slot(8, 48, 1, prompt=4), slot(8, 58, 1, prompt=4)
+    ended = [idle(7, 109, 0), idle(8, 101, 1)]
+    assert seen(first, second, ended, **two, prompts=2) == Generated(100 + 98, 14, True, 2)
+    assert seen(first, second, ended[:1], **two, prompts=2) == Generated(100 + 98, 14, False, 2)
 
 
-def test_two_that_were_given_up_at_once_have_a_task_each() -> None:
-    ended: list[Generated | None] = []
-    watches = [GenerationWatch(1, 1.0, None, None, ended.append) for _ in range(2)]
-    for now_s, tokens in ((10.0, 100), (10.2, 120)):
-        taken: set[int] = set()
-        for watch in watches:
-            taken |= watch.look([slot(1, tokens), slot(2, tokens, 1)], now_s, taken)
-    for watch in watches:
-        watch.end()
-    assert [each and each.tokens for each in ended] == [225, 225]
+def test_the_end_of_a_choice_is_not_above_its_limit() -> None:
+    first = [slot(7, 50, 0, 99, prompt=10), slot(8, 55, 1, 99, prompt=10)]
+    second = [slot(7, 60, 0, 99, prompt=10), slot(8, 65, 1, 99, prompt=10)]
+    ended = [idle(7, 107, 0), idle(8, 0, 1)]
+    assert seen(first, second, ended, own=[7, 8], tasks=2, at_once=2) == Generated(98 + 99, 10, False, 2)
 
 
-@pytest.mark.parametrize("listed", [{}, {"next_token": []}, {"next_token": [{"n_decoded": "x"}], "params": 1}])
-def test_slots_of_another_form_have_no_tokens(listed: dict[str, Any]) -> None:
-    busy = {"is_processing": True, **listed}
-    assert watched([{"id_task": 1, **busy}], [{"id_task": 1, **busy}]) == 0
-    assert watched([{"id_task": "x", **busy}], [{"id_task": None, **busy}]) is None
+def test_a_choice_that_had_ended_before_had_no_more_tokens_than_the_others() -> None:
+    looks = [slot(7, 50, prompt=10)], [slot(7, 60, prompt=10)], [idle(7, 109)]
+    assert seen(*looks, own=[7], tasks=2, at_once=2) == Generated(100 + 50, 10, False, 2)
 
 
-def test_it_is_looked_at_at_once_and_soon_again() -> None:
-    watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
-    assert watch.pause_s == 0
-    watch.look([slot(1, 1)], 1.0, set())
-    assert watch.pause_s == 0.2
-    watch.look([slot(1, 1)], 1.0, set())  # at the same time
-    assert watch.pause_s > 60
+def test_no_more_is_charged_than_the_request_may_generate() -> None:
+    looks = [slot(7, 50, limit=60, prompt=10)], [slot(7, 55, limit=60, prompt=10)]
+    assert seen(*looks, [idle(7, 209)], limit=60) == Generated(60, 10, True)
+
+
+def test_tasks_that_follow_each_other_are_counted_by_their_numbers() -> None:
+    """Of 20 prompts two run at once: 4 had ended, some begin and end unseen, and the last is cut short."""
+    many = {"tasks": 20, "at_once": 2, "prompts": 20, "own": [14, 15], "limit": 50}
+    looks = (
+        [slot(14, 10, 0, 50), slot(15, 20, 1, 50)],
+        [slot(14, 30, 0, 50), slot(15, 40, 1, 50)],
+        [slot(18, 10, 0, 50, prompt=5), slot(19, 20, 1, 50)],
+        [idle(18, 29, 0), idle(21, 9, 1)],
+    )
+    after = 40 + 30 + 50 + 50 + 25 + 50 + 50 + 9  # from the first look: 14 and 15, 16 to 20, and a part of 21
+    before = 200 * 1.0  # two slots at 100 tokens a second each, for a second
+    generated = seen(*looks, **many)
+    assert generated.tokens is not None
+    assert 0 <= generated.tokens - (before + after) <= 60
+    assert generated[1:] == (None, False, 2)
+
+
+def test_what_follows_a_requests_tasks_is_another_requests() -> None:
+    few = {"tasks": 3, "at_once": 2, "own": [14, 15], "limit": 50}
+    looks = [slot(14, 10, 0, 50), slot(15, 20, 1, 50)], [slot(16, 10, 0, 50), slot(17, 20, 1, 50)]
+    assert seen(*looks, [idle(13, 900, 0), idle(17, 900, 1)], **few).tokens == 150
+
+
+def test_tasks_too_short_to_be_seen_twice_are_counted_by_their_pace() -> None:
+    many = {"tasks": 1000, "at_once": 1, "own": [100], "age_s": 2.0, "limit": 40}
+    looks = [[slot(number, 20, 0, 40)] for number in (100, 110, 170)]
+    generated = seen(*looks, [idle(200, 45, 0)], **many)
+    assert generated.tokens is not None
+    assert 2.0 * 38 * 40 <= generated.tokens - 100 * 40 * 1.12 <= 2.0 * 60 * 40

@@ -95,7 +95,7 @@ class Watched:
             ModelHooks(
                 on_load=lambda name, result, seconds: self.loads.append((name, result)),
                 on_death=self.deaths.append,
-                relaying=lambda name: 0,
+                at_work=lambda name: (),
                 reasons=(lambda: self.reasons) if supervised else None,
             ),
         )

@@ -3,10 +3,12 @@
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
 
 import pytest
 
-from backend.generation_watch import Generated, GenerationWatch
+from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
 from backend.slots import SlotReclaimer, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
@@ -95,8 +97,8 @@ class Cancelled:
     def __init__(self, backend: Backend, timeout_s: float = 3600.0) -> None:
         self.queue = FairQueue(8, 0, Clock())
         self.backend = backend
-        self.relaying = 0
-        self.reclaimer = SlotReclaimer(backend.fetch, lambda: self.relaying, timeout_s)
+        self.at_work: list[AtWork] = []
+        self.reclaimer = SlotReclaimer(backend.fetch, lambda: self.at_work, timeout_s)
 
     def cancel(self, *, streamed: bool = True) -> Ticket:
         ticket = self.queue.acquire("alice")
@@ -118,7 +120,7 @@ def test_slots_are_released_as_the_backend_stops_working_on_them() -> None:
     async def play() -> None:
         backend = Backend(3, 3, 2, 1)
         cancelled = Cancelled(backend)
-        cancelled.relaying = 1
+        cancelled.at_work = [AtWork(0.0, 1, is_awaited=False)]
         cancelled.cancel()
         cancelled.cancel(streamed=False)
         await until(lambda: backend.polls == 3)
@@ -210,7 +212,7 @@ def test_a_slot_that_is_seen_at_work_is_held_beyond_the_timeout() -> None:
         cancelled = Cancelled(backend, timeout_s=5.0)
         clock = asyncio.get_running_loop().time
         began_s, ticket = clock(), cancelled.queue.acquire("bob")
-        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
         cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await until(lambda: not ticket.running)
         assert (backend.polls, clock() - began_s > 30) == (41, True)
@@ -218,12 +220,69 @@ def test_a_slot_that_is_seen_at_work_is_held_beyond_the_timeout() -> None:
     run(play)
 
 
+def thousands(*generated: Generated) -> list[int]:
+    """Return about how many thousands of tokens were generated; the pace is that of a loop that may be late."""
+    return [(each.tokens or 0) // 1000 for each in generated]
+
+
+def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: GivenUp) -> list[Generated]:
+    """Give these requests up, with these slots listed at the first looks and none later; return what is reported."""
+    ended: dict[float, Generated] = {}
+
+    async def play() -> None:
+        later = [{**slot, "next_token": [{"n_decoded": slot["next_token"][0]["n_decoded"] + 20}]} for slot in slots]
+        backend = Backend(*[(200, json.dumps(each).encode()) for each in (slots, later)], 0)
+        cancelled = Cancelled(backend)
+        cancelled.at_work = at_work
+        for request in given_up:
+            ticket = cancelled.queue.acquire("bob", slots=request.at_once)
+            watch = GenerationWatch(request, partial(ended.__setitem__, request.sent_s))
+            cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: len(ended) == len(given_up))
+
+    run(play)
+    return [ended[request.sent_s] for request in given_up]
+
+
+def busy(task: int, tokens: int, *, stream: bool = False) -> dict[str, Any]:
+    params = {"stream": stream}
+    return {"id": task, "id_task": task, "is_processing": True, "params": params, "next_token": [{"n_decoded": tokens}]}
+
+
+FIRST, SECOND = GivenUp(1, 1.0, 1.0), GivenUp(1, 2.0, 1.0)
+
+
+def test_tasks_are_assigned_in_the_order_in_which_their_requests_were_sent() -> None:
+    slots = [busy(9, 4000), busy(5, 1000), busy(7, 2000)]
+    first, last = look_twice(slots, [AtWork(2.0, 1)], FIRST, GivenUp(1, 3.0, 1.0))
+    assert thousands(first, last) == [1, 4]
+    (two,) = look_twice(slots, [AtWork(2.0, 1)], GivenUp(2, 3.0, 1.0, at_once=2))
+    assert thousands(two) == [2 + 4]
+
+
+def test_streams_that_have_begun_are_nobody_that_is_waited_for() -> None:
+    slots = [busy(4, 7, stream=True), busy(5, 1000), busy(6, 0, stream=True)]
+    others = [AtWork(0.0, 1, is_awaited=False), AtWork(2.0, 1)]
+    assert thousands(*look_twice(slots, others, FIRST)) == [1]
+
+
+@pytest.mark.parametrize("at_work", [[AtWork(0.5, 1)], [AtWork(0.5, 2)]], ids=["one has not begun", "two have not"])
+def test_nothing_is_assigned_while_a_request_may_not_have_begun(at_work: list[AtWork]) -> None:
+    """The one task may be the other request's: its client would be charged somebody else's tokens."""
+    assert look_twice([busy(5, 100)], at_work, FIRST) == [Generated(None, None, False)]
+
+
+def test_nothing_is_assigned_while_another_program_uses_the_backend() -> None:
+    assert look_twice([busy(5, 100), busy(6, 100)], [], FIRST) == [Generated(None, None, False)]
+    assert thousands(*look_twice([busy(5, 1000), busy(6, 2000)], [], FIRST, SECOND)) == [1, 2]
+
+
 def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
     async def play() -> None:
         backend = Backend(at_work(5, 1), at_work(5, 2), at_work(5, 3), BACKEND_TIMEOUT)
         cancelled = Cancelled(backend, timeout_s=5.0)
         ticket = cancelled.queue.acquire("bob")
-        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
         cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await until(lambda: not ticket.running or backend.polls > 20)
         assert not ticket.running
@@ -236,7 +295,7 @@ def test_a_task_of_the_backends_next_process_holds_no_slot() -> None:
         backend = Backend(at_work(5, 1))
         cancelled = Cancelled(backend, timeout_s=5.0)
         ticket = cancelled.queue.acquire("bob")
-        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
         cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await until(lambda: backend.polls > 5)
         assert ticket.running
@@ -252,9 +311,9 @@ def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
         both, one = at_work(5, 10, 6), at_work(6, 10)
         backend = Backend(both, both, both, both, one, one, 0)
         cancelled, ended = Cancelled(backend), list[str]()
-        for key, age_s in (("alice", 1.0), ("bob", 1.0)):
+        for key, sent_s in (("alice", 1.0), ("bob", 2.0)):
             ticket = cancelled.queue.acquire(key)
-            watch = GenerationWatch(1, age_s, None, None, lambda _, key=key: ended.append(key))  # type: ignore[misc]
+            watch = GenerationWatch(GivenUp(1, sent_s, 1.0), lambda _, key=key: ended.append(key))  # type: ignore[misc]
             cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await until(lambda: bool(ended))
         assert ended == ["alice"]
@@ -266,16 +325,16 @@ def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
 
 def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_is_released() -> None:
     async def play() -> None:
-        backend, ended = Backend(1, at_work(5, 10), at_work(5, 20), 0), list[tuple[Generated | None, int]]()
+        backend, ended = Backend(1, at_work(5, 10), at_work(5, 20), 0), list[tuple[Generated, int]]()
         cancelled = Cancelled(backend)
         cancelled.cancel()
         await until(lambda: backend.polls == 1)
         ticket = cancelled.queue.acquire("bob")
-        watch = GenerationWatch(1, 1.0, None, None, lambda generated: ended.append((generated, ticket.slots)))
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda generated: ended.append((generated, ticket.slots)))
         cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await cancelled.released()
         ((generated, held),) = ended
-        assert generated is not None
+        assert generated.tokens is not None
         assert (generated.tokens > 20, held) == (True, 1)
 
     run(play)
@@ -284,15 +343,15 @@ def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_i
 @pytest.mark.parametrize("polls", [0, 1])
 def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) -> None:
     async def play() -> None:
-        backend, ended = Backend((501, b"{}")), list[Generated | None]()
+        backend, ended = Backend((501, b"{}")), list[Generated]()
         cancelled = Cancelled(backend)
         for _ in range(polls):
             cancelled.cancel()
             await until(lambda: cancelled.queue.active == 0)
         ticket = cancelled.queue.acquire("bob")
-        cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(1, 1.0, None, None, ended.append))
+        cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append))
         await until(lambda: cancelled.queue.active == 0)
-        assert (ended, backend.polls) == ([None], 1)
+        assert (ended, backend.polls) == ([Generated(None, None, False)], 1)
 
     run(play)
 
@@ -300,7 +359,7 @@ def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) ->
 def test_a_backend_that_is_down_is_not_polled_without_a_pause() -> None:
     async def play() -> None:
         cancelled = Cancelled(Backend(BACKEND_UNAVAILABLE), 2.0)
-        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
         cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch)
         await cancelled.released()
         assert 1 < cancelled.backend.polls <= 2.0 / 0.2 + 2
@@ -316,7 +375,7 @@ def test_a_look_for_one_request_releases_no_other_one_early() -> None:
         cancelled = Cancelled(backend)
         cancelled.cancel()
         other = cancelled.queue.acquire("bob")
-        watch = GenerationWatch(1, 1.0, None, None, lambda _: None)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
         cancelled.reclaimer.release(other, streamed=False, watch=watch)
         await until(lambda: backend.polls == 1)
         assert cancelled.queue.active == 2
