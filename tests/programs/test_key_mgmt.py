@@ -722,7 +722,7 @@ def test_wrong_usage_is_status_2_and_changes_nothing(path: Path, run: Callable[.
 @pytest.mark.parametrize(
     ("option", "complaint"),
     [
-        ("--expires",),
+        ("--expires", "2026-12-31T23:59:59+02:00, or a duration like 30d, 24h or 60m, or never"),
         ("--rate-limit", "the rate limit is a whole number from 0 to 1000000000"),
         ("--name", "a key id is 1 to 64 of A-Z a-z 0-9 . _ @ - and begins with a letter, a digit or _"),
     ],
