@@ -1,7 +1,7 @@
 """Ports that only their user has."""
 
 import itertools
-import os
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,12 +11,13 @@ FIRST_PORT, PORTS = 20000, 12000
 
 
 def _ports() -> Iterator[int]:
-    """Yield free ports below the range from which the kernel assigns ports, so that none is assigned before its use."""
-    first = os.getpid() * 101 % PORTS
-    for number in itertools.count(first):
-        port = FIRST_PORT + number % PORTS
-        if _is_free(port):
-            yield port
+    """Yield free ports below the range from which the kernel assigns ports, so that none is assigned before its use.
+
+    They come in an order of this process's own: the two halves of the suite seldom take the same one at the same time.
+    """
+    ports = list(range(FIRST_PORT, FIRST_PORT + PORTS))
+    random.shuffle(ports)
+    yield from filter(_is_free, itertools.cycle(ports))
 
 
 def _is_free(port: int) -> bool:
