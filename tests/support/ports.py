@@ -1,23 +1,40 @@
 """Ports that only their user has."""
 
+import fcntl
 import itertools
-import random
+import os
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
-FIRST_PORT, PORTS = 20000, 12000
+FIRST_PORT, BLOCK_PORTS, BLOCKS = 20000, 500, 24
+_LOCKS: list[int] = []  # held as long as the process lives
 
 
 def _ports() -> Iterator[int]:
     """Yield free ports below the range from which the kernel assigns ports, so that none is assigned before its use.
 
-    They come in an order of this process's own: the two halves of the suite seldom take the same one at the same time.
+    They are those of a block that no other process of tests has: a port that a test will use again looks free between.
     """
-    ports = list(range(FIRST_PORT, FIRST_PORT + PORTS))
-    random.shuffle(ports)
-    yield from filter(_is_free, itertools.cycle(ports))
+    first = FIRST_PORT + _own_block() * BLOCK_PORTS
+    for number in itertools.cycle(range(first, first + BLOCK_PORTS)):
+        if _is_free(number):
+            yield number
+
+
+def _own_block() -> int:
+    folder = Path(tempfile.gettempdir(), f"test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    for number in range(BLOCKS):
+        descriptor = os.open(folder / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        _LOCKS.append(descriptor)
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return number
+    return os.getpid() % BLOCKS
 
 
 def _is_free(port: int) -> bool:
