@@ -144,6 +144,11 @@ class GenerationWatch:
         return self._at_work_s
 
     @property
+    def is_over(self) -> bool:
+        """Whether it looks no more."""
+        return self._is_over
+
+    @property
     def is_certain(self) -> bool:
         """Whether its tasks cannot be another request's."""
         return self._is_certain

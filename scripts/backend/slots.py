@@ -79,6 +79,11 @@ class PendingRelease(NamedTuple):
     watch: GenerationWatch | None
 
     @property
+    def is_watched(self) -> bool:
+        """Whether it is known which tasks of the backend are the request's."""
+        return self.watch is not None and bool(self.watch.tasks) and not self.watch.is_over
+
+    @property
     def at_work_s(self) -> float:
         """When the backend was last seen at work on it; -inf if it was not, or nothing watches that."""
         return -inf if self.watch is None else self.watch.at_work_s
@@ -157,16 +162,25 @@ class SlotReclaimer:
             await asyncio.wait_for(self._new_watch.wait(), min([pause_s, *(each for each in left_s if each > 0)]))
 
     def _release_ended(self, busy: int, now_s: float) -> None:
-        """Release the slots of requests on which the backend has stopped working. `busy` slots are still at work."""
-        for pending in list(self._pending):
-            if self._may_release(pending, busy, now_s):
-                self._pending.remove(pending)
-                _end(pending)
+        """Release the slots of requests on which the backend has stopped working. `busy` slots are still at work.
+
+        Those whose tasks are known are judged by them. The others follow in the order in which they were cancelled: an
+        idle slot may be that of any of them.
+        """
+        for pending in [each for each in self._pending if each.is_watched]:
+            if pending.at_work_s + self._timeout_s <= now_s:
+                self._release(pending)
+        for pending in [each for each in self._pending if not each.is_watched]:
+            if not self._may_release(pending, busy, now_s):
+                return
+            self._release(pending)
+
+    def _release(self, pending: PendingRelease) -> None:
+        self._pending.remove(pending)
+        _end(pending)
 
     def _may_release(self, pending: PendingRelease, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
-        if pending.at_work_s + self._timeout_s > now_s:
-            return False
         if pending.since_s + self._timeout_s <= now_s:
             return True
         others = sum(each.ticket.slots for each in self._pending) - pending.ticket.slots

@@ -277,6 +277,38 @@ def test_nothing_is_assigned_while_another_program_uses_the_backend() -> None:
     assert thousands(*look_twice([busy(5, 1000), busy(6, 2000)], [], FIRST, SECOND)) == [1, 2]
 
 
+def test_the_one_cancelled_first_is_released_first_while_it_is_not_known_whose_slot_is_busy() -> None:
+    """The one that is cancelled last may be the one at work: its slot would be given to another request."""
+
+    async def play() -> None:
+        cancelled = Cancelled(Backend(2))
+        first, second = cancelled.cancel(streamed=False), cancelled.cancel()
+        watch = GenerationWatch(FIRST, lambda _: None)  # for which the backend is polled at once, and soon again
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch)
+        await until(lambda: not (first.running and second.running))
+        assert second.running
+
+    run(play)
+
+
+def test_a_request_that_is_known_to_have_ended_stands_for_no_other_ones_slot() -> None:
+    async def play() -> None:
+        idle = {**busy(5, 0), "is_processing": False}
+        stream = busy(8, 5, stream=True)
+        looks = [[busy(5, 9), stream], [idle, stream], [idle, stream], [idle, stream], []]
+        backend = Backend(*[(200, json.dumps(each).encode()) for each in looks])
+        cancelled = Cancelled(backend)
+        other = cancelled.cancel()
+        ticket = cancelled.queue.acquire("bob")
+        cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(FIRST, lambda _: None))
+        await until(lambda: not ticket.running)
+        await until(lambda: backend.polls == 4)
+        assert other.running
+        await cancelled.released()
+
+    run(play)
+
+
 def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
     async def play() -> None:
         backend = Backend(at_work(5, 1), at_work(5, 2), BACKEND_TIMEOUT)
