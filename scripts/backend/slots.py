@@ -79,9 +79,9 @@ class PendingRelease(NamedTuple):
     watch: GenerationWatch | None
 
     @property
-    def is_watched(self) -> bool:
-        """Whether it is known which tasks of the backend are the request's."""
-        return self.watch is not None and bool(self.watch.tasks) and not self.watch.is_over
+    def is_certain(self) -> bool:
+        """Whether it is certain which tasks of the backend are the request's."""
+        return self.watch is not None and self.watch.is_certain and not self.watch.is_over
 
     @property
     def at_work_s(self) -> float:
@@ -93,9 +93,9 @@ class SlotReclaimer:
     """Releases the slots of cancelled requests once the backend has stopped working on them.
 
     `at_work` returns the requests on which the backend should be working: further busy slots are those of cancelled
-    ones. If the backend does not report its slots, a slot is released at once. If it does not respond
-    because it is busy, it is polled again. Each slot is released at the latest `timeout_s` after the request was
-    cancelled, or was last seen at work by its watch.
+    ones. If the backend does not report its slots, a slot is released at once. If it does not respond because it is
+    busy, it is polled again. Each slot is released at the latest `timeout_s` after the request was cancelled, or was
+    last seen at work by its watch.
     """
 
     def __init__(self, fetch: Fetch, at_work: Callable[[], Sequence[AtWork]], timeout_s: float = _TIMEOUT_S) -> None:
@@ -164,13 +164,13 @@ class SlotReclaimer:
     def _release_ended(self, busy: int, now_s: float) -> None:
         """Release the slots of requests on which the backend has stopped working. `busy` slots are still at work.
 
-        Those whose tasks are known are judged by them. The others follow in the order in which they were cancelled: an
-        idle slot may be that of any of them.
+        Those that were seen at work are held, and those of which it is certain that they have ended are released. The
+        others follow in the order in which they were cancelled: an idle slot may be that of any of them.
         """
-        for pending in [each for each in self._pending if each.is_watched]:
-            if pending.at_work_s + self._timeout_s <= now_s:
-                self._release(pending)
-        for pending in [each for each in self._pending if not each.is_watched]:
+        held = [each for each in self._pending if each.at_work_s + self._timeout_s > now_s]
+        for pending in [each for each in self._pending if each.is_certain and each not in held]:
+            self._release(pending)
+        for pending in [each for each in self._pending if each not in held]:
             if not self._may_release(pending, busy, now_s):
                 return
             self._release(pending)

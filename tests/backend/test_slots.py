@@ -291,6 +291,26 @@ def test_the_one_cancelled_first_is_released_first_while_it_is_not_known_whose_s
     run(play)
 
 
+def test_what_was_only_assigned_is_held_while_a_slot_is_busy_that_may_be_its_own() -> None:
+    """Of two requests of the same kind the other one's task may have been taken for its own."""
+
+    async def play() -> None:
+        idle = {**busy(5, 0), "is_processing": False}
+        looks = [[busy(5, 9), busy(6, 9)], [busy(5, 10), busy(6, 10)], [idle, busy(6, 20)], [idle, busy(6, 30)], []]
+        backend = Backend(*[(200, json.dumps(each).encode()) for each in looks])
+        cancelled = Cancelled(backend, timeout_s=3600.0)
+        cancelled.at_work = [AtWork(2.0, 1)]
+        ticket = cancelled.queue.acquire("bob")
+        cancelled.reclaimer.release(ticket, streamed=False, watch=GenerationWatch(FIRST, lambda _: None))
+        await until(lambda: backend.polls == 2)
+        cancelled.at_work = []  # the other one has been answered
+        await until(lambda: backend.polls == 4)
+        assert ticket.running
+        await cancelled.released()
+
+    run(play)
+
+
 def test_a_request_that_is_known_to_have_ended_stands_for_no_other_ones_slot() -> None:
     async def play() -> None:
         idle = {**busy(5, 0), "is_processing": False}
