@@ -127,7 +127,9 @@ class SlotReclaimer:
         """
         loop = asyncio.get_running_loop()
         now_s = loop.time()
-        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if streamed else _POLL_S), watch)
+        # A stream with several tasks may have begun while one of them had not.
+        earliest_s = now_s + (_STREAM_POLL_S if streamed and ticket.slots == 1 else _POLL_S)
+        pending = PendingRelease(ticket, now_s, earliest_s, watch)
         if not self._reports_slots:
             _end(pending)
             return

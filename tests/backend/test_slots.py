@@ -291,6 +291,18 @@ def test_the_one_cancelled_first_is_released_first_while_it_is_not_known_whose_s
     run(play)
 
 
+def test_a_stream_with_several_tasks_is_held_for_as_long_as_one_of_them_may_not_have_begun() -> None:
+    async def play() -> None:
+        cancelled = Cancelled(Backend(0))
+        clock = asyncio.get_running_loop().time
+        began_s, ticket = clock(), cancelled.queue.acquire("alice", slots=2)
+        cancelled.reclaimer.release(ticket, streamed=True)
+        await until(lambda: not ticket.running)
+        assert clock() - began_s >= 1.2
+
+    run(play)
+
+
 def test_what_was_only_assigned_is_held_while_a_slot_is_busy_that_may_be_its_own() -> None:
     """Of two requests of the same kind the other one's task may have been taken for its own."""
 
