@@ -128,8 +128,8 @@ class SlotReclaimer:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         # A stream with several tasks may have begun while one of them had not.
-        earliest_s = now_s + (_STREAM_POLL_S if streamed and ticket.slots == 1 else _POLL_S)
-        pending = PendingRelease(ticket, now_s, earliest_s, watch)
+        is_slow = self._poll_slowly or not streamed or ticket.slots > 1
+        pending = PendingRelease(ticket, now_s, now_s + (_POLL_S if is_slow else _STREAM_POLL_S), watch)
         if not self._reports_slots:
             _end(pending)
             return
