@@ -82,7 +82,7 @@ class _Task:
     def _in_the_end(self, slot: Slot) -> int | None:
         """Return how many tokens it has generated: the last one is not in the slot. A task may also empty its slot."""
         generated = kept_in(slot) + 1 - self.prompt
-        return generated if self.prompt and generated >= max(self.tokens, 1) else None
+        return generated if self.prompt and generated >= self.tokens else None
 
     def ended(self) -> "_Task":
         """Return it as one that another task has followed in its slot: it has had all its tokens, if it has a limit."""
@@ -128,10 +128,6 @@ class GenerationWatch:
         if not self._looks:
             return 0.0
         return _LATER_S if self._follows else _PACE_S
-
-    @property
-    def at_work(self) -> AtWork:
-        return AtWork(self.request.sent_s, self.request.at_once)
 
     @property
     def tasks(self) -> Set[int]:
@@ -241,7 +237,7 @@ class GenerationWatch:
         tokens += (self.request.at_once - len(own)) * max(task.tokens for task in self._first.values())
         has_prompts = all(task.prompt for task in own)
         prompt = sum(task.prompt for task in own) * self.request.prompts // len(own) if has_prompts else None
-        is_exact = self._is_certain and has_prompts and len(ended) == len(own)
+        is_exact = self._is_certain and len(ended) == len(own)
         return Generated(self._limited(tokens), prompt, is_exact, self.request.at_once)
 
     def _of_many(self) -> int:
@@ -262,7 +258,7 @@ class GenerationWatch:
     def _limited(self, tokens: int) -> int:
         """Return no more tokens than the request may have had."""
         limit = self.request.limit
-        return tokens if limit is None or limit < 0 else min(tokens, limit * self.request.tasks)
+        return tokens if limit is None else min(tokens, limit * self.request.tasks)
 
 
 def _end_of(task: _Task, ended: Sequence[_Task]) -> int:

@@ -128,8 +128,8 @@ class SlotReclaimer:
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         # A stream with several tasks may have begun while one of them had not.
-        is_slow = self._poll_slowly or not streamed or ticket.slots > 1
-        pending = PendingRelease(ticket, now_s, now_s + (_POLL_S if is_slow else _STREAM_POLL_S), watch)
+        has_begun = streamed and ticket.slots == 1
+        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), watch)
         if not self._reports_slots:
             _end(pending)
             return
@@ -210,7 +210,9 @@ class SlotReclaimer:
         certain = set[int]().union(*(watch.tasks for watch in watches if watch.is_certain))
         tasks = sorted({task for slot in slots if (task := awaited_task(slot)) is not None} - known)
         awaited = [(each, None) for each in at_work if each.is_awaited]
-        searching = [(watch.at_work, watch) for watch in watches if not watch.tasks]
+        searching = [
+            (AtWork(watch.request.sent_s, watch.request.at_once), watch) for watch in watches if not watch.tasks
+        ]
         assigned = _assign(tasks, [*awaited, *searching])
         for watch in watches:
             watch.look(slots, now_s, assigned.get(watch, ()), certain)

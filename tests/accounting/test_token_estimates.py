@@ -88,6 +88,13 @@ def test_what_the_backend_was_seen_to_generate_precedes_the_time() -> None:
     assert tokens_of(left(generated=Generated(0, None, False)), taught()) == Tokens(25, 0, 0, estimated=25)
 
 
+def test_prompts_that_follow_each_other_generate_in_as_many_slots_as_they_had() -> None:
+    """The first one's prompt has been read long before all have."""
+    many = {"asked": TokensAsked(prompts=100), "bytes_in": 10_000}
+    generated = Generated(None, None, False, 4)
+    assert tokens_of(left(generated=generated, **many), taught()) == Tokens(2500, 0, 4 * 40, estimated=2500 + 4 * 40)
+
+
 @pytest.mark.parametrize("outcome", [Outcome.TIMED_OUT, Outcome.TRUNCATED])
 def test_a_request_that_the_gateway_gave_up_is_charged_likewise(outcome: str) -> None:
     assert tokens_of(left(outcome=outcome), taught()) == Tokens(25, 0, 40, estimated=65)

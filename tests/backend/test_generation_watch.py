@@ -63,6 +63,11 @@ def test_what_a_slot_keeps_counts_only_if_it_can_be_the_tasks() -> None:
     assert seen([slot(7, 100)], [slot(7, 120)], [idle(7, 309)]) == Generated(225, None, False)  # an older version
 
 
+def test_what_is_followed_by_another_task_is_not_taken_to_its_limit() -> None:
+    looks = [slot(7, 100, limit=900, prompt=10)], [slot(7, 120, limit=900, prompt=10)]
+    assert seen(*looks, [idle(8, 400)]) == Generated(225, 10, False)
+
+
 def test_a_prompt_that_has_not_been_read_whole_is_not_known() -> None:
     looks = [slot(7, 0, prompt=5)], [slot(7, 0, prompt=9)]
     assert seen(*looks) == Generated(0, None, False)
@@ -84,7 +89,8 @@ def test_a_task_in_the_requests_own_slot_is_its_own() -> None:
     looks = [slot(5, 1, 0), slot(8, 100, 1, prompt=10)], [idle(8, 129, 1)]
     assert seen(*looks, own=[], slot=1) == Generated(120, 10, True)
     assert seen(*looks, own=[], slot=2) == NOTHING
-    assert seen([slot(8, 100, 0, prompt=10)], [idle(8, 129)], own=[], slot=0) == Generated(120, 10, True)
+    both = [slot(8, 100, 0, prompt=10), slot(9, 900, 1, prompt=10)]
+    assert seen(both, [idle(8, 129)], own=[], slot=0) == Generated(120, 10, True)
 
 
 def test_among_several_the_assigned_one_counts_as_an_estimate() -> None:
@@ -178,6 +184,12 @@ def test_choices_share_a_prompt_and_prompts_have_their_own() -> None:
     assert seen(first, second, ended[:1], **two, prompts=2) == Generated(100 + 98, 14, False, 2)
 
 
+def test_prompts_are_known_only_if_all_are() -> None:
+    looks = [slot(7, 50, 0, prompt=10), slot(8, 0, 1)], [slot(7, 60, 0, prompt=10), slot(8, 0, 1)]
+    generated = seen(*looks, [idle(7, 109, 0)], own=[7, 8], tasks=2, at_once=2, prompts=2)
+    assert (generated.tokens, generated.prompt, generated.is_exact) == (100 + 40, None, False)
+
+
 def test_the_end_of_a_choice_is_not_above_its_limit() -> None:
     first = [slot(7, 50, 0, 99, prompt=10), slot(8, 55, 1, 99, prompt=10)]
     second = [slot(7, 60, 0, 99, prompt=10), slot(8, 65, 1, 99, prompt=10)]
@@ -213,9 +225,44 @@ def test_tasks_that_follow_each_other_are_counted_by_their_numbers() -> None:
 
 
 def test_what_follows_a_requests_tasks_is_another_requests() -> None:
-    few = {"tasks": 3, "at_once": 2, "own": [14, 15], "limit": 50}
-    looks = [slot(14, 10, 0, 50), slot(15, 20, 1, 50)], [slot(16, 10, 0, 50), slot(17, 20, 1, 50)]
-    assert seen(*looks, [idle(13, 900, 0), idle(17, 900, 1)], **few).tokens == 150
+    few = {"tasks": 3, "at_once": 2, "own": [14, 15], "age_s": 0.1}
+    looks = [slot(14, 10, 0), slot(15, 20, 1)], [slot(14, 11, 0), slot(15, 21, 1)]
+    tokens = seen(*looks, [idle(13, 9000, 0), idle(17, 9000, 1)], **few).tokens
+    assert tokens is not None
+    assert 32 <= tokens < 100
+
+
+def test_what_a_list_is_known_to_have_had_is_the_least() -> None:
+    """It was given up as soon as it had begun, and has its tokens nevertheless."""
+    many = {"tasks": 9, "at_once": 1, "own": [14], "age_s": 0.001}
+    assert seen([slot(14, 400)], [slot(14, 400)], **many).tokens == 400
+
+
+def test_a_task_that_was_cut_short_is_not_taken_to_its_limit_once_another_follows() -> None:
+    many = {"tasks": 9, "at_once": 1, "own": [14], "age_s": 0.001}
+    looks = [slot(14, 10, limit=500, prompt=5)], [slot(14, 10, limit=500, prompt=5)], [idle(14, 29)], [slot(15, 1)]
+    tokens = seen(*looks, **many).tokens
+    assert tokens is not None
+    assert 25 <= tokens < 100
+
+
+def test_a_task_that_was_never_seen_has_no_more_tokens_than_its_limit() -> None:
+    many = {"tasks": 9, "at_once": 1, "own": [14], "age_s": 0.001}
+    ended = {**idle(15, 9000), "params": {"n_predict": 20, "stream": False}}
+    tokens = seen([slot(14, 10, limit=20)], [slot(14, 10, limit=20)], [ended], **many).tokens
+    assert tokens is not None
+    assert 40 <= tokens <= 60
+
+
+def test_what_ran_while_its_tasks_were_not_found_counts_too() -> None:
+    ended: list[Generated] = []
+    watch = GenerationWatch(GivenUp(100, 0.0, 1.0), ended.append)
+    for now_s, decoded, assigned in ((10.0, 0, []), (12.0, 200, [7]), (12.2, 220, [])):
+        watch.look([slot(7, decoded, limit=10_000)], now_s, assigned)
+    watch.end()
+    tokens = ended[0].tokens
+    assert tokens is not None
+    assert abs(tokens - (3 * 100 * 1.12 + 20 + 105)) < 1
 
 
 def test_tasks_too_short_to_be_seen_twice_are_counted_by_their_pace() -> None:

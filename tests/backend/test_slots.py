@@ -272,6 +272,29 @@ def test_nothing_is_assigned_while_a_request_may_not_have_begun(at_work: list[At
     assert look_twice([busy(5, 100)], at_work, FIRST) == [Generated(None, None, False)]
 
 
+def test_what_is_at_work_for_the_only_one_is_its_own_though_a_part_has_ended() -> None:
+    assert thousands(*look_twice([busy(5, 1000)], [], GivenUp(2, 1.0, 1.0, at_once=2))) == [2]
+
+
+def test_a_task_that_is_known_is_assigned_to_no_other_request() -> None:
+    """And the only other one is certainly the next one's."""
+    read = {"n_prompt_tokens_processed": 10, "n_prompt_tokens": 1009}
+    idle = [{**busy(task, 0), **read, "is_processing": False} for task in (5, 6)]
+    looks = [[{**busy(5, 50), **read}]] * 2 + [[{**busy(task, 60), **read} for task in (5, 6)]] * 2 + [idle]
+
+    async def play() -> None:
+        backend, ended = Backend(*[(200, json.dumps(each).encode()) for each in looks]), list[Generated]()
+        cancelled = Cancelled(backend)
+        for polls, request in ((2, FIRST), (4, SECOND)):
+            watch = GenerationWatch(request, ended.append)
+            cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch)
+            await until(lambda polls=polls: backend.polls >= polls)  # type: ignore[misc]
+        await cancelled.released()
+        assert ended == [Generated(1000, 10, True)] * 2
+
+    run(play)
+
+
 def test_nothing_is_assigned_while_another_program_uses_the_backend() -> None:
     assert look_twice([busy(5, 100), busy(6, 100)], [], FIRST) == [Generated(None, None, False)]
     assert thousands(*look_twice([busy(5, 1000), busy(6, 2000)], [], FIRST, SECOND)) == [1, 2]
@@ -366,6 +389,32 @@ def test_a_task_of_the_backends_next_process_holds_no_slot() -> None:
         cancelled.reclaimer.reset()
         await until(lambda: not ticket.running or backend.polls > 20)
         assert not ticket.running
+
+    run(play)
+
+
+def test_a_slot_stays_held_though_the_backend_may_be_another_process() -> None:
+    async def play() -> None:
+        backend = Backend(at_work(5, 1), at_work(5, 2), at_work(5, 3), at_work(5, 4), at_work(5, 5), 0)
+        cancelled = Cancelled(backend)
+        ticket = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
+        await until(lambda: backend.polls == 2)
+        cancelled.reclaimer.reset()
+        await until(lambda: backend.polls == 5)
+        assert ticket.running
+        await cancelled.released()
+
+    run(play)
+
+
+def test_the_slots_of_one_request_are_all_counted() -> None:
+    async def play() -> None:
+        cancelled = Cancelled(Backend(2))
+        cancelled.at_work = [AtWork(0.0, 2, is_awaited=False)]
+        cancelled.cancel()
+        await cancelled.released()
 
     run(play)
 
