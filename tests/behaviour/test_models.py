@@ -439,6 +439,20 @@ async def test_one_that_gives_up_waiting_for_a_model_without_a_slot_withdraws_it
     await running.response()
 
 
+@scenario(STATE="loading", **SETTINGS)
+async def test_a_request_that_is_left_before_the_gateway_ends_has_its_access_line(stack: Stack) -> None:
+    """It is recorded once its slot is released, which the end of the gateway does."""
+    router = await router_of(stack)
+    router.busy = 1
+    stack.backend.script(stall())
+    leaving = await sent(stack, post(body=body("chat")))
+    await stack.backend.call()
+    leaving.close()
+    await until(lambda: stack.app.pending_releases)
+    await stack.stop()
+    assert [(line["model"], line["outcome"]) for line in stack.lines] == [("chat", "cancelled")]
+
+
 # --- When a model dies ---
 
 
