@@ -177,8 +177,10 @@ def remove(arguments: argparse.Namespace) -> int:
 
     _rewrite(arguments, delete)
     _report(f"removed {arguments.name}", arguments.quiet)
-    if any(entry.key_id == arguments.name for entry in given_keys().entries):
-        _report(f"warning: API_KEYS has a key of {arguments.name}, which is in force now: remove it there", False)
+    with suppress(CommandError):  # the key is removed, whatever is wrong with API_KEYS
+        if any(entry.key_id == arguments.name for entry in given_keys().entries):
+            warning = f"warning: API_KEYS has a key of {arguments.name}, which is in force now: remove it there"
+            _report(warning, arguments.quiet)
     return _print_json({"key_id": arguments.name, "removed": True}) if arguments.json else 0
 
 
