@@ -169,10 +169,10 @@ class SlotReclaimer:
         Those that were seen at work are held, and those of which it is certain that they have ended are released. The
         others follow in the order in which they were cancelled: an idle slot may be that of any of them.
         """
-        held = [each for each in self._pending if each.at_work_s + self._timeout_s > now_s]
-        for pending in [each for each in self._pending if each.is_certain and each not in held]:
+        at_rest = [each for each in self._pending if each.at_work_s + self._timeout_s <= now_s]
+        for pending in [each for each in at_rest if each.is_certain]:
             self._release(pending)
-        for pending in [each for each in self._pending if each not in held]:
+        for pending in [each for each in at_rest if not each.is_certain]:
             if not self._may_release(pending, busy, now_s):
                 return
             self._release(pending)
