@@ -37,12 +37,12 @@ test: ## Run the test suite (ARGS="-k name" passes options to pytest)
 	@python=$(call venv,test)
 	$(if $(ARGS),exec "$$python" -m pytest $(ARGS))
 	# In two halves at the same time, since each one waits for a part of its time. Job control lets Ctrl-C end both.
+	first="tests/behaviour tests/accounting tests/policy"
 	log=$$(mktemp) status=0
-	set -m; "$$python" -m pytest --ignore=tests/behaviour --ignore=tests/accounting --ignore=tests/policy &>"$$log" </dev/null & other=$$!; set +m
+	set -m; "$$python" -m pytest $${first//tests/--ignore=tests} &>"$$log" </dev/null & other=$$!; set +m
 	trap 'kill -INT "$$other" 2>/dev/null || true; rm -f "$$log"' EXIT
 	trap 'exit 130' INT TERM
-	"$$python" -m pytest -p no:cacheprovider tests/behaviour || status=$$?
-	"$$python" -m pytest -p no:cacheprovider tests/accounting tests/policy || status=$$?
+	"$$python" -m pytest -p no:cacheprovider $$first || status=$$?
 	wait "$$other" || status=$$?
 	cat "$$log"
 	exit "$$status"
