@@ -210,9 +210,10 @@ def test_a_chat_and_an_embedding_model_side_by_side(llama_bin: str, models: Path
         assert max(waits_ms) < 250  # a tick: none was waited for, though a busy machine may stop the process meanwhile
 
 
-def read_stream(url: str, key: str, model: str, begun: threading.Semaphore) -> tuple[bool, bool]:
-    """Read a long stream; return whether its last event came, and whether its connection was cut."""
-    body = {"model": model, "max_tokens": 1500, "stream": True, "messages": [{"role": "user", "content": "the cat"}]}
+def read_stream(url: str, key: str, model: str, max_tokens: int, begun: threading.Semaphore) -> tuple[bool, bool]:
+    """Read a stream; return whether its last event came, and whether its connection was cut."""
+    messages = [{"role": "user", "content": "the cat"}]
+    body = {"model": model, "max_tokens": max_tokens, "stream": True, "messages": messages}
     text, was_cut = b"", False
     try:
         with (
@@ -233,8 +234,10 @@ def test_the_death_of_one_model_cuts_no_stream_of_another(llama_bin: str, models
     with stack(tmp_path, llama_bin, models, 2, slots=8) as served:
         url, begun = served.gateway.url, threading.Semaphore(0)
         with ThreadPoolExecutor(20) as pool:
-            chats = [pool.submit(read_stream, url, KEYS["alice"], CHAT, begun) for _ in range(8)]
-            codes = [pool.submit(read_stream, url, KEYS["bob"], CODE, begun) for _ in range(8)]
+            # Both are loaded before a stream begins, and no chat ends by itself: its slots are taken until the kill.
+            assert [ask(url, KEYS["dave"], model) for model in (CHAT, CODE)] == [200, 200]
+            chats = [pool.submit(read_stream, url, KEYS["alice"], CHAT, 1_000_000, begun) for _ in range(8)]
+            codes = [pool.submit(read_stream, url, KEYS["bob"], CODE, 1500, begun) for _ in range(8)]
             for _ in range(16):
                 assert begun.acquire(timeout=60)
             waiting = [pool.submit(ask, url, KEYS["carol"], CHAT) for _ in range(2)]
