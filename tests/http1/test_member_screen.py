@@ -64,6 +64,10 @@ def test_a_usual_body_is_cleared(members: dict[str, object]) -> None:
     assert not SCREEN.may_have(json.dumps(members).encode())
 
 
+def test_an_escaped_letter_far_within_a_string_is_not_in_a_name() -> None:
+    assert not SCREEN.may_have(b'{"content":"%b\\u006e%b"}' % (b"x" * 2000, b"x" * 2000))
+
+
 def test_a_screen_for_lists_alone_or_for_names_alone_or_for_nothing() -> None:
     assert not MemberScreen((), ()).may_have(b'{"n": 2, "input": ["x"], "\\u006e": 2}')
     assert not MemberScreen((), ("input",)).may_have(b'{"n": 2, "input": "x"}')
@@ -74,7 +78,14 @@ def test_a_screen_for_lists_alone_or_for_names_alone_or_for_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "member", [b'"n_cmpl":2', b'"prompt":["x"]', b'"prompt"' + b" " * 99 + b":" + b" " * 99 + b'["x"]']
+    "member",
+    [
+        b'"n_cmpl":2',
+        b'"n_cmp\\u006C":2',
+        b'"\\u006e_\\u0063mpl":2',
+        b'"prompt":["x"]',
+        b'"prompt"' + b" " * 99 + b":" + b" " * 99 + b'["x"]',
+    ],
 )
 @pytest.mark.parametrize("spans", [(990, 1100), (2020, 2120)])
 def test_a_member_is_seen_wherever_in_a_large_body_it_is(spans: tuple[int, int], member: bytes) -> None:
