@@ -112,8 +112,7 @@ def test_a_full_queue_drops_lines_and_reports_it_once(tmp_path: Path, warned: Wa
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(fifo, capacity=3)
     line = b"x" * 100_000  # more than a pipe holds, so that nothing is written whole until the pipe is read
-    for _ in range(20):
-        log.write_lines([line])
+    log.write_lines([line] * 20)
     assert log.dropped == 17
     assert warned.wait(1) == [f"the access log {fifo} is too slow: 17 lines were dropped so far"]
     log.close()
@@ -138,8 +137,7 @@ def torn(fifo: Path, warned: WarningCollector) -> tuple[AccessLog, int]:
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     log = AccessLog(fifo, capacity=2)
-    for text in (b"a" * 10, b"b" * 100_000, b"dropped, which is reported when the pipe is full"):
-        log.write_lines([text])
+    log.write_lines([b"a" * 10, b"b" * 100_000, b"dropped, which is reported when the pipe is full"])
     warned.wait(1)
     return log, reader
 

@@ -15,6 +15,7 @@ from policy.fair_queue import FairQueue, Ticket
 from support.clock import Clock
 from support.gateway import until
 from support.hurry import HurriedLoop, HurriedSelector
+from support.memory_transport import run as run_without_sleep
 from transport import write_batching
 from transport.write_batching import WriteBatcher
 
@@ -494,4 +495,4 @@ def test_a_look_for_one_request_releases_no_other_one_early() -> None:
         assert cancelled.queue.active == 2
         await cancelled.released()
 
-    run(play)
+    run_without_sleep(play())

@@ -227,12 +227,12 @@ def test_requests_without_a_byte_are_a_prefill_if_slots_answers(tmp_path: Path) 
         case.order("talkative")
         running = asyncio.ensure_future(case.run())
         await case.until_ready()
-        case.clock.advance(4)
+        case.clock.advance(90)
         await case.log.until("INFO asked /slots", times=2)
         assert not running.done()
         running.cancel()
 
-    scenario(play, tmp_path, WEDGE_TIMEOUT="4", HEALTH_TIMEOUT="2", THREADS="1")
+    scenario(play, tmp_path, WEDGE_TIMEOUT="90", THREADS="1")
 
 
 def test_it_is_ready_only_if_a_protected_route_needs_the_key(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_worker_that_an_operator_drains_gets_nothing_new(proxy: Proxy) -> None
 
 
 def test_requests_wait_while_all_workers_are_loading(tmp_path: Path) -> None:
-    with cluster(tmp_path, 1, MOCK_LOAD_SECONDS="4") as (proxy, boots):
+    with cluster(tmp_path, 1, MOCK_LOAD_SECONDS="20") as (proxy, boots):
         eventually(lambda: not proxy.up("least") and proxy.up("loading") == {"w1"}, "HAProxy has seen it loading")
         assert boots[0].state["state"] == "loading"
         answer = proxy.request("early")

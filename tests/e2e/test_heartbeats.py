@@ -65,7 +65,7 @@ def held(mock: Mock, tmp_path: Path) -> Iterator[HeldGateway]:
 
 @pytest.fixture
 def impatient(mock: Mock, tmp_path: Path) -> Iterator[HeldGateway]:
-    yield from running(HeldGateway(tmp_path, mock, COLD_START_WAIT="3"))
+    yield from running(HeldGateway(tmp_path, mock, COLD_START_WAIT="6"))
 
 
 # Each client begins a stream, which returns as soon as its head has arrived, and yields an iterator of its text.

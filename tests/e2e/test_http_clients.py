@@ -112,7 +112,7 @@ def test_a_key_is_accepted_in_each_field(url: str) -> None:
 
 
 def curl(*arguments: str, body: str | None = None) -> str:
-    command = ["curl", "--silent", "--show-error", "--max-time", "30", *arguments]
+    command = ["curl", "--silent", "--show-error", "--max-time", "30", "--expect100-timeout", "30", *arguments]
     return subprocess.run(command, input=body, capture_output=True, text=True, check=True).stdout
 
 

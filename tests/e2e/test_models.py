@@ -17,7 +17,7 @@ from statistics import median
 import httpx
 import openai
 import pytest
-from stack import Gateway, RouterServer, bearer, eventually, running
+from stack import ENDLESS, Gateway, RouterServer, bearer, eventually, running
 
 CHAT, CODE, EMBED = MODELS = ("chat", "code", "embed")
 SLOTS = 4
@@ -31,6 +31,7 @@ KEYS_FILE = "".join(
 # In each burst so many requests: one key asks for far more than its share.
 BURST = {"alice": 22, "bob": 6, "carol": 6, "dave": 6}
 BURSTS = 5
+BURST_SLOTS = 1  # so that a share that is not fair would be seen
 SEED = 18
 
 
@@ -49,12 +50,14 @@ class Stack:
 
     def loads(self) -> dict[str, float]:
         """Return the loads that the gateway has counted, by model and result."""
-        page = httpx.get(f"{self.gateway.url}/metrics", headers=bearer(KEYS["ops"])).text
+        page = httpx.get(f"{self.gateway.url}/metrics", headers=bearer(KEYS["ops"]), timeout=60).text
         lines = [line for line in page.splitlines() if line.startswith("gateway_model_loads_total{")]
         return {name.split("{")[1].rstrip("}"): float(value) for name, value in map(str.split, lines)}
 
     def health(self) -> dict[str, object]:
-        health: dict[str, object] = httpx.get(f"{self.gateway.url}/health", headers=bearer(KEYS["ops"])).json()
+        health: dict[str, object] = httpx.get(
+            f"{self.gateway.url}/health", headers=bearer(KEYS["ops"]), timeout=60
+        ).json()
         return health
 
     def lines(self, count: int) -> list[dict[str, object]]:
@@ -133,7 +136,7 @@ def test_bursts_over_three_models_of_which_one_fits(llama_bin: str, models: Path
     In each burst the model that is loaded comes first, so a burst needs two loads, and the first one three.
     """
     least = 3 + 2 * (BURSTS - 1)
-    with stack(tmp_path, llama_bin, models, 1) as served:
+    with stack(tmp_path, llama_bin, models, 1, slots=BURST_SLOTS, MODEL_SWITCH_AFTER="600") as served:
         statuses = send_bursts(served.gateway.url, KEYS)
         assert statuses == {200: BURSTS * sum(BURST.values())}
         loads = served.router.loads()
@@ -144,7 +147,7 @@ def test_bursts_over_three_models_of_which_one_fits(llama_bin: str, models: Path
     size = sum(BURST.values())
     for burst in range(BURSTS):
         check_shares(lines[burst * size : (burst + 1) * size])
-    direct = RouterServer(tmp_path, llama_bin, models, SLOTS, most=1, autoload=True)
+    direct = RouterServer(tmp_path, llama_bin, models, BURST_SLOTS, most=1, autoload=True)
     direct.start()
     try:
         statuses_direct = send_bursts(direct.url, dict.fromkeys(KEYS, direct.key))
@@ -161,14 +164,14 @@ def check_shares(lines: list[dict[str, object]]) -> None:
         others = [keys.count(name) for name in BURST if name != "alice"]
         last = max((at for at, key in enumerate(keys) if key != "alice"), default=-1)
         # The slots may have been given to it before the others came, and as many may have ended out of order.
-        assert keys[: last + 1].count("alice") <= max(others) + 2 * SLOTS
+        assert keys[: last + 1].count("alice") <= max(others) + 2 * BURST_SLOTS
 
 
 def test_a_chat_and_an_embedding_model_side_by_side(llama_bin: str, models: Path, tmp_path: Path) -> None:
     """With room for both there is never a swap, and embeddings are answered while all chats' slots are taken."""
     with stack(tmp_path, llama_bin, models, 2) as served:
         url = served.gateway.url
-        body = {"model": CHAT, "max_tokens": 100_000, "stream": True, "messages": [{"role": "user", "content": "a"}]}
+        body = {"model": CHAT, "max_tokens": ENDLESS, "stream": True, "messages": [{"role": "user", "content": "a"}]}
         ended = threading.Event()
         begun = threading.Semaphore(0)
 
@@ -205,9 +208,8 @@ def test_a_chat_and_an_embedding_model_side_by_side(llama_bin: str, models: Path
         assert served.router.loads() == 2
         lines = [line for line in served.lines(40) if line["model"] == EMBED]
         assert len(lines) == 40
-        waits_ms = [line["queue_ms"] for line in lines[1:]]
-        assert median(waits_ms) == 0
-        assert max(waits_ms) < 250  # a tick: none was waited for, though a busy machine may stop the process meanwhile
+        # No chat ends: one that waited for a slot would not be answered. A busy machine may stop the process meanwhile.
+        assert median(line["queue_ms"] for line in lines[1:]) == 0
 
 
 def read_stream(url: str, key: str, model: str, max_tokens: int, begun: threading.Semaphore) -> tuple[bool, bool]:
@@ -236,7 +238,7 @@ def test_the_death_of_one_model_cuts_no_stream_of_another(llama_bin: str, models
         with ThreadPoolExecutor(20) as pool:
             # Both are loaded before a stream begins, and no chat ends by itself: its slots are taken until the kill.
             assert [ask(url, KEYS["dave"], model) for model in (CHAT, CODE)] == [200, 200]
-            chats = [pool.submit(read_stream, url, KEYS["alice"], CHAT, 1_000_000, begun) for _ in range(8)]
+            chats = [pool.submit(read_stream, url, KEYS["alice"], CHAT, ENDLESS, begun) for _ in range(8)]
             codes = [pool.submit(read_stream, url, KEYS["bob"], CODE, 1500, begun) for _ in range(8)]
             for _ in range(16):
                 assert begun.acquire(timeout=60)
@@ -300,7 +302,8 @@ def test_a_transcription_form_without_a_model_gets_the_default(llama_bin: str, m
     with stack(tmp_path, llama_bin, models, 1, DEFAULT_MODEL=CHAT) as served:
         files = {"file": ("a.wav", b"RIFF", "audio/wav")}
         url, headers = f"{served.gateway.url}/v1/audio/transcriptions", bearer(KEYS["alice"])
-        answers = [httpx.post(url, files=files, data=data, headers=headers) for data in ({}, {"model": CODE})]
+        forms = ({}, {"model": CODE})
+        answers = [httpx.post(url, files=files, data=data, headers=headers, timeout=60) for data in forms]
         assert ["audio" in answer.json()["error"]["message"] for answer in answers] == [True, True], answers[0].text
         assert [line["model"] for line in served.lines(2)] == [CHAT, CODE]
 
@@ -308,10 +311,10 @@ def test_a_transcription_form_without_a_model_gets_the_default(llama_bin: str, m
 def test_an_operator_loads_and_unloads(shared: Stack) -> None:
     url, headers = shared.gateway.url, bearer(KEYS["ops"])
     for model in MODELS:
-        answer = httpx.post(f"{url}/models/unload", json={"model": model}, headers=headers)
+        answer = httpx.post(f"{url}/models/unload", json={"model": model}, headers=headers, timeout=60)
         assert answer.status_code in (200, 400)
     eventually(lambda: shared.health()["models"], lambda states: set(states.values()) == {"unloaded"}, 30)
-    assert httpx.post(f"{url}/models/load", json={"model": CODE}, headers=headers).status_code == 200
+    assert httpx.post(f"{url}/models/load", json={"model": CODE}, headers=headers, timeout=60).status_code == 200
     eventually(lambda: shared.health()["models"], lambda states: states[CODE] == "loaded", 30)
     assert httpx.post(f"{url}/models/load", json={"model": CODE}, headers=bearer(KEYS["alice"])).status_code == 403
     assert ask(url, KEYS["alice"], CODE) == 200

@@ -70,8 +70,8 @@ class Prometheus(Process):
         self.tools, self.folder = tools, folder
         job = {
             "job_name": "gateway",
-            "scrape_interval": "250ms",
-            "scrape_timeout": "250ms",
+            "scrape_interval": "1s",
+            "scrape_timeout": "1s",
             "authorization": {"credentials_file": str(folder / "key")},
             "static_configs": [{"targets": [target]}],
         }
@@ -105,12 +105,11 @@ def prometheus(used: str, tools: Path, tmp_path: Path) -> Iterator[Prometheus]:
 
 def test_a_real_prometheus_scrapes_the_page(used: str, prometheus: Prometheus) -> None:
     eventually(lambda: prometheus.query('up{job="gateway"}'), lambda value: value == 1, 20)
-    before = prometheus.query('sum(gateway_requests_total{route="/v1/chat/completions",code="200"})')
+    counted = 'sum(gateway_requests_total{route="/v1/chat/completions",code="200"})'
+    before = eventually(lambda: prometheus.query(counted), lambda value: value is not None, 20)
     assert before is not None
     for _ in range(3):
         assert fetch(f"{used}/v1/chat/completions", TEAM_KEY, CHAT)[0] == 200
-    counted = 'sum(gateway_requests_total{route="/v1/chat/completions",code="200"})'
-    eventually(lambda: prometheus.query(counted), lambda value: value == before + 3, 10)
-    assert (
-        prometheus.query("histogram_quantile(0.9, sum by (le) (gateway_request_duration_seconds_bucket))") is not None
-    )
+    eventually(lambda: prometheus.query(counted), lambda value: value == before + 3, 20)
+    quantile = "histogram_quantile(0.9, sum by (le) (gateway_request_duration_seconds_bucket))"
+    eventually(lambda: prometheus.query(quantile), lambda value: value is not None, 20)

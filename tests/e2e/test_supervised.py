@@ -23,6 +23,10 @@ class Service(Process):
     def __init__(self, folder: Path, binary: str, model: Path, **settings: str) -> None:
         super().__init__(folder, free_port())
         (folder / "keys.txt").write_text(KEYS_FILE)
+        self.hold = folder / "hold"  # while it is there, llama-server does not start
+        held = folder / "llama-server"
+        held.write_text(f'#!/bin/sh\nwhile [ -e {self.hold} ]; do sleep 0.05; done\nexec {binary} "$@"\n')
+        held.chmod(0o755)
         self.state_file = folder / "state.json"
         self.key = "gateway-" + secrets.token_urlsafe(32)
         self.settings = {
@@ -33,7 +37,7 @@ class Service(Process):
             "AUTH_KEYS_FILE": str(folder / "keys.txt"),
             "STATE_FILE": str(self.state_file),
             "BACKEND_API_KEY": self.key,
-            "LLAMA_BIN": binary,
+            "LLAMA_BIN": str(held),
             "MODEL_PATH": str(model),
             "PARALLEL": "2",
             "CTX": "2048",
@@ -55,13 +59,15 @@ class Service(Process):
         return fetch(self.url + path, TEAM_KEY, body)
 
     def crash(self) -> None:
-        """Kill llama-server, and wait until the gateway has noticed."""
+        """Kill llama-server, and wait until the gateway has noticed. It starts again in `await_ready`."""
+        self.hold.touch()
         pid = self.backend_pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: fetch(self.url + "/health")[0], lambda status: status == 503, RESTART_S)
 
     def await_ready(self) -> None:
+        self.hold.unlink(missing_ok=True)
         eventually(lambda: fetch(self.url + "/health")[0], lambda status: status == 200, RESTART_S)
 
 

@@ -118,8 +118,8 @@ def test_the_totals_of_500_mixed_requests_equal_the_backends(backend: LlamaServe
     wanted = {name: value - of_cancelled[name] for name, value in difference(counted(backend), begun).items()}
 
     log = own_gateway.access_log
-    done = eventually(lambda: logged(log, "done"), lambda seen: seen[0] == WAVES * FINISHED_PER_WAVE, 5)
-    gone = eventually(lambda: logged(log, "cancelled"), lambda seen: seen[0] == WAVES * CANCELLED_PER_WAVE, 5)
+    done = eventually(lambda: logged(log, "done"), lambda seen: seen[0] == WAVES * FINISHED_PER_WAVE, 30)
+    gone = eventually(lambda: logged(log, "cancelled"), lambda seen: seen[0] == WAVES * CANCELLED_PER_WAVE, 30)
     assert done[1] == wanted
     assert gone[1]["prompt"] >= 0
     assert metric_totals(own_gateway.url) == {name: done[1][name] + gone[1][name] for name in done[1]}

@@ -110,14 +110,16 @@ def probes_are_answered_while_the_model_loads_and_while_it_is_started_again(plac
         boot.unorder("unbound")
         boot.await_ready()
         assert boot.status("/ready", port="PORT_HEALTH") == 200
+        (boot.control / "exit").write_text("1")  # a second pause comes if the first is too short to be seen
         os.kill(boot.state["backend_pid"], signal.SIGKILL)
         boot.await_line("state dead")
-        assert boot.status("/ready", port="PORT_HEALTH") == 503
+        boot.until(lambda: boot.status("/ready", port="PORT_HEALTH") == 503)
+        boot.unorder("exit")
         assert boot.status("/", port="PORT_HEALTH") == 200
         boot.await_line("starting it again in 1 s")
         boot.await_ready(2)
         assert boot.status("/ready", port="PORT_HEALTH") == 200
-        assert len(boot.starts) == 2
+        assert len(boot.starts) >= 2
 
 
 @scenario
@@ -763,7 +765,7 @@ def pid_1_reaps_orphans_and_stops_in_order(place: Place) -> None:
         set_activity(boot, idle_s=1000)
         # The last one may not have ended yet, but those before it have been collected.
         boot.await_line("orphaned", times=5)
-        assert len([pid for pid in boot.family() if not alive(pid)]) <= 2
+        boot.until(lambda: len([pid for pid in boot.family() if not alive(pid)]) <= 2)
         os.kill(supervisor, signal.SIGHUP)
         boot.await_line("stub gateway: reloading")
         os.kill(supervisor, signal.SIGTERM)
