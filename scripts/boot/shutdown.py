@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from core import signals
 from core.installation import check_command
 
 EXIT_STOPPED, EXIT_SETTINGS, EXIT_NO_MODEL, EXIT_BACKEND, EXIT_SERVICE, EXIT_MODEL_UNAVAILABLE = 0, 2, 3, 4, 5, 6
@@ -66,10 +67,14 @@ class StartupError(Shutdown):
 
 
 def exit_on_stop_signals() -> None:
-    """End with EXIT_STOPPED at a stop signal, as long as nothing runs that must be stopped first."""
+    """End with EXIT_STOPPED at the first stop signal, as long as nothing runs that must be stopped first.
+
+    At Ctrl-C a program gets the terminal's signal and the supervisor's.
+    """
     signal.signal(signal.SIGTERM, _exit_at_once)
     signal.signal(signal.SIGINT, _exit_at_once)
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    signals.ignore(signal.SIGTERM, signal.SIGINT)
     sys.exit(EXIT_STOPPED)

@@ -74,6 +74,8 @@ def test_a_stop_signal_ends_a_program_that_has_begun_nothing(number: int) -> Non
         shutdown.exit_on_stop_signals()
         with pytest.raises(SystemExit) as caught:
             signal.raise_signal(number)
+        for each, _ in before:  # a second one does not break into the end
+            signal.raise_signal(each)
     finally:
         for each, handler in before:
             signal.signal(each, handler)
