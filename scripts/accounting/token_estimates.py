@@ -81,13 +81,13 @@ class TokenEstimator:
         """Learn from the last request of each route, from time to time."""
         if records[-1].ended_s < self._next_lesson_s:
             return
-        self._next_lesson_s = records[-1].ended_s + _LESSON_S
         last: Mapping[str, tuple[RequestRecord, Tokens | None]] = {
             record.prepared.route.label: (record, each) for record, each in zip(records, tokens, strict=True)
         }
         for label, (record, each) in last.items():
             if each is not None and not each.estimated:
                 self._learn_from(label, record, each)
+                self._next_lesson_s = records[-1].ended_s + _LESSON_S
 
     def _learn_from(self, label: str, record: RequestRecord, tokens: Tokens) -> None:
         if record.bytes_in and tokens.prompt:

@@ -268,6 +268,14 @@ def test_lessons_are_a_second_apart() -> None:
         assert estimator.prompt_tokens(CHAT.route.label, 100) == expected
 
 
+def test_a_request_that_teaches_nothing_delays_no_lesson() -> None:
+    estimator = TokenEstimator()
+    estimator.learn([record(PING, ended_s=100.0)], [None])
+    seen = record(bytes_in=10, ended_s=100.1)
+    estimator.learn([seen], [Tokens(20, 0, 1)])
+    assert estimator.prompt_tokens(CHAT.route.label, 10) == 20
+
+
 def test_the_limit_is_that_of_all_choices() -> None:
     assert limit_of(record()) is None
     assert limit_of(record(asked=TokensAsked(max_tokens=5, choices=2, prompts=3))) == 30
