@@ -15,6 +15,13 @@ from transport.waiter import Waiter
 _MAX_PAGE_BYTES = 1 << 20
 
 
+class PageTooLong(GatewayError):
+    """A page is longer than what is read of one."""
+
+    def __init__(self) -> None:
+        super().__init__(BACKEND_MALFORMED, f"A page of the backend is longer than {_MAX_PAGE_BYTES} bytes.")
+
+
 @dataclass(frozen=True, slots=True)
 class FetchedFile:
     """A response that came whole: its head, and its body in pieces as they came."""
@@ -36,7 +43,7 @@ class BackendFetcher:
         self._timeout_s = timeout_s
 
     async def __call__(self, target: bytes) -> tuple[int, bytes]:
-        """GET a page: return status and body. Raises GatewayError."""
+        """GET a page: return status and body. Raises GatewayError, PageTooLong among them."""
         request = b"GET %b HTTP/1.1\r\n%b\r\n" % (target, self._own_fields)
         try:
             return await asyncio.wait_for(self._send(b"GET", request), self._timeout_s or None)
@@ -91,7 +98,13 @@ class BackendFetcher:
         backend = await self._pool.connect()
         try:
             head = parse_response_head(await backend.send_request(request).wait())
-            return head.status, await read_page(backend, response_body(response_framing(head, method)))
+            body = response_body(response_framing(head, method))
+            page = await read_page(backend, body)
+            if len(page) > _MAX_PAGE_BYTES:
+                raise PageTooLong
+            if not (body.done or (backend.closed_cleanly and body.ends_at_close())):
+                raise GatewayError(BACKEND_UNAVAILABLE, "The backend closed in the middle of a page.")
+            return head.status, page
         finally:
             backend.abort()
 
@@ -132,7 +145,7 @@ async def read_file(backend: BackendProtocol, body: Body, most_bytes: int) -> tu
 
 
 async def read_page(backend: BackendProtocol, body: Body) -> bytes:
-    """Read a response body whole, in a task; up to a bound that no page for the gateway itself comes near.
+    """Read a response body whole, in a task; a little more than 1 MiB of one that is longer.
 
     Raises BACKEND_MALFORMED. A body that is cut is returned as far as it came.
     """

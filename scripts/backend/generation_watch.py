@@ -15,7 +15,8 @@ from typing import NamedTuple
 from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, limit_of, prompt_of, task_of
 
 _PACE_S = 0.2  # between the first looks
-_LOOKS = 6  # after which a request whose tasks have not been found is not looked for any more
+_LOOKS = 6  # after which a request whose tasks have not been found is looked for seldom, or not any more
+_SMALL_BYTES, _READ_BYTES_PER_S = 64 << 10, 1 << 20  # bodies that are read at once, and how fast others are at least
 _LINGER_S = 1.05  # from the last look until llama-server has noticed, and a little more
 _LATER_S = 3600.0
 _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it should not be below the true one
@@ -27,6 +28,13 @@ class AtWork(NamedTuple):
     sent_s: float
     slots: int
     is_awaited: bool = True
+    body_bytes: int = 0
+
+    @property
+    def read_by_s(self) -> float:
+        """When the backend has read its body, at the latest: its tasks get their numbers then."""
+        is_large = self.body_bytes > _SMALL_BYTES
+        return self.sent_s + self.body_bytes / _READ_BYTES_PER_S if is_large else self.sent_s
 
 
 class Generated(NamedTuple):
@@ -55,6 +63,11 @@ class GivenUp(NamedTuple):
     at_once: int = 1
     limit: int | None = None
     slot: int | None = None
+    body_bytes: int = 0
+
+    @property
+    def at_work(self) -> AtWork:
+        return AtWork(self.sent_s, self.at_once, body_bytes=self.body_bytes)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class GenerationWatch:
             return _LATER_S
         if not self._looks:
             return 0.0
-        return _LATER_S if self._follows else _PACE_S
+        return _LATER_S if self._follows or self._looks >= _LOOKS else _PACE_S
 
     @property
     def tasks(self) -> Set[int]:
@@ -150,12 +163,18 @@ class GenerationWatch:
         return self._is_certain
 
     def look(
-        self, slots: Sequence[Slot], now_s: float, assigned: Sequence[int], others: Set[int] = frozenset()
+        self,
+        slots: Sequence[Slot],
+        now_s: float,
+        assigned: Sequence[int],
+        others: Set[int] = frozenset(),
+        *,
+        may_begin: bool = False,
     ) -> None:
         """Look at all slots.
 
         `assigned` are the tasks that are its own by their order, empty if that says nothing. `others` are certainly
-        another request's.
+        another request's. `may_begin`: the backend may not have begun its tasks yet.
         """
         if self._is_over:
             return
@@ -168,6 +187,7 @@ class GenerationWatch:
             self._began_s = now_s
         tasks = {task: slot for slot in slots if (task := task_of(slot)) is not None and task not in others}
         self._find_tasks({task: slot for task, slot in tasks.items() if self._may_be_own(slot)}, now_s, assigned)
+        self._is_over = not (self._own or may_begin) and self._looks >= _LOOKS
 
     def _find_tasks(self, possible: Mapping[int, Slot], now_s: float, assigned: Sequence[int]) -> None:
         """Find its tasks: those that are assigned to it, or all that it can have."""
@@ -177,7 +197,6 @@ class GenerationWatch:
         elif assigned and set(assigned) <= possible.keys():
             possible = {task: possible[task] for task in assigned}
         else:
-            self._is_over = self._looks == _LOOKS
             return
         self._own = self._first = {task: _first_seen(slot, now_s) for task, slot in possible.items()}
         self._found_s = self._newest_s = self._at_work_s = now_s

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from backend.slots import Fetch, listed_slots
+from backend.fetch import PageTooLong
+from backend.slots import Fetch, listed_slots, total_slots
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from policy.prefix_digests import Digests
 from policy.slot_table import Slot, SlotTable
@@ -20,10 +21,6 @@ from policy.slot_table import Slot, SlotTable
 # Sends a POST request with a JSON body to the backend and returns status and body. May raise GatewayError.
 Post = Callable[[bytes, bytes], Awaitable[tuple[int, bytes]]]
 
-# A request whose client leaves may have been received, but not started: its text is still made into tokens. It must
-# not start in a slot that has changed hands. This is several times as long as that takes on a slow machine.
-_SETTLE_S = 1.0
-_SETTLE_BYTES_PER_S = 250_000
 _RECHECK_S = 5.0
 _PROBE_BYTES = 24  # at least 16 tokens
 _SEEN_TOKENS = 8  # more than two such texts have in common by chance
@@ -48,7 +45,6 @@ class SlotLease:
         "_generation",
         "_isolation",
         "_pinned",
-        "_settled_s",
         "_state",
         "digests",
         "owner",
@@ -64,7 +60,6 @@ class SlotLease:
         self._pinned: Slot | None = None
         self._emptying: list[Slot] = []
         self._generation = 0
-        self._settled_s = 0.0
 
     @property
     def slot(self) -> int | None:
@@ -133,21 +128,13 @@ class SlotLease:
         else:
             table.claim_all(self.owner)
 
-    def settle(self, sent_bytes: int) -> None:
-        """The request was given up before its response began: keep its slot until it can no longer start there."""
-        settle_s = _SETTLE_S + sent_bytes / _SETTLE_BYTES_PER_S
-        self._settled_s = asyncio.get_running_loop().time() + settle_s
-
     def release(self) -> None:
         """The backend does not work on the request any more. Has no effect when called again."""
         state, self._state = self._state, _RELEASED
         if state is _WAITING:
             self._isolation.dequeue(self)
         elif state in (_EMPTYING, _HELD):
-            if self._settled_s:
-                asyncio.get_running_loop().call_at(self._settled_s, self._free)
-            else:
-                self._free()
+            self._free()
 
     def _free(self) -> None:
         self._end_emptying()
@@ -268,6 +255,8 @@ class SlotIsolation:
         """Return how many slots there are."""
         try:
             return await listed_slots(self._fetch)
+        except PageTooLong:  # the list has text of requests in it, which the check replaces
+            return await total_slots(self._fetch)
         except ValueError:
             raise UnfitBackend(f"{_CONCERNS}: llama-server does not list its slots; start it with --slots") from None
 

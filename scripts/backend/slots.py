@@ -4,12 +4,16 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from itertools import pairwise
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
+from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
 from backend.slot_listing import Slot, awaited_task, is_busy
-from core.errors import BACKEND_MALFORMED, GatewayError
+from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
 
@@ -22,6 +26,7 @@ _TIMEOUT_S = 5.0
 # than that, it would never look.
 _STREAM_POLL_S = 0.2
 _POLL_S = 1.2
+_LEAST_PAUSE_S = 0.001  # a shorter one may not move the clock
 _MAX_SLOTS = 4096
 
 
@@ -36,7 +41,7 @@ async def total_slots(fetch: Fetch) -> int:
 
 
 async def listed_slots(fetch: Fetch) -> int:
-    """Return how many slots GET /slots lists. Raises as `busy_slots` does."""
+    """Return how many slots GET /slots lists. Raises as `fetch_slots` does."""
     value = await _fetch_json(fetch, b"/slots")
     if not isinstance(value, list) or not 0 < len(value) <= _MAX_SLOTS:
         raise ValueError("not a list of slots")
@@ -46,7 +51,8 @@ async def listed_slots(fetch: Fetch) -> int:
 async def fetch_slots(fetch: Fetch) -> Sequence[Slot]:
     """Return all slots, as GET /slots lists them.
 
-    Raises GatewayError if the backend does not respond now, ValueError if it does not report its slots.
+    Raises GatewayError if the backend does not respond now, or with too long a page, ValueError if it does not report
+    its slots.
     """
     value = await _fetch_json(fetch, b"/slots")
     if not isinstance(value, list) or not all(isinstance(slot, dict) for slot in value):
@@ -62,21 +68,39 @@ async def _fetch_json(fetch: Fetch, target: bytes) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except GatewayError as error:
-        if error.kind is not BACKEND_MALFORMED:
+        if error.kind is not BACKEND_MALFORMED or isinstance(error, PageTooLong):
             raise
+    else:
+        if status >= 500 and status != HTTPStatus.NOT_IMPLEMENTED:
+            raise GatewayError(BACKEND_UNAVAILABLE)
     raise ValueError("no such page")
 
 
-class PendingRelease(NamedTuple):
-    """The ticket of a cancelled request, when it was cancelled, and what watches its tokens.
+class Connection(Protocol):
+    """The connection of a cancelled request. The backend ends it once it will not begin a task of the request."""
 
-    An idle slot says nothing before `earliest_s`: a task of the request may not have begun. Times are the loop's.
+    @property
+    def ended(self) -> bool: ...
+
+
+@dataclass(eq=False, slots=True)
+class PendingRelease:
+    """The ticket of a cancelled request, its connection, and what watches its tokens.
+
+    An idle slot says nothing before `earliest_s`: a task of the request may not have begun. `ended_s` is when its
+    connection was seen to have ended. Times are the loop's.
     """
 
     ticket: Ticket
-    since_s: float
     earliest_s: float
+    connection: Connection | None
     watch: GenerationWatch | None
+    ended_s: float = inf
+
+    @property
+    def may_begin(self) -> bool:
+        """Whether the backend may still begin a task of the request."""
+        return self.connection is not None and not self.connection.ended
 
     @property
     def is_certain(self) -> bool:
@@ -93,9 +117,10 @@ class SlotReclaimer:
     """Releases the slots of cancelled requests once the backend has stopped working on them.
 
     `at_work` returns the requests on which the backend should be working: further busy slots are those of cancelled
-    ones. If the backend does not report its slots, a slot is released at once. If it does not respond because it is
-    busy, it is polled again. Each slot is released at the latest `timeout_s` after the request was cancelled, or was
-    last seen at work by its watch.
+    ones. No slot is released before the request's connection has ended: llama-server may take its time to begin a task.
+    If the backend does not report its slots, that is all. If it does not respond because it is busy, it is polled
+    again. Each slot is released at the latest `timeout_s` after that end, or after it was last seen at work by its
+    watch.
     """
 
     def __init__(self, fetch: Fetch, at_work: Callable[[], Sequence[AtWork]], timeout_s: float = _TIMEOUT_S) -> None:
@@ -120,19 +145,29 @@ class SlotReclaimer:
             if pending.watch is not None:
                 pending.watch.forget_tasks()
 
-    def release(self, ticket: Ticket, *, streamed: bool, watch: GenerationWatch | None = None) -> None:
+    def release(
+        self,
+        ticket: Ticket,
+        *,
+        streamed: bool,
+        watch: GenerationWatch | None = None,
+        connection: Connection | None = None,
+    ) -> None:
         """Release the slot of a cancelled request as soon as the backend has stopped working on it.
 
-        `watch` follows what is generated meanwhile, and is ended before the slot is released.
+        `watch` follows what is generated meanwhile, and is ended before the slot is released. Without a connection the
+        backend may not begin any more.
         """
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         # A stream with several tasks may have begun while one of them had not.
         has_begun = streamed and ticket.slots == 1
-        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), watch)
-        if not self._reports_slots:
-            _end(pending)
-            return
+        pending = PendingRelease(ticket, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), connection, watch)
+        if not pending.may_begin:
+            pending.ended_s = now_s
+            if not self._reports_slots:
+                _end(pending)
+                return
         self._pending.append(pending)
         self._poll_slowly = self._poll_slowly or not streamed
         if watch is not None:
@@ -144,7 +179,7 @@ class SlotReclaimer:
         clock = asyncio.get_running_loop().time
         self._has_answered = True
         try:
-            while self._pending and self._reports_slots:
+            while self._pending:
                 await self._pause()
                 self._release_ended(await self._cancelled_slots(), clock())
         finally:
@@ -155,13 +190,14 @@ class SlotReclaimer:
         """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
         now_s = asyncio.get_running_loop().time()
         pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
-        pause_s = min([_POLL_S if self._poll_slowly else _STREAM_POLL_S, *pauses_s])
+        pause_s = min([_POLL_S if self._poll_slowly and self._reports_slots else _STREAM_POLL_S, *pauses_s])
         if not self._has_answered:  # a connection that is refused takes no time
             pause_s = max(pause_s, _STREAM_POLL_S)
-        left_s = [pending.since_s + self._timeout_s - now_s for pending in self._pending]
+        left_s = [pending.ended_s + self._timeout_s - now_s for pending in self._pending]
+        due_s = [max(each, _LEAST_PAUSE_S) for each in left_s if each > 0]
         self._new_watch.clear()
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._new_watch.wait(), min([pause_s, *(each for each in left_s if each > 0)]))
+            await asyncio.wait_for(self._new_watch.wait(), min([pause_s, *due_s]))
 
     def _release_ended(self, busy: int, now_s: float) -> None:
         """Release the slots of requests on which the backend has stopped working. `busy` slots are still at work.
@@ -169,7 +205,10 @@ class SlotReclaimer:
         Those that were seen at work are held, and those of which it is certain that they have ended are released. The
         others follow in the order in which they were cancelled: an idle slot may be that of any of them.
         """
-        at_rest = [each for each in self._pending if each.at_work_s + self._timeout_s <= now_s]
+        for pending in self._pending:
+            if pending.ended_s == inf and not pending.may_begin:
+                pending.ended_s = now_s
+        at_rest = [each for each in self._pending if each.ended_s <= now_s >= each.at_work_s + self._timeout_s]
         for pending in [each for each in at_rest if each.is_certain]:
             self._release(pending)
         for pending in [each for each in at_rest if not each.is_certain]:
@@ -183,7 +222,7 @@ class SlotReclaimer:
 
     def _may_release(self, pending: PendingRelease, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
-        if pending.since_s + self._timeout_s <= now_s:
+        if not self._reports_slots or pending.ended_s + self._timeout_s <= now_s:
             return True
         others = sum(each.ticket.slots for each in self._pending) - pending.ticket.slots
         return pending.earliest_s <= now_s and others >= busy
@@ -191,6 +230,8 @@ class SlotReclaimer:
     async def _cancelled_slots(self) -> int:
         """Return how many slots still work on cancelled requests; if that is unknown, all pending ones."""
         self._has_answered = False
+        if not self._reports_slots:
+            return 0
         try:
             slots = await fetch_slots(self._fetch)
         except GatewayError:
@@ -205,17 +246,18 @@ class SlotReclaimer:
 
     def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""
-        watches = [pending.watch for pending in self._pending if pending.watch is not None]
+        pairs = [(each.watch, each.may_begin) for each in self._pending if each.watch is not None]
+        watches = [watch for watch, _ in pairs]
         known = set[int]().union(*(watch.tasks for watch in watches))
         certain = set[int]().union(*(watch.tasks for watch in watches if watch.is_certain))
         tasks = sorted({task for slot in slots if (task := awaited_task(slot)) is not None} - known)
         awaited = [(each, None) for each in at_work if each.is_awaited]
-        searching = [
-            (AtWork(watch.request.sent_s, watch.request.at_once), watch) for watch in watches if not watch.tasks
-        ]
-        assigned = _assign(tasks, [*awaited, *searching])
-        for watch in watches:
-            watch.look(slots, now_s, assigned.get(watch, ()), certain)
+        searching = [(watch.request.at_work, watch) for watch in watches if not watch.tasks]
+        # What nothing watches may have tasks, too.
+        is_alone = all(each.watch is not None or not each.may_begin for each in self._pending)
+        assigned = _assign(tasks, [*awaited, *searching]) if is_alone else {}
+        for watch, may_begin in pairs:
+            watch.look(slots, now_s, assigned.get(watch, ()), certain, may_begin=may_begin)
 
     def _release_all(self) -> None:
         while self._pending:
@@ -233,13 +275,17 @@ def _assign(
     """Assign the tasks at work to the requests that are awaited, both in their order.
 
     That needs as many tasks as are awaited: if there are fewer, one may not have begun, and if there are more, another
-    program uses the backend. If one request alone is awaited, what is there is its own.
+    program uses the backend. If one request alone is awaited, what is there is its own. A request that was sent before
+    a large one had been read may have overtaken it.
     """
     most = sum(each.slots for each, _ in awaited)
     if len(tasks) != most and (len(awaited) != 1 or len(tasks) > most):
         return {}
+    in_order = sorted(awaited, key=lambda pair: pair[0].sent_s)
+    if any(later.sent_s < earlier.read_by_s for (earlier, _), (later, _) in pairwise(in_order)):
+        return {}
     assigned, left = dict[GenerationWatch | None, Sequence[int]](), tasks
-    for each, watch in sorted(awaited, key=lambda pair: pair[0].sent_s):
+    for each, watch in in_order:
         assigned[watch], left = left[: each.slots], left[each.slots :]
     return assigned
 

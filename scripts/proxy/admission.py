@@ -20,6 +20,7 @@ from transport.backend_protocol import BackendProtocol
 from transport.client_protocol import ClientProtocol
 
 BACKEND_IS_DOWN = "The backend is down; it is being restarted."
+_MAX_LIMIT = (1 << 31) - 1  # of tokens: llama-server takes another number than a larger one that it is given
 _LANE_S = 60.0  # after which the next suspect runs as well; longer than it takes to find the backend hung
 
 
@@ -237,25 +238,28 @@ class Admission:
             self._ticket.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated], None] | None = None
+        self,
+        connection: BackendProtocol | None,
+        sent_bytes: int,
+        *,
+        streamed: bool,
+        on_generated: Callable[[Generated], None] | None = None,
     ) -> None:
         """Release the slots once the backend, which was cut short, has stopped working.
 
-        `sent_bytes` is the size of the body that the backend got. `on_generated` gets what the backend was seen to
-        generate.
+        It may begin as long as `connection` has not ended. `sent_bytes` is the size of the body that it got.
+        `on_generated` gets what it was seen to generate.
         """
         if self._lane is not None:
             self._leave_lane(self._lane)
         ticket = self._ticket
-        if self._lease is not None and not self._record.first_byte_s:
-            self._lease.settle(sent_bytes)
         if ticket is not None and self._route.kind.slot:
-            watch = None if on_generated is None else self._watch(ticket, on_generated)
-            self._reclaimer().release(ticket, streamed=streamed, watch=watch)
+            watch = None if on_generated is None else self._watch(ticket, sent_bytes, on_generated)
+            self._reclaimer().release(ticket, streamed=streamed, watch=watch, connection=connection)
         elif ticket is not None:
             ticket.release()
 
-    def _watch(self, ticket: Ticket, on_generated: Callable[[Generated], None]) -> GenerationWatch:
+    def _watch(self, ticket: Ticket, sent_bytes: int, on_generated: Callable[[Generated], None]) -> GenerationWatch:
         record, asked = self._record, self._record.asked
         given_up = GivenUp(
             tasks=asked.answers,
@@ -263,8 +267,9 @@ class Admission:
             age_s=record.ended_s - record.left_queue_s,
             prompts=asked.prompts,
             at_once=min(ticket.slots, asked.answers),
-            limit=asked.max_tokens,
+            limit=None if asked.max_tokens is None or asked.max_tokens > _MAX_LIMIT else asked.max_tokens,
             slot=None if self._lease is None else self._lease.slot,
+            body_bytes=sent_bytes,
         )
         return GenerationWatch(given_up, on_generated)
 

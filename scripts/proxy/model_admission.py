@@ -207,9 +207,14 @@ class ModelAdmission(Admission):
             self._visit.release()
 
     def release_unfinished(
-        self, sent_bytes: int, *, streamed: bool, on_generated: Callable[[Generated], None] | None = None
+        self,
+        connection: BackendProtocol | None,
+        sent_bytes: int,
+        *,
+        streamed: bool,
+        on_generated: Callable[[Generated], None] | None = None,
     ) -> None:
-        super().release_unfinished(sent_bytes, streamed=streamed, on_generated=on_generated)
+        super().release_unfinished(connection, sent_bytes, streamed=streamed, on_generated=on_generated)
         if self._visit is not None:
             self._visit.release()
         self._models.look_soon()  # its model may have died

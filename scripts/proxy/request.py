@@ -3,6 +3,7 @@
 import logging
 from functools import partial
 from http import HTTPStatus
+from math import inf
 
 from accounting.recorder import Recorder
 from accounting.request_record import Outcome, RequestRecord, Stage
@@ -65,6 +66,7 @@ class Request:
         "_error",
         "_has_free_slot",
         "_heartbeats",
+        "_left",
         "_prepared",
         "_rate_counted",
         "_relay",
@@ -98,6 +100,7 @@ class Request:
         self._sent = False  # the backend works on it, as far as is known
         self._relay: Relay | None = None  # of a response that comes in pieces
         self._remainder: Remainder | None = None  # of a stream whose client has left
+        self._left: BackendProtocol | None = None  # the connection of a request that was given up
         request_id = prepared.request_id or next(services.request_ids)
         keep_alive = prepared.keep_alive and not services.lifecycle.draining
         self._response = Response(client, prepared, request_id, services.date, keep_alive)
@@ -308,6 +311,9 @@ class Request:
                     raise
                 cut = self._check_end(error, backend)
             finally:
+                if self._sent:  # the backend may be at work on it, until it closes the connection
+                    self._left = backend
+                    backend.give_up(services.upstream_timeouts.request_s or inf)
                 # Of other routes it is not certain that every llama-server reads a body before it answers.
                 services.pool.release(backend, reusable and (self._prepared.route.needs_body or not body.size))
             self._sent = False
@@ -589,7 +595,7 @@ class Request:
         assert self._caller is not None  # its request was sent
         on_generated = partial(_record_whole, recorder, record) if is_watched else None
         admission = self._admission_of(self._caller)
-        admission.release_unfinished(body.size, streamed=streamed, on_generated=on_generated)
+        admission.release_unfinished(self._left, body.size, streamed=streamed, on_generated=on_generated)
 
     def close(self) -> None:
         """End the connection after the response, unless the response has ended it already."""

@@ -221,7 +221,12 @@ class Sessions:
         """The requests on which the backend works, or one model of it."""
         requests = [session.request for session in self._sessions if session.request is not None]
         return [
-            AtWork(request.record.left_queue_s, request.backend_slots, request.stage is Stage.AWAITING_RESPONSE)
+            AtWork(
+                request.record.left_queue_s,
+                request.backend_slots,
+                request.stage is Stage.AWAITING_RESPONSE,
+                request.unanswered_bytes,
+            )
             for request in requests
             if request.backend_slots and model in (None, request.record.model)
         ]

@@ -201,6 +201,20 @@ class BackendProtocol(PeerProtocol):
         self.deadline_s = self._ticker.now_s + seconds
         self.transport.write_eof()
 
+    def give_up(self, seconds: float) -> None:
+        """Tell the backend that nobody waits for the response that is awaited. It closes the connection in the end.
+
+        Only then is it certain that it will not begin: after a reset nothing more would be heard of it. What it sends
+        is dropped. The connection is reset after `seconds`; at once if the request has not been sent whole, since the
+        backend never begins it then, and if the response has begun.
+        """
+        is_sent = not (self._batcher.withdraw(self.transport) or self.transport.get_write_buffer_size())
+        if is_sent and self._awaits_head and not self.ended:
+            self._awaits_head = False
+            self.leave(_drop, _drop, seconds)
+        elif not self.leaving:
+            self.abort()
+
     def on_timeout(self, now_s: float) -> None:
         self._end(cleanly=False)
         self.abort()
@@ -213,3 +227,7 @@ class BackendProtocol(PeerProtocol):
         self._reused = True
         self._answered = False
         self.deadline_s = self._ticker.now_s + seconds
+
+
+def _drop(what: object) -> None:
+    """Do nothing with it."""

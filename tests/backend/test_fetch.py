@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from backend.fetch import BackendFetcher, FetchedFile
+from backend.fetch import BackendFetcher, FetchedFile, PageTooLong
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from support.backend import LAST_CHUNK, answer, chunk
 from support.clock import Clock
@@ -116,7 +116,7 @@ async def test_without_a_time_out_it_is_waited_for(page: Fetching) -> None:
 @pytest.mark.parametrize("raw", [answer(b"hello")[:-1], CHUNKED + chunk(b"hell"), UNTIL_CLOSE + b"hell"])
 @pytest.mark.parametrize("at_once", [True, False])
 @fetching
-async def test_a_page_that_is_cut_is_returned_as_far_as_it_came(
+async def test_a_page_that_is_cut_is_an_error(
     page: Fetching, raw: bytes, end: Callable[[MemoryTransport], None], at_once: bool
 ) -> None:
     backend = await page.asked()
@@ -124,7 +124,8 @@ async def test_a_page_that_is_cut_is_returned_as_far_as_it_came(
     if not at_once:
         await asyncio.sleep(0.1)
     end(backend)
-    assert await page.ended() == (200, b"hell")
+    is_whole = raw.startswith(UNTIL_CLOSE) and end is MemoryTransport.receive_eof
+    assert await page.ended() == ((200, b"hell") if is_whole else BACKEND_UNAVAILABLE)
 
 
 @fetching
@@ -169,7 +170,8 @@ async def test_a_page_without_end_is_read_so_far_and_no_further(page: Fetching) 
     await asyncio.sleep(0.1)
     assert not page.page.done()
     backend.receive(b"x")
-    assert await page.ended() == (200, b"x" * (MAX_PAGE_BYTES + 1))
+    with pytest.raises(PageTooLong):
+        await page.page
 
 
 # --- Files ---

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from backend.fetch import PageTooLong
 from backend.slot_isolation import SlotIsolation, SlotLease, UnfitBackend
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from support.clock import Clock
@@ -36,7 +37,11 @@ class Backend:
         self._going_on.set()
 
     async def fetch(self, target: bytes) -> tuple[int, bytes]:
+        if target == b"/props":
+            return 200, b'{"total_slots": 2}'
         assert target == b"/slots"
+        if self.slots is None:
+            raise PageTooLong
         return 200, json.dumps(self.listings.pop(0) if self.listings else self.slots).encode()
 
     async def post(self, target: bytes, body: bytes) -> tuple[int, bytes]:
@@ -155,17 +160,10 @@ def test_a_slot_that_is_not_emptied_is_an_error(answer: tuple[int, bytes]) -> No
 
 
 @with_isolation
-async def test_a_request_that_may_not_have_begun_keeps_its_slot_for_a_while(around: Around) -> None:
-    await around.prepare()
-    lease = await around.lease("alice", floating=True)
-    lease.settle(1_000_000)
-    lease.release()
-    assert around.isolation.table.floating == 1
-    (await around.lease("alice")).release()
-    waiting = asyncio.ensure_future(around.lease("bob"))
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    waiting.cancel()
+async def test_slots_whose_list_a_request_has_made_too_long_are_emptied(around: Around) -> None:
+    around.backend.slots = None
+    assert await around.isolation.prepare(5) == 2
+    assert set(around.backend.erased) == {0, 1}
 
 
 @with_isolation

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
 from backend.slots import SlotReclaimer, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
@@ -19,7 +20,7 @@ from support.memory_transport import run as run_without_sleep
 from transport import write_batching
 from transport.write_batching import WriteBatcher
 
-Reply = int | Kind | tuple[int, bytes]
+Reply = int | Kind | GatewayError | tuple[int, bytes]
 UNREADABLE: list[Reply] = [
     (501, b"[]"),
     (200, b"{}"),
@@ -45,6 +46,8 @@ class Backend:
         reply = self._replies.pop(0) if len(self._replies) > 1 else self._replies[0]
         if isinstance(reply, Kind):
             raise GatewayError(reply)
+        if isinstance(reply, GatewayError):
+            raise reply
         if isinstance(reply, tuple):
             return reply
         assert target == b"/slots"
@@ -479,6 +482,104 @@ def test_a_backend_that_is_down_is_not_polled_without_a_pause() -> None:
         assert 1 < cancelled.backend.polls <= 2.0 / 0.2 + 2
 
     run(play)
+
+
+# --- The connections of cancelled requests ---
+
+
+class Line:
+    """A connection that the backend ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+
+@pytest.mark.parametrize("reply", [0, (501, b"[]"), (500, b"[]"), PageTooLong()], ids=str)
+def test_no_slot_is_released_while_its_request_may_still_begin(reply: Reply) -> None:
+    """llama-server may take seconds to read a request, and only the end of the connection says that it will not."""
+
+    async def play() -> None:
+        cancelled = Cancelled(Backend(reply), timeout_s=2.0)
+        clock, line = asyncio.get_running_loop().time, Line()
+        first, began_s = cancelled.queue.acquire("alice"), clock()
+        cancelled.reclaimer.release(first, streamed=False, connection=line)
+        await asyncio.sleep(60)
+        assert first.running
+        second = cancelled.queue.acquire("bob")
+        cancelled.reclaimer.release(second, streamed=False, connection=Line())
+        line.ended = True
+        await until(lambda: not first.running)
+        assert (clock() - began_s < 70, second.running) == (True, True)
+        await cancelled.reclaimer.close()
+        assert cancelled.queue.active == 0
+
+    run_without_sleep(play())
+
+
+def test_what_begins_late_is_watched_and_its_slot_held_until_its_end() -> None:
+    async def play() -> None:
+        replies: list[Reply] = [0] * 20 + [at_work(5, 7), at_work(5, 40)]
+        idle = {**busy(5, 40), "is_processing": False, "n_prompt_tokens": 60}
+        backend = Backend(*replies, (200, json.dumps([idle]).encode()))
+        cancelled, line, generated = Cancelled(backend), Line(), list[Generated]()
+        ticket = cancelled.queue.acquire("bob")
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), generated.append)
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch, connection=line)
+        await until(lambda: backend.polls == 22)
+        assert ticket.running
+        line.ended = True
+        await cancelled.released()
+        (seen,) = generated
+        assert (seen.tokens or 0) >= 40
+
+    run_without_sleep(play())
+
+
+@pytest.mark.parametrize("reply", [(500, b"[]"), (503, b"[]"), PageTooLong()], ids=str)
+def test_one_page_that_cannot_be_read_is_not_the_last_one(reply: Reply) -> None:
+    """What a request has in it may make the page too long, for as long as llama-server shows that request."""
+
+    async def play() -> None:
+        backend = Backend(reply, 1, 1, 0)
+        cancelled = Cancelled(backend)
+        cancelled.cancel()
+        await until(lambda: backend.polls == 3)
+        assert cancelled.queue.active == 1
+        await cancelled.released()
+        assert backend.polls == 4
+
+    run_without_sleep(play())
+
+
+def test_no_task_is_assigned_while_another_request_may_have_it() -> None:
+    """A batch of embeddings has tasks, but generates nothing that could be watched."""
+
+    async def play() -> None:
+        backend = Backend(at_work(5, 7), at_work(5, 8))
+        cancelled, line = Cancelled(backend), Line()
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=False, connection=line)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch, connection=Line())
+        await until(lambda: backend.polls == 4)
+        assert not watch.tasks
+        line.ended = True
+        await until(lambda: backend.polls == 8)
+        assert watch.tasks == {5}
+        await cancelled.reclaimer.close()
+
+    run_without_sleep(play())
+
+
+def test_a_request_that_a_large_one_may_have_let_pass_is_assigned_nothing() -> None:
+    """llama-server numbers a task once it has read the body: an image takes longer than a word."""
+    slots = [busy(5, 1000), busy(6, 2000)]
+    large = FIRST._replace(body_bytes=4 << 20)
+    assert look_twice(slots, [], large, SECOND) == [Generated(None, None, False)] * 2
+    assert look_twice(slots, [AtWork(FIRST.sent_s - 1, 1, body_bytes=4 << 20)], SECOND) == [
+        Generated(None, None, False)
+    ]
+    later = SECOND._replace(sent_s=FIRST.sent_s + 5)
+    assert thousands(*look_twice(slots, [], large, later)) == [1, 2]
 
 
 def test_a_look_for_one_request_releases_no_other_one_early() -> None:

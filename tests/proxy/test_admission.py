@@ -11,7 +11,7 @@ from core.errors import (
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
 from support.gateway import CHAT, get, post, request
 from support.memory_gateway import WHOLE, MemoryGateway, in_memory
-from support.memory_transport import ABORTED, CLOSING, turns_until
+from support.memory_transport import CLOSING, OPEN, turns_until
 
 STREAM_BODY = b'{"stream": true}'
 ADMIN = request(b"POST", b"/v1/chat/completions/control", b"{}")
@@ -239,9 +239,15 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     served = gateway.serve(post())
     backend = await gateway.asked()
     served.transport.receive_eof()
-    assert backend.state == ABORTED
+    assert (backend.wrote_eof, backend.state) == (True, OPEN)
     ((ticket, streamed),) = gateway.releases
     assert (streamed, gateway.queue.active) == (False, 1)
+    (connection,) = gateway.releases.connections
+    assert connection is not None
+    assert not connection.ended
+    backend.receive(WHOLE)  # which nobody gets
+    backend.receive_eof()
+    assert connection.ended
     ticket.release()
     assert gateway.queue.active == 0
     gateway.expect_end(served, Outcome.CANCELLED, 499)

@@ -13,6 +13,7 @@ from auth import Caller, Keyring, RateLimiter
 from backend.generation_watch import GenerationWatch
 from backend.readiness import LOADING, READY
 from backend.slot_isolation import SlotIsolation
+from backend.slots import Connection
 from config.settings import CheapSettings, Limits
 from policy.body_rules import BodyRules
 from policy.cors import Cors
@@ -144,10 +145,22 @@ class Records(list[RequestRecord]):
 
 
 class Releases(list[tuple[Ticket, bool]]):
-    """In place of the slot reclaimer."""
+    """In place of the slot reclaimer. `connections` are those of the requests."""
 
-    def release(self, ticket: Ticket, *, streamed: bool, watch: GenerationWatch | None = None) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: list[Connection | None] = []
+
+    def release(
+        self,
+        ticket: Ticket,
+        *,
+        streamed: bool,
+        watch: GenerationWatch | None = None,
+        connection: Connection | None = None,
+    ) -> None:
         self.append((ticket, streamed))
+        self.connections.append(connection)
         if watch is not None:
             watch.end()
 

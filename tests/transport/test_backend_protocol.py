@@ -222,6 +222,64 @@ def test_a_lost_connection_lets_go_of_its_sink() -> None:
         gc.enable()
 
 
+# --- Requests that are given up ---
+
+
+def test_a_request_that_is_given_up_ends_when_the_backend_closes() -> None:
+    asked = Asked()
+    asked.link.batcher.flush()
+    asked.backend.give_up(600)
+    assert (asked.transport.wrote_eof, asked.transport.state, asked.backend.ended) == (True, OPEN, False)
+    asked.transport.receive(HEAD)
+    asked.transport.receive(b"hello")  # which nobody gets
+    assert not asked.backend.ended
+    asked.transport.receive_eof()
+    assert asked.backend.ended
+    assert not asked.head.done
+
+
+def test_a_request_that_is_given_up_is_waited_for_so_long() -> None:
+    asked = Asked()
+    asked.link.batcher.flush()
+    asked.backend.give_up(600)
+    asked.link.advance(599)
+    assert not asked.backend.ended
+    asked.link.advance(1)
+    assert (asked.backend.ended, asked.transport.state) == (True, ABORTED)
+
+
+def test_a_request_that_has_not_been_sent_is_never_sent() -> None:
+    asked = Asked()
+    asked.backend.give_up(600)
+    asked.link.batcher.flush()
+    assert (asked.transport.written, asked.transport.state, asked.backend.ended) == ([], ABORTED, True)
+
+
+def test_a_request_of_which_a_part_has_not_been_sent_is_cut() -> None:
+    asked = Asked()
+    asked.transport.stall()
+    asked.link.batcher.flush()
+    asked.backend.give_up(600)
+    assert (asked.transport.wrote_eof, asked.transport.state, asked.backend.ended) == (False, ABORTED, True)
+
+
+def test_a_response_that_has_begun_is_cut() -> None:
+    asked = Asked()
+    asked.link.batcher.flush()
+    asked.transport.receive(HEAD)
+    asked.backend.give_up(600)
+    assert (asked.transport.wrote_eof, asked.transport.state) == (False, ABORTED)
+
+
+def test_a_response_that_is_left_already_is_not_cut() -> None:
+    asked = Asked()
+    asked.link.batcher.flush()
+    asked.transport.receive(HEAD)
+    asked.backend.leave(lambda data: None, lambda cleanly: None, 5)
+    asked.backend.give_up(600)
+    assert (asked.transport.wrote_eof, asked.transport.state) == (True, OPEN)
+
+
 def test_a_backend_that_sends_without_a_request_is_aborted() -> None:
     backend = Link().backend()
     end_of(backend).receive(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
