@@ -27,6 +27,7 @@ OVERRUN_TOKENS = 3
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
 _LESSON_S = 1.0  # between two times at which something is learned
+_LESSON_TOKENS = 8  # of an answer that says how fast the backend is: the time of one token is next to nothing
 _SAMPLE_S = 10.0  # between two responses whose text is measured
 _WORKED = (Outcome.CANCELLED, Outcome.TIMED_OUT, Outcome.TRUNCATED)
 
@@ -95,7 +96,7 @@ class TokenEstimator:
             average.add(tokens.prompt / record.bytes_in)
         if tokens.prompt_ms > 0 and tokens.prompt > tokens.cached:
             self._prompt_speed.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
-        if tokens.predicted_ms > 0 and tokens.completion:
+        if tokens.predicted_ms > 0 and tokens.completion >= _LESSON_TOKENS:
             self._speed.add(tokens.completion * 1000 / tokens.predicted_ms)
         if type(record.usage_source) is bytes and record.ended_s >= self._next_sample_s and tokens.completion:
             self._next_sample_s = record.ended_s + _SAMPLE_S

@@ -16,7 +16,7 @@ from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in
 
 _PACE_S = 0.2  # between the first looks
 _LOOKS = 6  # after which a request whose tasks have not been found is looked for seldom, or not any more
-_SMALL_BYTES, _READ_BYTES_PER_S = 64 << 10, 1 << 20  # bodies that are read at once, and how fast others are at least
+_READ_BYTES_PER_S = 20 << 20  # how fast llama-server reads a large body; an image may be one, text hardly
 _LINGER_S = 1.05  # from the last look until llama-server has noticed, and a little more
 _LATER_S = 3600.0
 _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it should not be below the true one
@@ -31,10 +31,9 @@ class AtWork(NamedTuple):
     body_bytes: int = 0
 
     @property
-    def read_by_s(self) -> float:
-        """When the backend has read its body, at the latest: its tasks get their numbers then."""
-        is_large = self.body_bytes > _SMALL_BYTES
-        return self.sent_s + self.body_bytes / _READ_BYTES_PER_S if is_large else self.sent_s
+    def read_s(self) -> float:
+        """About when the backend has read its body: its tasks get their numbers then."""
+        return self.sent_s + self.body_bytes / _READ_BYTES_PER_S
 
 
 class Generated(NamedTuple):

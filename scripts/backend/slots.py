@@ -6,7 +6,6 @@ import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from itertools import pairwise
 from math import inf
 from typing import Any, Protocol
 
@@ -275,17 +274,14 @@ def _assign(
     """Assign the tasks at work to the requests that are awaited, both in their order.
 
     That needs as many tasks as are awaited: if there are fewer, one may not have begun, and if there are more, another
-    program uses the backend. If one request alone is awaited, what is there is its own. A request that was sent before
-    a large one had been read may have overtaken it.
+    program uses the backend. If one request alone is awaited, what is there is its own. A small request overtakes a
+    large one that was sent just before it.
     """
     most = sum(each.slots for each, _ in awaited)
     if len(tasks) != most and (len(awaited) != 1 or len(tasks) > most):
         return {}
-    in_order = sorted(awaited, key=lambda pair: pair[0].sent_s)
-    if any(later.sent_s < earlier.read_by_s for (earlier, _), (later, _) in pairwise(in_order)):
-        return {}
     assigned, left = dict[GenerationWatch | None, Sequence[int]](), tasks
-    for each, watch in in_order:
+    for each, watch in sorted(awaited, key=lambda pair: pair[0].read_s):
         assigned[watch], left = left[: each.slots], left[each.slots :]
     return assigned
 

@@ -268,6 +268,13 @@ def test_lessons_are_a_second_apart() -> None:
         assert estimator.prompt_tokens(CHAT.route.label, 100) == expected
 
 
+@pytest.mark.parametrize(("completion", "teaches"), [(1, False), (7, False), (8, True)])
+def test_the_time_of_a_few_tokens_says_nothing_of_the_speed(completion: int, *, teaches: bool) -> None:
+    estimator = TokenEstimator()
+    estimator.learn([record(bytes_in=0)], [Tokens(3, 0, completion, predicted_ms=0.001)])
+    assert (tokens_of(left(), estimator) != tokens_of(left())) == teaches
+
+
 def test_a_request_that_teaches_nothing_delays_no_lesson() -> None:
     estimator = TokenEstimator()
     estimator.learn([record(PING, ended_s=100.0)], [None])

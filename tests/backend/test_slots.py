@@ -570,14 +570,12 @@ def test_no_task_is_assigned_while_another_request_may_have_it() -> None:
     run_without_sleep(play())
 
 
-def test_a_request_that_a_large_one_may_have_let_pass_is_assigned_nothing() -> None:
+def test_a_small_request_overtakes_a_large_one() -> None:
     """llama-server numbers a task once it has read the body: an image takes longer than a word."""
     slots = [busy(5, 1000), busy(6, 2000)]
-    large = FIRST._replace(body_bytes=4 << 20)
-    assert look_twice(slots, [], large, SECOND) == [Generated(None, None, False)] * 2
-    assert look_twice(slots, [AtWork(FIRST.sent_s - 1, 1, body_bytes=4 << 20)], SECOND) == [
-        Generated(None, None, False)
-    ]
+    large = FIRST._replace(body_bytes=40 << 20)
+    assert thousands(*look_twice(slots, [], large, SECOND)) == [2, 1]
+    assert thousands(*look_twice(slots, [AtWork(FIRST.sent_s, 1, body_bytes=40 << 20)], SECOND)) == [1]
     later = SECOND._replace(sent_s=FIRST.sent_s + 5)
     assert thousands(*look_twice(slots, [], large, later)) == [1, 2]
 
