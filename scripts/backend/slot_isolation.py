@@ -9,11 +9,12 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
 from backend.fetch import PageTooLong
-from backend.slots import Fetch, listed_slots, total_slots
+from backend.slots import Fetch, listed_slots, reported_slots
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from policy.prefix_digests import Digests
 from policy.slot_table import Slot, SlotTable
@@ -254,9 +255,9 @@ class SlotIsolation:
     async def _list(self) -> int:
         """Return how many slots there are."""
         try:
-            return await listed_slots(self._fetch)
-        except PageTooLong:  # the list has text of requests in it, which the check replaces
-            return await total_slots(self._fetch)
+            with suppress(PageTooLong):  # the list has text of requests in it, which the check replaces
+                return await listed_slots(self._fetch)
+            return await reported_slots(self._fetch)
         except ValueError:
             raise UnfitBackend(f"{_CONCERNS}: llama-server does not list its slots; start it with --slots") from None
 

@@ -32,11 +32,18 @@ _MAX_SLOTS = 4096
 async def total_slots(fetch: Fetch) -> int:
     """Return `total_slots` of GET /props, or 1 if it is not reported."""
     try:
-        value = await _fetch_json(fetch, b"/props")
+        return await reported_slots(fetch)
     except (GatewayError, ValueError):
-        value = None
+        return 1
+
+
+async def reported_slots(fetch: Fetch) -> int:
+    """Return `total_slots` of GET /props. Raises as `fetch_slots` does."""
+    value = await _fetch_json(fetch, b"/props")
     slots = value.get("total_slots") if isinstance(value, dict) else None
-    return slots if type(slots) is int and 0 < slots <= _MAX_SLOTS else 1
+    if type(slots) is not int or not 0 < slots <= _MAX_SLOTS:
+        raise ValueError("not a number of slots")
+    return slots
 
 
 async def listed_slots(fetch: Fetch) -> int:

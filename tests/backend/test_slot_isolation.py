@@ -28,6 +28,7 @@ class Backend:
         self.slots: object = [{}, {}]
         self.listings: list[object] = []  # of slots, one after the other
         self.is_gone = self.stalls = False
+        self.reports_total = True
         self._going_on = asyncio.Event()
 
     def go_on(self) -> None:
@@ -38,7 +39,7 @@ class Backend:
 
     async def fetch(self, target: bytes) -> tuple[int, bytes]:
         if target == b"/props":
-            return 200, b'{"total_slots": 2}'
+            return 200, b'{"total_slots": 2}' if self.reports_total else b"{}"
         assert target == b"/slots"
         if self.slots is None:
             raise PageTooLong
@@ -164,6 +165,9 @@ async def test_slots_whose_list_a_request_has_made_too_long_are_emptied(around: 
     around.backend.slots = None
     assert await around.isolation.prepare(5) == 2
     assert set(around.backend.erased) == {0, 1}
+    around.backend.reports_total = False
+    with pytest.raises(UnfitBackend, match="does not list its slots"):
+        await around.isolation.prepare(5)
 
 
 @with_isolation
