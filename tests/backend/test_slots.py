@@ -518,14 +518,14 @@ def test_no_slot_is_released_while_its_request_may_still_begin(reply: Reply) -> 
 
 def test_what_begins_late_is_watched_and_its_slot_held_until_its_end() -> None:
     async def play() -> None:
-        replies: list[Reply] = [0] * 20 + [at_work(5, 7), at_work(5, 40)]
+        replies: list[Reply] = [0] * 8 + [at_work(5, 7), at_work(5, 40)]
         idle = {**busy(5, 40), "is_processing": False, "n_prompt_tokens": 60}
         backend = Backend(*replies, (200, json.dumps([idle]).encode()))
         cancelled, line, generated = Cancelled(backend), Line(), list[Generated]()
         ticket = cancelled.queue.acquire("bob")
         watch = GenerationWatch(GivenUp(1, 0.0, 1.0), generated.append)
         cancelled.reclaimer.release(ticket, streamed=False, watch=watch, connection=line)
-        await until(lambda: backend.polls == 22)
+        await until(lambda: backend.polls == 10)
         assert ticket.running
         line.ended = True
         await cancelled.released()

@@ -128,7 +128,7 @@ def test_what_does_not_fit_into_the_queue_of_a_volume_that_hangs_is_counted(
     log.write(b"x" * MAX_QUEUED_BYTES)
     log.write(b"dropped")
     with fifo.open("rb") as reader:
-        received = b""
+        received = bytearray()
         while not received.endswith(b"]\n"):
             received += reader.read1()
         log.close()
