@@ -228,7 +228,7 @@ class SlotReclaimer:
 
     def _may_release(self, pending: PendingRelease, busy: int, now_s: float) -> bool:
         """Whether all that are still busy may be slots of the other pending requests, or it has taken too long."""
-        if not self._reports_slots or pending.ended_s + self._timeout_s <= now_s:
+        if pending.ended_s + self._timeout_s <= now_s:
             return True
         others = sum(each.ticket.slots for each in self._pending) - pending.ticket.slots
         return pending.earliest_s <= now_s and others >= busy
