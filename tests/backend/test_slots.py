@@ -535,6 +535,20 @@ def test_what_begins_late_is_watched_and_its_slot_held_until_its_end() -> None:
     run_without_sleep(play())
 
 
+def test_a_request_that_does_not_begin_is_looked_for_seldom() -> None:
+    """Each look keeps llama-server from noticing for a second that the client of a whole answer has left."""
+
+    async def play() -> None:
+        cancelled = Cancelled(Backend(0))
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), lambda _: None)
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch, connection=Line())
+        await asyncio.sleep(60)
+        assert cancelled.backend.polls <= 6 + 60 / 1.2
+        await cancelled.reclaimer.close()
+
+    run_without_sleep(play())
+
+
 @pytest.mark.parametrize("reply", [(500, b"[]"), (503, b"[]"), PageTooLong()], ids=str)
 def test_one_page_that_cannot_be_read_is_not_the_last_one(reply: Reply) -> None:
     """What a request has in it may make the page too long, for as long as llama-server shows that request."""

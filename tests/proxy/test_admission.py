@@ -253,6 +253,22 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     gateway.expect_end(served, Outcome.CANCELLED, 499)
 
 
+@pytest.mark.parametrize(
+    ("asked", "limit"), [(5, 5), ((1 << 31) - 1, (1 << 31) - 1), (1 << 31, None), ((1 << 32) + 5, None)]
+)
+def test_a_limit_that_the_backend_reads_as_another_number_is_none(asked: int, limit: int | None) -> None:
+    @in_memory()
+    async def play(gateway: MemoryGateway) -> None:
+        body = b'{"max_tokens": %d}' % asked
+        served = gateway.serve(post(body=body))
+        await gateway.asked()
+        served.transport.receive_eof()
+        (given_up,) = gateway.releases.given_up
+        assert (given_up.limit, given_up.body_bytes) == (limit, len(body))
+
+    play()
+
+
 @in_memory()
 async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
     served = gateway.serve(post())

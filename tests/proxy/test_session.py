@@ -453,3 +453,12 @@ async def test_a_limit_of_one_connection_is_a_limit_of_one(gateway: MemoryGatewa
     second = gateway.connect()
     assert not the_session(gateway, first).public_only
     assert the_session(gateway, second).public_only
+
+
+@in_memory()
+async def test_what_the_backend_works_on_says_how_large_its_body_is(gateway: MemoryGateway) -> None:
+    body = b'{"max_tokens": 5}'
+    gateway.connect().receive(post(body=body))
+    await gateway.asked()
+    (at_work,) = gateway.sessions.at_work()
+    assert (at_work.slots, at_work.is_awaited, at_work.body_bytes) == (1, True, len(body))

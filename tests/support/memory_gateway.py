@@ -10,7 +10,7 @@ from typing import Any
 from accounting.request_record import RequestRecord
 from accounting.token_estimates import TokenEstimator
 from auth import Caller, Keyring, RateLimiter
-from backend.generation_watch import GenerationWatch
+from backend.generation_watch import GenerationWatch, GivenUp
 from backend.readiness import LOADING, READY
 from backend.slot_isolation import SlotIsolation
 from backend.slots import Connection
@@ -145,11 +145,12 @@ class Records(list[RequestRecord]):
 
 
 class Releases(list[tuple[Ticket, bool]]):
-    """In place of the slot reclaimer. `connections` are those of the requests."""
+    """In place of the slot reclaimer. `connections` are those of the requests, and `given_up` what is watched."""
 
     def __init__(self) -> None:
         super().__init__()
         self.connections: list[Connection | None] = []
+        self.given_up: list[GivenUp] = []
 
     def release(
         self,
@@ -162,6 +163,7 @@ class Releases(list[tuple[Ticket, bool]]):
         self.append((ticket, streamed))
         self.connections.append(connection)
         if watch is not None:
+            self.given_up.append(watch.request)
             watch.end()
 
 
