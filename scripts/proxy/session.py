@@ -11,7 +11,7 @@ from backend.generation_watch import AtWork
 from core.errors import TOO_MANY_CONNECTIONS, GatewayError, PeerGone
 from core.summed_log import SummedLog
 from http1.forwarded import NO_PROXIES, TrustedProxies
-from policy.prepared_request import RequestCache
+from policy.prepared_request import LastHead, RequestCache
 from policy.routes import Role
 from policy.suspects import Suspect
 from proxy.request import Request
@@ -65,12 +65,13 @@ class ClientSession:
     session that has been idle for longer, or has been closing for longer.
     """
 
-    __slots__ = ("_sessions", "client", "gave_way", "public_only", "request", "serial", "state")
+    __slots__ = ("_last_head", "_sessions", "client", "gave_way", "public_only", "request", "serial", "state")
 
     def __init__(self, sessions: "Sessions", client: ClientProtocol, *, public_only: bool) -> None:
         self._sessions = sessions
         self.client = client
         self.public_only = public_only
+        self._last_head = LastHead()
         self.gave_way = False  # it ends to make room for a new one
         self.request: Request | None = None
         self.state = IDLE
@@ -101,7 +102,7 @@ class ClientSession:
         self.state = SERVING
         sessions, client = self._sessions, self.client
         try:
-            prepared, length = sessions.request_cache.find(head)
+            prepared, length = sessions.request_cache.find(head, self._last_head)
         except GatewayError as error:
             self.refuse(error, head)
             return

@@ -12,7 +12,7 @@ import pytest
 from config.settings import Limits
 from core.errors import BAD_REQUEST, INVALID_API_KEY, PAYLOAD_TOO_LARGE, GatewayError
 from policy.cors import Cors
-from policy.prepared_request import PreparedRequest, RequestCache
+from policy.prepared_request import LastHead, PreparedRequest, RequestCache
 from policy.routes import UNROUTED, Routes
 
 SECRET = b"sk-alice-0123456789abcdef"
@@ -48,6 +48,11 @@ def request_cache() -> RequestCache:
     return RequestCache(Limits(body_bytes=9999), ROUTES, Cors(("https://a.example",)), b"Host: backend\r\n")
 
 
+def find(made: RequestCache, raw: bytes) -> tuple[PreparedRequest, int | None]:
+    """Find the first request of a connection."""
+    return made.find(raw, LastHead())
+
+
 def head(*lines: bytes, method: bytes = b"POST", target: bytes = b"/v1/chat/completions") -> bytes:
     return b"\r\n".join([method + b" " + target + b" HTTP/1.1", *lines, b"", b""])
 
@@ -59,7 +64,7 @@ def sized(length: int) -> bytes:
 def prepared_values(made: RequestCache, raw: bytes) -> object:
     """Return all that a cache says of a head, in a form that can be compared."""
     try:
-        prepared, length = made.find(raw)
+        prepared, length = find(made, raw)
     except GatewayError as error:
         return error.kind, error.message
     values = {field.name: getattr(prepared, field.name) for field in fields(PreparedRequest) if field.name != "length"}
@@ -70,7 +75,7 @@ def prepared_values(made: RequestCache, raw: bytes) -> object:
 
 def test_heads_that_differ_in_the_length_alone_share_a_prepared_request() -> None:
     made = request_cache()
-    found = [made.find(sized(length)) for length in (1, 22, 333)]
+    found = [find(made, sized(length)) for length in (1, 22, 333)]
     assert [length for _, length in found] == [1, 22, 333]
     assert found[0][0] is found[1][0] is found[2][0]
     assert len(made) == 1
@@ -79,7 +84,7 @@ def test_heads_that_differ_in_the_length_alone_share_a_prepared_request() -> Non
 def test_the_backend_gets_the_length_of_this_request() -> None:
     made = request_cache()
     for body_bytes in (3, 4444):
-        prepared, length = made.find(sized(body_bytes))
+        prepared, length = find(made, sized(body_bytes))
         assert prepared.backend_request(b"r-1", length or 0, [b"bo", b"d" * (body_bytes - 2)]) == (
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: backend\r\nX-Request-Id: r-1\r\nA: b\r\n"
             b"Content-Length: %d\r\n\r\nbo%b" % (body_bytes, b"d" * (body_bytes - 2))
@@ -87,19 +92,44 @@ def test_the_backend_gets_the_length_of_this_request() -> None:
 
 
 def test_a_body_with_the_first_line_of_a_request_is_refused() -> None:
-    prepared, _ = request_cache().find(sized(21))
+    prepared, _ = find(request_cache(), sized(21))
     with pytest.raises(GatewayError) as refused:
         prepared.backend_request(b"r-1", 21, [b"GET /slots ", b"HTTP/1.1\r\n"])
     assert refused.value.kind is BAD_REQUEST
 
 
+def test_a_connection_that_repeats_its_head_gets_the_same_with_another_length() -> None:
+    made, last = request_cache(), LastHead()
+    found = [made.find(sized(length), last) for length in (1, 22, 333, 4)]
+    assert [length for _, length in found] == [1, 22, 333, 4]
+    assert {id(prepared) for prepared, _ in found} == {id(last.prepared)}
+
+
+def test_a_connection_with_another_clients_head_gets_what_that_one_asks_for() -> None:
+    made, last = request_cache(), LastHead()
+    for raw in (sized(5), sized(5).replace(SECRET, SECRET[:-1] + b"x"), sized(5).replace(b"A: b", b"A: c")):
+        for _ in range(3):
+            assert made.find(raw, last)[0] is find(made, raw)[0]
+        assert last.others == raw.replace(b"Content-Length: 5\r\n", b"Content-Length: ")
+    too_long = sized(10000)
+    assert made.find(too_long, last)[0].error is not None
+
+
+def test_a_connection_keeps_no_head_that_is_not_kept_for_all() -> None:
+    made, last = request_cache(), LastHead()
+    for line in (b"X-Request-Id: mine", b"A: " + b"b" * 4096):
+        for _ in range(3):
+            made.find(head(b"Host: a", b"Content-Length: 5", line), last)
+    assert last.prepared is None
+
+
 def test_a_length_beyond_the_limit_is_refused_even_if_the_head_is_known() -> None:
     made = request_cache()
-    assert made.find(sized(9999))[0].error is None
-    error = made.find(sized(10000))[0].error
+    assert find(made, sized(9999))[0].error is None
+    error = find(made, sized(10000))[0].error
     assert error is not None
     assert error.kind is PAYLOAD_TOO_LARGE
-    assert made.find(sized(9999))[0].error is None
+    assert find(made, sized(9999))[0].error is None
 
 
 @pytest.mark.parametrize(
@@ -114,9 +144,9 @@ def test_a_length_beyond_the_limit_is_refused_even_if_the_head_is_known() -> Non
 )
 def test_a_wrong_head_is_wrong_each_time_and_never_kept(line: bytes, kind: object) -> None:
     made = request_cache()
-    made.find(sized(5))
+    find(made, sized(5))
     for _ in range(2):
-        error = made.find(head(b"Host: a", b"Authorization: Bearer " + SECRET, line, b"A: b"))[0].error
+        error = find(made, head(b"Host: a", b"Authorization: Bearer " + SECRET, line, b"A: b"))[0].error
         assert error is not None
         assert error.kind is kind
     assert len(made) == 1
@@ -124,7 +154,7 @@ def test_a_wrong_head_is_wrong_each_time_and_never_kept(line: bytes, kind: objec
 
 def test_a_repeated_credential_is_refused_and_not_kept() -> None:
     made = request_cache()
-    prepared, _ = made.find(head(b"Host: a", b"x-api-key: " + SECRET, b"x-api-key: " + SECRET))
+    prepared, _ = find(made, head(b"Host: a", b"x-api-key: " + SECRET, b"x-api-key: " + SECRET))
     assert prepared.credential_error is not None
     assert prepared.credential_error.kind is INVALID_API_KEY
     assert len(made) == 0
@@ -144,7 +174,7 @@ def test_one_secret_is_the_credential_and_several_are_candidates() -> None:
         ((b"api-key: " + SECRET, b"x-api-key: " + SECRET), digests(SECRET)[0], ()),
         ((b"x-api-key: " + SECRET, other), None, digests(SECRET[::-1], SECRET)),
     ):
-        prepared, _ = made.find(head(b"Host: a", b"Content-Length: 1", *lines))
+        prepared, _ = find(made, head(b"Host: a", b"Content-Length: 1", *lines))
         assert (prepared.credential, prepared.credentials) == (credential, credentials)
         assert prepared.credential_error is None
 
@@ -154,14 +184,14 @@ def test_a_head_is_kept_only_if_it_is_within_the_limit_with_any_length() -> None
     made = RequestCache(Limits(head_bytes=121), Routes(), Cors(()), b"Host: backend\r\n")
     raw = sized(1)
     assert len(raw) == 121
-    made.find(raw)
+    find(made, raw)
     assert len(made) == 0
     with pytest.raises(GatewayError, match=r"MAX_REQUEST_HEADER_SIZE \(121 bytes\)"):
-        made.find(sized(22))
+        find(made, sized(22))
 
 
 def test_an_error_in_the_framing_hides_neither_the_route_nor_the_credential() -> None:
-    prepared, _ = request_cache().find(sized(10000))
+    prepared, _ = find(request_cache(), sized(10000))
     assert prepared.error is not None
     assert (prepared.route.label, prepared.needs_authorization) == ("/v1/chat/completions", True)
     assert prepared.credential == sha256(SECRET).digest()
@@ -169,7 +199,7 @@ def test_an_error_in_the_framing_hides_neither_the_route_nor_the_credential() ->
 
 def test_nothing_that_is_kept_contains_the_key() -> None:
     made = request_cache()
-    made.find(sized(5))
+    find(made, sized(5))
     assert len(made) == 1
     assert SECRET not in b"".join(reachable_bytes(made))
 
@@ -201,7 +231,7 @@ def reachable_bytes(thing: object) -> list[bytes]:
 )
 def test_a_head_that_will_not_come_again_is_not_kept(raw: bytes) -> None:
     made = request_cache()
-    made.find(raw)
+    find(made, raw)
     assert len(made) == 0
 
 
@@ -209,7 +239,7 @@ def test_the_number_of_kept_heads_is_limited() -> None:
     made = request_cache()
     most = 0
     for number in range(3000):
-        made.find(head(b"Host: a", b"A: %d" % number))
+        find(made, head(b"Host: a", b"A: %d" % number))
         most = max(most, len(made))
     assert most == 256
 
@@ -234,7 +264,7 @@ def test_what_goes_into_the_access_log_needs_no_escape(byte: int) -> None:
     """Whatever byte a path or a method contains, the parser refuses it or it is plain to read."""
     for method, target in ((b"POST", b"/%c?%c" % (byte, byte)), (b"P%c" % byte, b"/x"), (b"P", b"/\\%c" % byte)):
         try:
-            prepared, _ = request_cache().find(head(b"Host: a", method=method, target=target))
+            prepared, _ = find(request_cache(), head(b"Host: a", method=method, target=target))
         except GatewayError:
             continue
         assert re.fullmatch(rb"[!-~]+ /[!->@-~]*", prepared.request_line)
@@ -242,12 +272,12 @@ def test_what_goes_into_the_access_log_needs_no_escape(byte: int) -> None:
 
 @pytest.mark.parametrize("sane", ["a", "req-1", "A1b2.C3_~+/=:@-", "x" * 128])
 def test_a_sane_request_id_is_used(sane: str) -> None:
-    assert request_cache().find(head(b"Host: a", b"X-Request-Id: " + sane.encode()))[0].request_id == sane.encode()
+    assert find(request_cache(), head(b"Host: a", b"X-Request-Id: " + sane.encode()))[0].request_id == sane.encode()
 
 
 @pytest.mark.parametrize("odd", ["", "-a", "a b", "a;b", "x" * 129, "ä", "a\r\nX-Request-Id: b"])
 def test_any_other_request_id_is_not(odd: str) -> None:
-    assert request_cache().find(head(b"Host: a", b"X-Request-Id: " + odd.encode()))[0].request_id == b""
+    assert find(request_cache(), head(b"Host: a", b"X-Request-Id: " + odd.encode()))[0].request_id == b""
 
 
 # --- What stands for a head that could not be read ---
@@ -280,7 +310,7 @@ def test_the_fallback_for_head_gets_no_content(raw: bytes, method: bytes) -> Non
     ],
 )
 def test_heartbeats_are_for_posts_that_take_a_slot(raw: bytes, wants: bool) -> None:
-    assert request_cache().find(raw)[0].wants_heartbeats is wants
+    assert find(request_cache(), raw)[0].wants_heartbeats is wants
 
 
 @pytest.mark.parametrize(
@@ -294,7 +324,7 @@ def test_heartbeats_are_for_posts_that_take_a_slot(raw: bytes, wants: bool) -> N
 def test_a_request_without_a_body_has_a_length_only_if_its_method_expects_one(
     method: bytes, length: int, request_end: bytes
 ) -> None:
-    prepared, _ = request_cache().find(head(b"Host: a", b"A: b", method=method, target=b"/v1/models"))
+    prepared, _ = find(request_cache(), head(b"Host: a", b"A: b", method=method, target=b"/v1/models"))
     assert prepared.backend_request(b"r-1", length, [b"hi"][: length // 2]).endswith(request_end)
 
 
@@ -309,15 +339,15 @@ def test_a_request_without_a_body_has_a_length_only_if_its_method_expects_one(
     ],
 )
 def test_the_backend_does_not_get_what_is_the_gateways(line: bytes) -> None:
-    prepared, _ = request_cache().find(head(b"Host: a", line, b"Content-Length: 0", b"A: b"))
+    prepared, _ = find(request_cache(), head(b"Host: a", line, b"Content-Length: 0", b"A: b"))
     assert prepared.backend_request(b"r-1", 0, []) == (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: backend\r\nX-Request-Id: r-1\r\nA: b\r\nContent-Length: 0\r\n\r\n"
     )
 
 
 def test_the_backend_does_not_get_fields_that_connection_names() -> None:
-    prepared, _ = request_cache().find(
-        head(b"Host: a", b"Connection: x-one", b"X-One: 1", b"A: b", b"Content-Length: 0")
+    prepared, _ = find(
+        request_cache(), head(b"Host: a", b"Connection: x-one", b"X-One: 1", b"A: b", b"Content-Length: 0")
     )
     assert prepared.after_id == b"\r\nA: b\r\n"
 
@@ -335,7 +365,7 @@ def test_the_backend_does_not_get_fields_that_connection_names() -> None:
     ],
 )
 def test_a_valid_key_alone_decides_for_inference_with_its_body(raw: bytes, needs: bool) -> None:
-    assert request_cache().find(raw)[0].needs_authorization is needs
+    assert find(request_cache(), raw)[0].needs_authorization is needs
 
 
 # --- What a page's file depends on ---
@@ -343,7 +373,7 @@ def test_a_valid_key_alone_decides_for_inference_with_its_body(raw: bytes, needs
 
 def prepared_file(*lines: bytes) -> PreparedRequest:
     made = RequestCache(Limits(), Routes(ui=True), Cors(()), b"Host: backend\r\n")
-    return made.find(head(b"Host: a", *lines, method=b"GET", target=b"/sw.js"))[0]
+    return find(made, head(b"Host: a", *lines, method=b"GET", target=b"/sw.js"))[0]
 
 
 @pytest.mark.parametrize(
@@ -376,5 +406,5 @@ def test_codings_and_tags_may_be_in_several_lines() -> None:
 
 
 def test_they_are_not_looked_for_in_relayed_requests() -> None:
-    made = request_cache().find(head(b"Host: a", b"Accept-Encoding: gzip", b'If-None-Match: "a"'))[0]
+    made = find(request_cache(), head(b"Host: a", b"Accept-Encoding: gzip", b'If-None-Match: "a"'))[0]
     assert (made.accepts_gzip, made.etags) == (False, b"")

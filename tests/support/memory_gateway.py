@@ -19,7 +19,7 @@ from policy.body_rules import BodyRules
 from policy.cors import Cors
 from policy.fair_queue import FairQueue, Ticket
 from policy.memory_budget import MemoryBudget
-from policy.prepared_request import PreparedRequest, RequestCache
+from policy.prepared_request import LastHead, PreparedRequest, RequestCache
 from policy.routes import Routes
 from policy.suspects import Suspects
 from policy.token_limiter import TokenLimiter
@@ -52,7 +52,7 @@ OLGA = Caller("olga", "operator", 100)
 def prepare(raw: bytes, cors: tuple[str, ...] = (), *, ui: bool = False) -> PreparedRequest:
     """Return the prepared request for a head, of which more may follow."""
     head = raw.partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-    return RequestCache(Limits(), Routes(ui=ui), Cors(cors), b"Host: backend\r\n").find(head)[0]
+    return RequestCache(Limits(), Routes(ui=ui), Cors(cors), b"Host: backend\r\n").find(head, LastHead())[0]
 
 
 class Keys:
@@ -330,7 +330,7 @@ class Served:
         head, end, body = raw.partition(b"\r\n\r\n")
         if body:
             self.transport.receive(body)
-        prepared, length = gateway.cache.find(head + end)
+        prepared, length = gateway.cache.find(head + end, LastHead())
         self.request = Request(gateway.services, client, prepared, length)
         self.returned: list[bool] = []
         self._written = b""

@@ -6,7 +6,7 @@ from accounting.request_record import RequestRecord, Stage
 from accounting.token_counter import TokenCounter
 from config.settings import Limits
 from policy.cors import Cors
-from policy.prepared_request import PreparedRequest, RequestCache
+from policy.prepared_request import LastHead, PreparedRequest, RequestCache
 from policy.routes import Routes
 
 REQUEST_CACHE = RequestCache(Limits(), Routes(ui=True), Cors(()), b"")
@@ -17,7 +17,7 @@ ENDED_AT = 1767323045.678  # in seconds since the epoch
 
 
 def prepare(method: str, target: str) -> PreparedRequest:
-    return REQUEST_CACHE.find(f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode())[0]
+    return REQUEST_CACHE.find(f"{method} {target} HTTP/1.1\r\nHost: a\r\n\r\n".encode(), LastHead())[0]
 
 
 CHAT = prepare("POST", "/v1/chat/completions?secret=1")
