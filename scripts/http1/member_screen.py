@@ -6,81 +6,97 @@ both has no such member, whatever else is in it; that clears most bodies at the 
 
 import re
 from collections.abc import Sequence
+from math import inf
 
 _SPACE = rb"[ \t\r\n]*"
 _ESCAPED_SIGN = re.compile(rb"\\u00(?:[4-7][0-9A-Fa-f]|3[Aa])")  # a letter, an underscore, or a colon
-_ADDRESS = rb"[hH][tT][tT][pP]|[fF][iI][lL][eE]:"
-# How much is read before `find` looks for the next quote: in a long string that is fifty times as fast.
-_WINDOW_BYTES = 1024
+_NONE = rb"\A(?!)"
+_ADDRESSES = [b"ht[tT][pP]", b"hT[tT][pP]", b"Ht[tT][pP]", b"HT[tT][pP]"]
+_ADDRESSES += [b"fi[lL][eE]:", b"fI[lL][eE]:", b"Fi[lL][eE]:", b"FI[lL][eE]:"]
+_SHORT_BYTES = 1024
+# How much of a longer text is read before `find` looks for the next quote: in a long string that is fifty times as
+# fast. As long as quotes are near, each window is twice as wide as the one before.
+_LEAST_WINDOW_BYTES = 128
+_MOST_WINDOW_BYTES = 4096
 # Of two windows, and of two parts of one text: no name with its quotes is longer, and in one that is spelt with escapes
 # the first escape ends before that.
 OVERLAP_BYTES = 32
+_OUTSIDE_STRINGS = b" \t\r\n[]{},:+-.0123456789Eaeflnrstu"  # all that JSON has there
+_SAMPLE_BYTES = 64  # of a text without quotes: as a rule enough to see that it is a string's
 
 
 class MemberScreen:
     """Looks for members of any type with one of `names`, and for lists with one of `lists`.
 
     With `addresses` it also looks for strings that begin as an address of a host or of a file does. A text with more
-    than `max_depth` opening brackets, also in strings, may be nested deeper than that.
+    than `most_brackets`, which are `max_depth`, may be nested deeper than that.
     """
 
-    __slots__ = ("_search", "max_depth")
+    __slots__ = ("_search", "_search_escape", "most_brackets")
 
     def __init__(
         self, names: Sequence[str], lists: Sequence[str], *, addresses: bool = False, max_depth: int | None = None
     ) -> None:
         """The names are of ASCII letters and underscores, and at most 24 characters long."""
-        spelt = [name.encode() for name in names]
-        listed = [name.encode() for name in lists]
         # At the end of the text it is not known what follows.
         after = _SPACE + rb"(?:\Z|:" + _SPACE + rb"(?:\Z|\[))"
-        kinds = [b'(?:%b)"' % b"|".join(spelt)] if spelt else []
-        kinds += [b'(?:%b)"%b' % (b"|".join(listed), after)] if listed else []
-        kinds += [_ADDRESS] if addresses else []
-        initials = {name[:1] for name in spelt + listed} | ({b"h", b"H", b"f", b"F"} if addresses else set())
-        # The engine finds a quote fast, and gives up at once after most of them.
-        pattern = rb'"(?=[%b])(?:%b)' % (b"".join(sorted(initials)), b"|".join(kinds))
-        self._search = re.compile(pattern).search if kinds else None
-        self.max_depth = max_depth
+        terms = [b'%b"' % name.encode() for name in names] + [b'%b"%b' % (name.encode(), after) for name in lists]
+        terms += _ADDRESSES if addresses else []
+        self._search = re.compile(_any_of(terms) if terms else _NONE).search
+        self._search_escape = (_ESCAPED_SIGN if terms else re.compile(_NONE)).search
+        self.most_brackets = inf if max_depth is None else max_depth
 
-    def may_have(self, text: bytes) -> bool:
-        """Whether such a member or address may be in the text, or begin in it."""
-        search, find = self._search, text.find
-        if search is None:
-            return False
-        at = 0
-        while at >= 0:
-            end = at + _WINDOW_BYTES
-            window_ends = end + OVERLAP_BYTES
-            if search(text, at, window_ends) is not None:
-                return True
-            # An escape in a long string, which no window reaches, is not in a name. Most windows have no backslash.
-            if find(b"\\", at, window_ends) >= 0 and _ESCAPED_SIGN.search(text, at, window_ends) is not None:
-                return True
-            at = find(b'"', end)
-        return False
+    def brackets(self, text: bytes | bytearray) -> int | None:
+        """Return at least how many lists and objects begin in a text; None if a member or an address may begin in it.
 
-    def is_suspect(self, text: bytes) -> bool:
-        """Whether a whole body may have such a member or address, or be nested too deeply."""
-        depth, size, search = self.max_depth, len(text), self._search
-        if depth is not None and size > depth and brackets(text, depth) > depth:
-            return True
-        if search is None or size > _WINDOW_BYTES or text.find(b"\\") >= 0:
-            return self.may_have(text)
-        return search(text) is not None  # the same for a short text without escapes, as most are
-
-
-def brackets(text: bytes, most: int) -> int:
-    """Return how many lists and objects may begin in a text; with more than `most`, some number above that.
-
-    Most texts have few, and a jump from one to the next takes much less time than a count.
-    """
-    if len(text) <= _WINDOW_BYTES:
-        return len(text) - len(text.translate(None, b"[{"))
-    found, find = 0, text.find
-    for bracket in (b"[", b"{"):
-        at = find(bracket)
+        Of more than `most_brackets` not all are counted. Brackets in strings may count, and some count twice.
+        """
+        search, find, most = self._search, text.find, self.most_brackets
+        found, at, width = 0, 0, _LEAST_WINDOW_BYTES
         while at >= 0 and found <= most:
-            found += 1
-            at = find(bracket, at + 1)
-    return found
+            end = at + width
+            window = text[at : end + OVERLAP_BYTES]
+            # An escape in a long string, which no window reaches, is not in a name. Most windows have no backslash.
+            if search(window) is not None or (window.find(b"\\") >= 0 and self._search_escape(window) is not None):
+                return None
+            found += window.count(b"[") + window.count(b"{")
+            quote = find(b'"', end)
+            if 0 <= quote < end + width:
+                at, width = end, min(2 * width, _MOST_WINDOW_BYTES)
+                continue
+            # What has no quote, and a sign that JSON has in strings only, is in a string, or llama-server refuses it.
+            if end < len(text) and not text[end : end + _SAMPLE_BYTES].strip(_OUTSIDE_STRINGS):
+                found += _brackets(text[end:quote] if quote >= 0 else text[end:])
+            at, width = quote, _LEAST_WINDOW_BYTES
+        return found
+
+    def is_suspect(self, text: bytes | bytearray) -> bool:
+        """Whether a whole body may have such a member or address, or be nested too deeply."""
+        size, most = len(text), self.most_brackets
+        if size > _SHORT_BYTES:
+            found = self.brackets(text)
+            return found is None or found > most
+        if size > most and _brackets(text) > most:
+            return True
+        return self._search(text) is not None or (text.find(b"\\") >= 0 and self._search_escape(text) is not None)
+
+
+def _brackets(text: bytes | bytearray) -> int:
+    """Return how many brackets a text has that begin a list or an object."""
+    return text.count(b"[") + text.count(b"{")
+
+
+def _any_of(terms: Sequence[bytes]) -> bytes:
+    """Return an expression for a quote and one of the terms. Each is an expression too, after its first two signs.
+
+    The engine tries it at each quote, and must leave most of them fast: the first sign is one set, and what follows is
+    tried by its second one.
+    """
+    by_second: dict[bytes, list[bytes]] = {}
+    for term in terms:
+        by_second.setdefault(term[1:2], []).append(term)
+    rests = []
+    for second, those in by_second.items():
+        firsts = b"".join({term[:1] for term in those})
+        rests.append(b"%b(?<=[%b]%b)(?:%b)" % (second, firsts, second, b"|".join([term[2:] for term in those])))
+    return b'"[%b](?:%b)' % (b"".join({term[:1] for term in terms}), b"|".join(rests))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from http1.form_fields import FormReader
 from http1.json_members import MemberReader, Members
 from http1.media_urls import MediaUrls
-from http1.member_screen import OVERLAP_BYTES, MemberScreen, brackets
+from http1.member_screen import OVERLAP_BYTES, MemberScreen
 from policy.slot_demand import MEMBERS
 from transport.waiter import Waiter
 
@@ -107,11 +107,10 @@ class BodyScan:
 
     def _look_at(self, data: bytes, screen: MemberScreen) -> None:
         """Screen the next bytes; if they may have one of the members, read the body from its start."""
-        most = screen.max_depth
-        if most is not None:
-            self._brackets += brackets(data, most)
-        too_many = most is not None and self._brackets > most
-        if too_many or screen.may_have(data) or (self._last and screen.may_have(self._last + data[:OVERLAP_BYTES])):
+        found = screen.brackets(data)
+        self._brackets += found or 0
+        too_many = self._brackets > screen.most_brackets
+        if found is None or too_many or (self._last and screen.brackets(self._last + data[:OVERLAP_BYTES]) is None):
             self._screen = None
             self._index = self._at = 0
         else:

@@ -126,7 +126,8 @@ class IncomingBody:
             return True
         if self._prepared.boundary:  # a form spells the names of its fields in more ways than the screen knows
             return False
-        return not screen.is_suspect(b"".join(pieces))  # it is small, and mostly one piece, which is not copied
+        # It is small, and mostly one piece.
+        return not screen.is_suspect(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     async def find_members(self) -> Members | None:
         """Read the body for its members, all of which has been received. None if the screen has cleared it."""

@@ -75,9 +75,9 @@ def test_the_screen_lets_pass_what_a_rule_needs() -> None:
     rules = BodyRules()
     for rule, names in ((CHOICES, ("n", "n_cmpl")), (PROMPTS, ("n", "prompt")), (EMBEDDINGS, ("input", "content"))):
         for name in names:
-            assert rules.screen(rule).may_have(json.dumps({name: ["x"]}).encode())
-    assert not rules.screen(CHOICES).may_have(b'{"prompt": ["x"]}')
-    assert not rules.screen(EMBEDDINGS).may_have(b'{"n": 4}')
+            assert rules.screen(rule).brackets(json.dumps({name: ["x"]}).encode()) is None
+    assert rules.screen(CHOICES).brackets(b'{"prompt": ["x"]}') == 2
+    assert rules.screen(EMBEDDINGS).brackets(b'{"n": 4}') == 1
 
 
 # Of all bodies; the bodies of the others may ask for several.

@@ -56,6 +56,14 @@ def test_a_member_torn_between_pieces_is_seen() -> None:
             assert n_of(read_at_once(pieces_of(body, size), SCREEN)) == 3
 
 
+def test_a_body_that_is_nested_deeply_over_several_pieces_is_read() -> None:
+    screen = MemberScreen(("n",), (), max_depth=9)
+    assert read_at_once([b"[" * 4, b"[" * 4, b"1" + b"]" * 8], screen) is None
+    members = read_at_once([b"[" * 4, b"[" * 4, b"[[1" + b"]" * 10], screen)
+    assert members is not None
+    assert members.depth == 10
+
+
 def test_a_body_is_read_as_it_comes() -> None:
     pieces: list[bytes | bytearray] = []
     scan = BodyScan(pieces, SCREEN, is_complete=False)
