@@ -156,6 +156,13 @@ def test_an_address_is_seen_in_any_case(address: str) -> None:
         assert not may_have(b'{"url":"%b//a"}' % spelt[:-1].encode(), screen), spelt
 
 
+def test_an_address_with_an_escape_is_seen_wherever_it_begins() -> None:
+    screen = MemberScreen((), (), addresses=True)
+    for before in range(90, 150):
+        url = b"\\u0068ttp://" + b"a/" * 999
+        assert may_have(b'{"a":"%b","url":"%b"}' % (b"x" * before, url), screen), before
+
+
 def nested(rng: random.Random, depth: int) -> str:
     """Return JSON that is nested so deeply, with up to a thousand blanks, digits or letters before each level."""
     text, ends = "", ""
