@@ -74,6 +74,7 @@ class RequestRecord:
         "started_s",
         "status",
         "usage_source",
+        "worked_until_s",
     )
 
     bytes_in: int
@@ -98,4 +99,5 @@ class RequestRecord:
         self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
         self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
         self.is_behind = False  # more may have been generated for a client that has left than was received and counted
+        self.worked_until_s = 0.0  # until when the backend worked on it after its end, as far as is known
         self.usage_source: TokenCounter | bytes | None = None  # the response, or what counted its tokens

@@ -270,17 +270,16 @@ class TokenCounter:
         start = self._last.rfind(b"\n\n", 0, -2)
         return self._last[start + 2 :] if start >= 0 else self._last
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the event that ends a stream has been fed.
+    def is_complete(self, answers: int) -> bool:
+        """Whether the event that ends a stream of so many answers has been fed.
 
-        llama-server's native streams say so in a member, one for each prompt; nearly all have only one.
+        llama-server's native streams say so in a member, for each answer: of several it is not known which is the last.
         """
         text = self.last_event
         if _LAST_EVENT(text) is not None:
             return True
         event = _event(text[:-2])
-        return event.get("stop") is True and not event.get("index")
+        return answers == 1 and event.get("stop") is True and not event.get("index")
 
     # --- Pieces ---
 

@@ -23,6 +23,7 @@ MARGIN = 1.12
 # llama-server notices that the client of a response that is not streamed has left only after about a second.
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
+_SLOWEST = 4  # how many times as slow as usual a stream may be
 OVERRUN_TOKENS = 3
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
@@ -43,6 +44,10 @@ class _Average:
 
     def add(self, value: float) -> None:
         self._value = value if self._value is None else self._value + _WEIGHT * (value - self._value)
+
+    @property
+    def is_learned(self) -> bool:
+        return self._value is not None
 
     @property
     def value(self) -> float:
@@ -133,7 +138,7 @@ class TokenEstimator:
         if not record.prepared.route.generates:
             return count.tokens.completion, 0
         source = record.usage_source
-        if isinstance(source, TokenCounter) and source.is_stream and (source.events or count.reports):
+        if isinstance(source, TokenCounter) and source.is_stream and self._has_counted(record, source, count):
             relayed = source.relayed_tokens
             if not relayed and record.asked.answers > 1:  # each event reports the tokens of its choice only
                 relayed = source.events
@@ -152,6 +157,11 @@ class TokenEstimator:
         return generated, generated
 
     @staticmethod
+    def _has_counted(record: RequestRecord, source: TokenCounter, count: Count) -> bool:
+        """Whether a stream has had more than the events with which its answers begin."""
+        return source.relayed_tokens > 0 or count.reports > 0 or source.events > record.asked.answers
+
+    @staticmethod
     def _of_stream(record: RequestRecord, count: Count, relayed: int) -> tuple[int, int]:
         """Return the tokens of a stream. Choices that have no report yet are counted by their events."""
         reported, estimated = count.tokens.completion, count.tokens.estimated
@@ -164,17 +174,21 @@ class TokenEstimator:
         """Estimate what the backend generated of a stream that was given up, besides what it has sent."""
         answers = record.asked.answers
         generated = sent + OVERRUN_TOKENS * answers
+        span_s = max(record.ended_s, record.worked_until_s) - record.first_byte_s
+        by_time = ceil(span_s * self._speed.value) * answers
         if record.is_behind:
-            by_time = ceil((record.ended_s - record.first_byte_s) * self._speed.value) * answers
             generated = max(generated, by_time)
+        elif self._speed.is_learned:  # it may have generated what makes no event, if no others have slowed it down
+            generated = max(generated, by_time // _SLOWEST)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
 
     def _by_time(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what the backend generated for a client that has left, or reported to no one, by the time."""
-        span_s, asked = record.ended_s - record.left_queue_s, record.asked
+        span_s, asked = max(record.ended_s, record.worked_until_s) - record.left_queue_s, record.asked
         at_once = asked.answers if record.generated is None else record.generated.at_once
         if record.is_unfinished:
-            span_s = max(span_s + LINGER_S - prompt / asked.prompts / self._prompt_speed.value, 0.0)
+            linger_s = 0.0 if record.worked_until_s else LINGER_S
+            span_s = max(span_s + linger_s - prompt / asked.prompts / self._prompt_speed.value, 0.0)
         generated = ceil(span_s * self._speed.value) * at_once
         return min(generated, limit_of(record) or generated)
 

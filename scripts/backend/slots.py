@@ -25,6 +25,7 @@ _TIMEOUT_S = 5.0
 # than that, it would never look.
 _STREAM_POLL_S = 0.2
 _POLL_S = 1.2
+_SOON_S = 1.0  # within which it notices that for a usual stream
 _LEAST_PAUSE_S = 0.001  # a shorter one may not move the clock
 _MAX_SLOTS = 4096
 
@@ -94,10 +95,11 @@ class PendingRelease:
     """The ticket of a cancelled request, its connection, and what watches its tokens.
 
     An idle slot says nothing before `earliest_s`: a task of the request may not have begun. `ended_s` is when its
-    connection was seen to have ended. Times are the loop's.
+    connection was seen to have ended, `since_s` when it was cancelled. Times are the loop's.
     """
 
     ticket: Ticket
+    since_s: float
     earliest_s: float
     connection: Connection | None
     watch: GenerationWatch | None
@@ -168,7 +170,7 @@ class SlotReclaimer:
         now_s = loop.time()
         # A stream with several tasks may have begun while one of them had not.
         has_begun = streamed and ticket.slots == 1
-        pending = PendingRelease(ticket, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), connection, watch)
+        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), connection, watch)
         if not pending.may_begin:
             pending.ended_s = now_s
             if not self._reports_slots:
@@ -196,7 +198,10 @@ class SlotReclaimer:
         """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
         now_s = asyncio.get_running_loop().time()
         pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
-        pause_s = min([_POLL_S if self._poll_slowly and self._reports_slots else _STREAM_POLL_S, *pauses_s])
+        # A stream may generate what makes no event.
+        must_notice = any(each.may_begin and each.since_s + _SOON_S <= now_s for each in self._pending)
+        poll_slowly = (self._poll_slowly or must_notice) and self._reports_slots
+        pause_s = min([_POLL_S if poll_slowly else _STREAM_POLL_S, *pauses_s])
         if not self._has_answered:  # a connection that is refused takes no time
             pause_s = max(pause_s, _STREAM_POLL_S)
         left_s = [pending.ended_s + self._timeout_s - now_s for pending in self._pending]

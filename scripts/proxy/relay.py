@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
+from math import inf
 from typing import Protocol
 
 from accounting.token_counter import TokenCounter
@@ -22,7 +23,6 @@ from transport.backend_protocol import BackendProtocol
 from transport.client_protocol import ClientProtocol
 from transport.waiter import Waiter
 
-_LEAVING_S = 5.0  # as long as the slot of such a request is kept
 # What sockets hold that no one reads: Linux lets one on this machine grow to several megabytes.
 _FULL_BYTES = 1 << 20
 _EVENT_END_BYTES = 4  # the last bytes of an event, which show that it is over
@@ -52,6 +52,7 @@ class Relay:
     """One response from its head to its end. `error` says why a response that had begun is not whole."""
 
     __slots__ = (
+        "_answers",
         "_body",
         "_chunks",
         "_client",
@@ -72,12 +73,17 @@ class Relay:
         response: Response,
         counter: PayloadReader | None,
         timeouts: UpstreamTimeouts,
+        answers: int = 1,
     ) -> None:
-        """`counter` gets the response's payload, as one that counts its tokens does; None if there is none."""
+        """`counter` gets the response's payload, as one that counts its tokens does; None if there is none.
+
+        `answers` is how many the request asks for.
+        """
         self._client = client
         self._response = response
         self._counter = counter
         self._timeouts = timeouts
+        self._answers = answers
         self._last = b"\n\n"  # the end of what was passed on; an event may follow the head
         self.complete = False
         self.error: GatewayError | None = None
@@ -144,11 +150,15 @@ class Relay:
         return True
 
     def count_remainder(self, backend: BackendProtocol) -> "Remainder | None":
-        """Begin to count what the backend generates until it notices that the client has left; None for no stream."""
+        """Begin to count what the backend generates until it notices that the client has left; None for no stream.
+
+        It may generate what makes no event, such as half a character, and then notices that as late as for an answer
+        that is no stream.
+        """
         counter = self._counter
-        if backend.ended or not isinstance(counter, TokenCounter) or not counter.is_stream:
+        if backend.ended or not isinstance(counter, TokenCounter) or not self._response.is_event_stream:
             return None
-        return Remainder(backend, self._body, counter)
+        return Remainder(backend, self._body, counter, self._timeouts.request_s or inf)
 
     def _take(self, data: bytes) -> bytes:
         """Count the backend's bytes; return what the client gets for them. Raises BACKEND_MALFORMED."""
@@ -222,7 +232,9 @@ class Relay:
     def _has_passed_all(self) -> bool:
         """Whether a client that has left got the stream's last event; many do not wait for the end that follows."""
         counter = self._counter
-        return isinstance(counter, TokenCounter) and counter.is_complete and not self._client.write_paused
+        if not isinstance(counter, TokenCounter) or self._client.write_paused:
+            return False
+        return counter.is_complete(self._answers)
 
     def _last_event(self) -> bytes:
         return self._counter.last_event if isinstance(self._counter, TokenCounter) else b""
@@ -236,16 +248,17 @@ class Remainder:
 
     __slots__ = ("_backend", "_body", "_bytes", "_counter", "_on_end")
 
-    def __init__(self, backend: BackendProtocol, body: Body, counter: TokenCounter) -> None:
+    def __init__(self, backend: BackendProtocol, body: Body, counter: TokenCounter, seconds: float) -> None:
+        """The backend may take `seconds` to notice it."""
         self._backend = backend
         self._body = body
         self._bytes = 0
         self._counter = counter
         self._on_end: Callable[[bool], None] | None = None
-        backend.leave(self._count, self._end, _LEAVING_S)
+        backend.leave(self._count, self._end, seconds)
 
     def when_counted(self, on_end: Callable[[bool], None]) -> None:
-        """Call this once all has been counted, which takes some seconds at most.
+        """Call this once all has been counted, which mostly takes as long as one token.
 
         It gets whether that was so much that there may be more, which the backend could not send.
         """

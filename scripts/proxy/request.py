@@ -5,7 +5,6 @@ from functools import partial
 from http import HTTPStatus
 from math import inf
 
-from accounting.recorder import Recorder
 from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small
 from auth import Caller, KeyRefused
@@ -409,7 +408,9 @@ class Request:
         collector = PayloadCollector() if self._prepared.route.kind.kept else None
         kind_of_relay = Relay if services.models is None else RouterRelay
         timeouts = services.upstream_timeouts
-        relay = self._relay = kind_of_relay(self._client, self._response, collector or counter, timeouts)
+        relay = self._relay = kind_of_relay(
+            self._client, self._response, collector or counter, timeouts, record.asked.answers
+        )
         try:
             reusable = await relay.run(backend, info)
         finally:
@@ -579,23 +580,25 @@ class Request:
 
         It is recorded once it is known what the backend has generated.
         """
-        recorder, record, body = self._services.recorder, self.record, self._body
+        services, record, body, left = self._services, self.record, self._body, self._left
         record.is_unfinished = True
         has_left = record.outcome is Outcome.CANCELLED
         if has_left and self.is_at_work:
-            self._services.suspects.abandon(self.suspect(), record.model)
+            services.suspects.abandon(self.suspect(), record.model)
         streamed = self._response.is_event_stream
         is_watched = has_left and not streamed and self._prepared.route.generates
         if is_watched and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
             record.asked = tokens_asked(self._prepared.route, members)
         if self._remainder is not None:
-            self._remainder.when_counted(partial(_record_stream, recorder, record))
+            self._remainder.when_counted(partial(_record_stream, services, record))
+        elif has_left and not is_watched and left is not None and left.leaving and not left.ended:
+            left.on_end = partial(_record_stream, services, record, False)
         elif not is_watched:
-            recorder.record(record)
+            services.recorder.record(record)
         assert self._caller is not None  # its request was sent
-        on_generated = partial(_record_whole, recorder, record) if is_watched else None
+        on_generated = partial(_record_whole, services, record, left) if is_watched else None
         admission = self._admission_of(self._caller)
-        admission.release_unfinished(self._left, body.size, streamed=streamed, on_generated=on_generated)
+        admission.release_unfinished(left, body.size, streamed=streamed, on_generated=on_generated)
 
     def close(self) -> None:
         """End the connection after the response, unless the response has ended it already."""
@@ -605,13 +608,18 @@ class Request:
             self._client.close(unread=self._body.unread, flush_s=self._services.timeouts.flush_s)
 
 
-def _record_stream(recorder: Recorder, record: RequestRecord, is_behind: bool) -> None:
+def _record_stream(services: RequestServices, record: RequestRecord, is_behind: bool, *_: object) -> None:
     """Record a request for a stream whose client has left, once the rest of the stream has been counted."""
     record.is_behind = is_behind
-    recorder.record(record)
+    record.worked_until_s = services.clock()
+    services.recorder.record(record)
 
 
-def _record_whole(recorder: Recorder, record: RequestRecord, generated: Generated) -> None:
-    """Record a request whose client has left before its answer."""
+def _record_whole(
+    services: RequestServices, record: RequestRecord, left: BackendProtocol | None, generated: Generated
+) -> None:
+    """Record a request whose client has left before its answer. `left` is the connection on which it was sent."""
     record.generated = generated
-    recorder.record(record)
+    if left is not None:
+        record.worked_until_s = min(left.ended_s, services.clock())
+    services.recorder.record(record)

@@ -54,6 +54,7 @@ class BackendProtocol(PeerProtocol):
         "_partial_head",
         "_requested",
         "_reused",
+        "ended_s",
         "leaving",
         "missed",
         "on_lost",
@@ -79,6 +80,7 @@ class BackendProtocol(PeerProtocol):
         self._reused = False
         self._answered = False  # a response head has come since it was made or parked
         self._partial_head = b""
+        self.ended_s = inf  # when the connection ended
         self.leaving = False  # its request is given up, and what has still been sent of the response is read
         self.missed = Missed.NO  # whether it ended before it read the request
         self.on_lost: Callable[[BackendProtocol], None] | None = None  # called when the connection is closed
@@ -146,6 +148,8 @@ class BackendProtocol(PeerProtocol):
 
     def _end(self, *, cleanly: bool) -> None:
         ended_by_backend = not self.ended
+        if ended_by_backend:
+            self.ended_s = self._ticker.now_s
         super()._end(cleanly=cleanly)
         if ended_by_backend and self._awaits_head and not self._answered and not self._partial_head:
             self.missed = self._find_missed()

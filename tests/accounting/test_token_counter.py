@@ -636,17 +636,24 @@ def test_a_stream_is_complete_with_its_last_event_and_not_before(name: str, size
     stream = (ANSWERS / name).read_bytes()
     counter = TokenCounter(SAMPLES[name][0])
     for start in range(0, len(stream), size):
-        assert not counter.is_complete
+        assert not counter.is_complete(1)
         counter.feed(stream[start : start + size])
-    assert counter.is_complete
+    assert counter.is_complete(1)
     assert counter.last_event.startswith(LAST_EVENTS[name])
+
+
+def test_an_answer_that_has_ended_says_nothing_of_the_others() -> None:
+    counter = TokenCounter("/completion")
+    counter.feed((ANSWERS / "completion.sse").read_bytes())
+    assert counter.is_complete(1)
+    assert not counter.is_complete(2)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith(".json")])
 def test_what_is_no_stream_has_no_last_event(name: str) -> None:
     counter = TokenCounter(SAMPLES[name][0])
     counter.feed((ANSWERS / name).read_bytes())
-    assert not counter.is_complete
+    assert not counter.is_complete(1)
 
 
 @pytest.mark.parametrize(
@@ -669,7 +676,7 @@ def test_what_is_no_stream_has_no_last_event(name: str) -> None:
 def test_which_events_end_a_stream(last: bytes, complete: bool) -> None:
     counter = TokenCounter(CHAT)
     counter.feed(b'data: {"choices":[]}\n\n' + last)
-    assert counter.is_complete is complete
+    assert counter.is_complete(1) is complete
 
 
 def test_a_long_last_event_is_known_by_its_beginning() -> None:
@@ -679,7 +686,7 @@ def test_a_long_last_event_is_known_by_its_beginning() -> None:
     )
     for start in range(0, len(event), 65536):
         counter.feed(event[start : start + 65536])
-    assert counter.is_complete
+    assert counter.is_complete(1)
 
 
 @pytest.mark.parametrize("number", [0, 9, 999, 1000, 31_415, 999_999_999_999])

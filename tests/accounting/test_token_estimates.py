@@ -124,6 +124,23 @@ def test_a_stream_of_which_the_backend_could_not_send_all_is_charged_by_the_time
     assert tokens_of(capped, taught()) == Tokens(25, 0, 50, estimated=75)
 
 
+def test_a_stream_that_was_left_with_much_fewer_events_than_usual_is_charged_a_quarter_of_the_usual() -> None:
+    """It may have generated what makes no event, or was slowed down by others."""
+    late = {"usage_source": counted(*EVENTS), "first_byte_s": 9.0, "ended_s": 11.0}
+    assert tokens_of(left(**late), taught()) == Tokens(25, 0, 20, estimated=45)
+    assert tokens_of(left(**late, worked_until_s=14.0), taught()) == Tokens(25, 0, 50, estimated=75)
+    assert tokens_of(left(**late, worked_until_s=14.0, asked=TokensAsked(max_tokens=7)), taught()) == Tokens(
+        25, 0, 7, estimated=32
+    )
+
+
+def test_what_is_charged_by_the_time_is_so_until_the_backend_was_seen_to_stop() -> None:
+    tokens = tokens_of(left(worked_until_s=106.0), taught())
+    assert tokens == Tokens(25, 0, 160, estimated=185)  # in 5.25 s, of which the prompt took 1.25 s
+    role = counted(EVENTS[0])
+    assert tokens_of(left(usage_source=role, worked_until_s=106.0), taught()) == tokens
+
+
 def test_a_stream_that_was_left_before_its_first_event_is_charged_by_the_time() -> None:
     tokens = tokens_of(left(usage_source=TokenCounter(CHAT.route.label)), taught())
     assert tokens == Tokens(25, 0, 40, estimated=65)

@@ -494,6 +494,24 @@ class Line:
         self.ended = False
 
 
+def test_after_a_second_a_stream_that_goes_on_is_looked_for_so_seldom_that_llama_server_notices() -> None:
+    """It looks for a disconnect in a second without a result only, and its responses to GET /slots are results."""
+
+    async def play() -> None:
+        backend = Backend(1)
+        cancelled, line = Cancelled(backend), Line()
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=True, connection=line)
+        await asyncio.sleep(1.1)
+        assert 4 <= backend.polls <= 6
+        await asyncio.sleep(12.0)
+        assert backend.polls <= 6 + 12 / 1.1
+        line.ended = True
+        cancelled.backend = Backend(0)
+        await cancelled.reclaimer.close()
+
+    run(play)
+
+
 @pytest.mark.parametrize("reply", [0, (501, b"[]"), (500, b"[]"), PageTooLong()], ids=str)
 def test_no_slot_is_released_while_its_request_may_still_begin(reply: Reply) -> None:
     """llama-server may take seconds to read a request, and only the end of the connection says that it will not."""

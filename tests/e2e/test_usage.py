@@ -219,6 +219,44 @@ def test_who_leaves_before_a_whole_response_is_charged_what_was_generated(
     assert generated <= charged["completion"] <= (1 if is_exact else 1.25) * generated
 
 
+HALF_A_CHARACTER = 200  # a token of the tiny model: the first byte of two
+
+
+def until_free(url: str, backend: LlamaServer) -> None:
+    """Wait until no slot is busy. Until then as many are counted at least."""
+
+    def active() -> int:
+        return int(json.loads(fetch(f"{url}/health")[1])["active"])
+
+    def look() -> int:
+        before, busy = active(), backend.busy()
+        assert busy <= max(before, active())
+        return busy
+
+    eventually(look, lambda busy: busy == 0, 120)
+    eventually(active, lambda number: number == 0, 30)
+
+
+def test_a_stream_that_shows_nothing_keeps_its_slot_when_its_client_has_left(
+    deep_backend: LlamaServer, tmp_path: Path
+) -> None:
+    """Half a character makes no event, so llama-server writes nothing and does not notice at its next token."""
+    body = {
+        "prompt": "a",
+        "n_predict": 4000,
+        "ignore_eos": True,
+        "stream": True,
+        "logit_bias": [[HALF_A_CHARACTER, 100]],
+    }
+    deep_backend.all_free()
+    for gateway in running(Gateway(tmp_path, deep_backend)):
+        url = f"{gateway.url}/completion"
+        with httpx.stream("POST", url, headers=bearer(TEAM_KEY), json=body, timeout=30) as answer:
+            assert answer.status_code == 200, answer.read()
+            eventually(deep_backend.busy, lambda busy: busy == 1, 30)
+        until_free(gateway.url, deep_backend)
+
+
 # --- The limit of a key ---
 
 CAPPED_KEY = "sk-e2e-capped-0123456789abcdef"

@@ -253,6 +253,20 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     gateway.expect_end(served, Outcome.CANCELLED, 499)
 
 
+@in_memory(heartbeat_s=15)
+async def test_a_stream_that_is_left_before_it_begins_is_recorded_when_the_backend_ends(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post(body=STREAM_BODY))
+    backend = await gateway.asked()
+    gateway.link.advance(16)
+    assert served.request.stage is Stage.AWAITING_RESPONSE
+    served.transport.receive_eof()
+    assert gateway.records == []
+    gateway.link.advance(30)
+    backend.receive_eof()
+    gateway.expect_end(served, Outcome.CANCELLED, 200)
+    assert served.record.worked_until_s - served.record.ended_s == pytest.approx(30, abs=1)
+
+
 @pytest.mark.parametrize(
     ("asked", "limit"), [(5, 5), ((1 << 31) - 1, (1 << 31) - 1), (1 << 31, None), ((1 << 32) + 5, None)]
 )
@@ -272,10 +286,13 @@ def test_a_limit_that_the_backend_reads_as_another_number_is_none(asked: int, li
 @in_memory()
 async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
     served = gateway.serve(post())
-    (await gateway.asked()).receive(STREAM_HEAD)
+    backend = await gateway.asked()
+    backend.receive(STREAM_HEAD)
     served.transport.receive_eof()
     assert [streamed for _, streamed in gateway.releases] == [True]
     assert (served.record.stage, served.record.status) == (Stage.STREAMING, 200)
+    assert gateway.records == []  # it may still generate
+    backend.receive_eof()
     gateway.expect_end(served, Outcome.CANCELLED, 200)
 
 
@@ -302,8 +319,11 @@ async def test_a_stream_that_is_cut_is_recorded_as_truncated(gateway: MemoryGate
 @in_memory()
 async def test_a_stream_that_falls_silent_is_recorded_as_timed_out(gateway: MemoryGateway) -> None:
     served = gateway.serve(post())
-    (await gateway.asked()).receive(STREAM_HEAD)
+    backend = await gateway.asked()
+    backend.receive(STREAM_HEAD)
     gateway.link.advance(300)
+    assert gateway.records == []  # it may still generate
+    backend.receive_eof()
     gateway.expect_end(served, Outcome.TIMED_OUT, 200)
 
 

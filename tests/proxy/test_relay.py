@@ -391,6 +391,22 @@ def test_what_comes_for_a_client_that_has_left_is_counted_and_a_mebibyte_means_t
     assert relayed.counter.events == pieces
 
 
+def test_a_stream_without_an_event_is_read_on_until_the_backend_ends_it() -> None:
+    relayed = Relayed(CHUNKED, label="/v1/chat/completions").start()
+    relayed.transport.receive_eof()
+    remainder, ended = relayed.relay.count_remainder(relayed.backend), list[bool]()
+    assert remainder is not None
+    remainder.when_counted(ended.append)
+    assert relayed.backend_end.wrote_eof
+    relayed.link.advance(599)
+    assert not ended
+    relayed.backend_end.receive(chunk(EVENTS[0]))
+    relayed.link.advance(2)
+    assert ended == [False]
+    assert relayed.counter is not None
+    assert relayed.counter.is_stream
+
+
 def test_the_backend_is_read_no_faster_than_the_client_reads() -> None:
     relayed = Relayed(UNTIL_CLOSE, minor=0).start()
     relayed.transport.stall()

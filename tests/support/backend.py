@@ -328,7 +328,8 @@ class Backend:
         self._server.close()
         self._reserved.close()
         for connection in self.connections:
-            connection.transport.abort()
+            if connection in self.open:  # asyncio cannot abort what has been closed with bytes to send
+                connection.transport.abort()
             connection.task.cancel()
         await asyncio.gather(*(connection.task for connection in self.connections), return_exceptions=True)
         if self.failures:
