@@ -23,8 +23,8 @@ MARGIN = 1.12
 # llama-server notices that the client of a response that is not streamed has left only after about a second.
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
-_SLOWEST = 4  # how many times as slow as usual a stream may be
 OVERRUN_TOKENS = 3
+_SLOWEST = 4  # how many times as slow as usual a stream may be
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
 _LESSON_S = 1.0  # between two times at which something is learned

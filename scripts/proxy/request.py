@@ -592,7 +592,7 @@ class Request:
         if self._remainder is not None:
             self._remainder.when_counted(partial(_record_stream, services, record))
         elif has_left and not is_watched and left is not None and left.leaving and not left.ended:
-            left.on_end = partial(_record_stream, services, record, False)
+            left.on_end = lambda _: _record_stream(services, record, is_behind=False)
         elif not is_watched:
             services.recorder.record(record)
         assert self._caller is not None  # its request was sent
@@ -608,7 +608,7 @@ class Request:
             self._client.close(unread=self._body.unread, flush_s=self._services.timeouts.flush_s)
 
 
-def _record_stream(services: RequestServices, record: RequestRecord, is_behind: bool, *_: object) -> None:
+def _record_stream(services: RequestServices, record: RequestRecord, is_behind: bool) -> None:
     """Record a request for a stream whose client has left, once the rest of the stream has been counted."""
     record.is_behind = is_behind
     record.worked_until_s = services.clock()
