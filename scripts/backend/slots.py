@@ -20,9 +20,9 @@ from policy.fair_queue import Ticket
 Fetch = Callable[[bytes], Awaitable[tuple[int, bytes]]]
 
 _TIMEOUT_S = 5.0
-# llama-server notices at its next token that the client of a stream has left. For a response that is not a stream it
-# looks only after a second in which it produced no result, and a response to GET /slots is a result: polled more often
-# than that, it would never look.
+# llama-server notices at its next event that the client of a stream has left. Of a response that is not a stream, and
+# while it generates what makes no event, it looks only after a second in which it produced no result. A response to
+# GET /slots is a result: polled more often than that, it would never look.
 _STREAM_POLL_S = 0.2
 _POLL_S = 1.2
 _SOON_S = 1.0  # within which it notices that for a usual stream

@@ -6,7 +6,7 @@ from http import HTTPStatus
 from math import inf
 
 from accounting.request_record import Outcome, RequestRecord, Stage
-from accounting.token_counter import TokenCounter, buffer_if_small
+from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
 from backend.models import Models
@@ -618,8 +618,14 @@ def _record_stream(services: RequestServices, record: RequestRecord, is_behind: 
 def _record_whole(
     services: RequestServices, record: RequestRecord, left: BackendProtocol | None, generated: Generated
 ) -> None:
-    """Record a request whose client has left before its answer. `left` is the connection on which it was sent."""
+    """Record a request whose client has left before its answer. `left` is the connection on which it was sent.
+
+    A busy llama-server may not have noticed that, and have sent the whole answer, with its report.
+    """
     record.generated = generated
     if left is not None:
         record.worked_until_s = min(left.ended_s, services.clock())
+        reported = fast_tokens(left.late_end) if record.asked.answers == 1 else None
+        if reported is not None:
+            record.generated = Generated(reported.completion, reported.prompt, is_exact=True)
     services.recorder.record(record)

@@ -20,6 +20,7 @@ _BEGINNING = b"HTTP/1."  # of any response; bytes that begin differently may nev
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # nor may bytes with a line that does not end with CRLF
 
 _CLOSED_EARLY = "The backend closed before it answered."
+_LATE_END_BYTES = 4096  # more than llama-server's report of a response takes
 CROSSING_MS = 20  # an end that crosses a request comes this soon after it
 
 
@@ -55,6 +56,7 @@ class BackendProtocol(PeerProtocol):
         "_requested",
         "_reused",
         "ended_s",
+        "late_end",
         "leaving",
         "missed",
         "on_lost",
@@ -81,6 +83,7 @@ class BackendProtocol(PeerProtocol):
         self._answered = False  # a response head has come since it was made or parked
         self._partial_head = b""
         self.ended_s = inf  # when the connection ended
+        self.late_end = b""  # the end of what has come of a response that was given up
         self.leaving = False  # its request is given up, and what has still been sent of the response is read
         self.missed = Missed.NO  # whether it ended before it read the request
         self.on_lost: Callable[[BackendProtocol], None] | None = None  # called when the connection is closed
@@ -208,16 +211,19 @@ class BackendProtocol(PeerProtocol):
     def give_up(self, seconds: float) -> None:
         """Tell the backend that nobody waits for the response that is awaited. It closes the connection in the end.
 
-        Only then is it certain that it will not begin: after a reset nothing more would be heard of it. What it sends
-        is dropped. The connection is reset after `seconds`; at once if the request has not been sent whole, since the
-        backend never begins it then, and if the response has begun.
+        Only then is it certain that it will not begin: after a reset nothing more would be heard of it. `late_end` has
+        the end of what it sends all the same. The connection is reset after `seconds`; at once if the request has not
+        been sent whole, since the backend never begins it then, and if the response has begun.
         """
         is_sent = not (self._batcher.withdraw(self.transport) or self.transport.get_write_buffer_size())
         if is_sent and self._awaits_head and not self.ended:
             self._awaits_head = False
-            self.leave(_drop, _drop, seconds)
+            self.leave(self._keep_end, _drop, seconds)
         elif not self.leaving:
             self.abort()
+
+    def _keep_end(self, data: bytes) -> None:
+        self.late_end = (self.late_end + data)[-_LATE_END_BYTES:]
 
     def on_timeout(self, now_s: float) -> None:
         self._end(cleanly=False)

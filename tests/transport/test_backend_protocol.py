@@ -233,6 +233,9 @@ def test_a_request_that_is_given_up_ends_when_the_backend_closes() -> None:
     asked.transport.receive(HEAD)
     asked.transport.receive(b"hello")  # which nobody gets
     assert not asked.backend.ended
+    assert asked.backend.late_end == HEAD + b"hello"
+    asked.transport.receive(b"x" * 9000 + b"end")
+    assert asked.backend.late_end == b"x" * 4093 + b"end"
     asked.transport.receive_eof()
     assert asked.backend.ended
     assert not asked.head.done
