@@ -261,6 +261,8 @@ async def test_a_backend_that_does_not_notice_is_waited_for_as_long_as_a_request
     stack.advance(599)
     assert stack.counted("cancelled", "streaming") == 0
     stack.advance(1)
+    await until(lambda: stack.counted("cancelled", "streaming") == 1)
+    connection.transport.abort()  # it reads no more, and so does not see that the gateway has closed
     assert await completion_tokens(stack) == 1 + OVERRUN_TOKENS
 
 
