@@ -591,7 +591,7 @@ class Request:
             record.asked = tokens_asked(self._prepared.route, members)
         if self._remainder is not None:
             self._remainder.when_counted(partial(_record_stream, services, record))
-        elif has_left and not is_watched and left is not None and left.leaving and not left.ended:
+        elif has_left and streamed and left is not None and left.leaving and not left.ended:
             left.on_end = lambda _: _record_stream(services, record, is_behind=False)
         elif not is_watched:
             services.recorder.record(record)

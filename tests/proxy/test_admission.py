@@ -253,6 +253,14 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     gateway.expect_end(served, Outcome.CANCELLED, 499)
 
 
+@in_memory()
+async def test_a_request_that_generates_nothing_is_recorded_when_its_client_leaves(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post(b"/v1/embeddings"))
+    await gateway.asked()
+    served.transport.receive_eof()
+    gateway.expect_end(served, Outcome.CANCELLED, 499)
+
+
 @in_memory(heartbeat_s=15)
 async def test_a_stream_that_is_left_before_it_begins_is_recorded_when_the_backend_ends(gateway: MemoryGateway) -> None:
     served = gateway.serve(post(body=STREAM_BODY))
