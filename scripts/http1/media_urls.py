@@ -50,7 +50,7 @@ class MediaUrls:
         text = self._last + data.translate(None, b" \t\r\n")
         self._last = text[-_OVERLAP_BYTES:]
         self._has_objects = self._has_objects or _OBJECT.search(text) is not None
-        if _SCREEN.brackets(text) is None:
+        if _SCREEN.may_have(text):
             for name, whole, beginning in _MEMBER.findall(text):
                 self._keep(_decoded(name), _decoded(whole or beginning))
 

@@ -10,7 +10,7 @@ from math import inf
 
 _SPACE = rb"[ \t\r\n]*"
 _ESCAPED_SIGN = re.compile(rb"\\u00(?:[4-7][0-9A-Fa-f]|3[Aa])")  # a letter, an underscore, or a colon
-_NONE = rb"\A(?!)"
+_NONE = rb"\A(?!)"  # matches nothing
 _ADDRESSES = [b"ht[tT][pP]", b"hT[tT][pP]", b"Ht[tT][pP]", b"HT[tT][pP]"]
 _ADDRESSES += [b"fi[lL][eE]:", b"fI[lL][eE]:", b"Fi[lL][eE]:", b"FI[lL][eE]:"]
 _SHORT_BYTES = 1024
@@ -50,24 +50,27 @@ class MemberScreen:
 
         Of more than `most_brackets` not all are counted. Brackets in strings count, but for the middle of a long one.
         """
-        if len(text) > _SHORT_BYTES:
-            text = _without_long_strings(text)
-        return None if self._may_have(text) else _brackets(text, self.most_brackets)
+        text = _shortened(text)
+        return None if self._matches(text) else _brackets(text, self.most_brackets)
+
+    def may_have(self, text: bytes | bytearray) -> bool:
+        """Whether such a member or address may begin in a text."""
+        return self._matches(_shortened(text))
 
     def is_suspect(self, text: bytes | bytearray) -> bool:
         """Whether a whole body may have such a member or address, or be nested too deeply."""
         most = self.most_brackets
-        if len(text) > _SHORT_BYTES:
-            text = _without_long_strings(text)
-        return self._may_have(text) or (len(text) > most and _brackets(text, most) > most)
+        if len(text) > _SHORT_BYTES:  # most are not: a call less
+            text = _shortened(text)
+        return self._matches(text) or (len(text) > most and _brackets(text, most) > most)
 
-    def _may_have(self, text: bytes | bytearray) -> bool:
+    def _matches(self, text: bytes | bytearray) -> bool:
         # Most texts have no backslash.
         return self._search(text) is not None or (text.find(b"\\") >= 0 and self._search_escape(text) is not None)
 
 
-def _without_long_strings(text: bytes | bytearray) -> bytes | bytearray:
-    """Return a text without the middle of its long strings. No name and no bracket of a list or an object is in there.
+def _shortened(text: bytes | bytearray) -> bytes | bytearray:
+    """Return a long text without the middle of its long strings, in which is no name and no bracket that nests.
 
     To find the next quote takes a fiftieth of the time that it takes to look at each sign.
     """

@@ -110,7 +110,7 @@ class BodyScan:
         found = screen.brackets(data)
         self._brackets += found or 0
         too_many = self._brackets > screen.most_brackets
-        if found is None or too_many or (self._last and screen.brackets(self._last + data[:OVERLAP_BYTES]) is None):
+        if found is None or too_many or (self._last and screen.may_have(self._last + data[:OVERLAP_BYTES])):
             self._screen = None
             self._index = self._at = 0
         else:

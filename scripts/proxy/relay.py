@@ -243,7 +243,7 @@ class Relay:
 class Remainder:
     """What the backend sends of a stream after its client has left: it is counted, and passed to no one.
 
-    The backend may be far ahead of a client that reads slowly, and it notices the end only at its next token.
+    The backend may be far ahead of a client that reads slowly, and it notices the end only at its next event.
     """
 
     __slots__ = ("_backend", "_body", "_bytes", "_counter", "_on_end")
