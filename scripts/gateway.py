@@ -197,7 +197,7 @@ async def serve(
     def terminate() -> None:
         gateway.stop() if app.lifecycle.draining else app.lifecycle.drain()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP:
         loop.add_signal_handler(number, terminate)
     signals.on_hangup(loop, app.reload_soon)
     if not await finishes_within(asyncio.ensure_future(app.reload()), FIRST_RELOAD_S):
@@ -219,7 +219,7 @@ async def serve(
         await gateway.run_until_ended()
     finally:
         await gateway.close()
-        signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        signals.ignore(*signals.STOP, signal.SIGHUP)
     log.info("stopped")
     return 0
 

@@ -170,9 +170,10 @@ async def serve(settings: Config) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP:
         loop.add_signal_handler(number, stop.set)
     signals.quieten_wakeups()
+    signals.release_stops()
     # A state file that was removed means that the supervisor has gone.
     server = HealthServer(StateReader(settings.supervision.state_file, when_removed=DEAD))
     listen = settings.listen
@@ -185,7 +186,7 @@ async def serve(settings: Config) -> int:
     log.info("listening on %s port %d", listen.host, port)
     await stop.wait()
     await server.close()
-    signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    signals.ignore(*signals.STOP, signal.SIGHUP)
     return 0
 
 
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"health: error: {complaint}", file=sys.stderr)
         return EXIT_SETTINGS
     logs.setup("health", settings.log.level, settings.log.format)
+    signals.hold_stops()
     return asyncio.run(serve(settings))
 
 

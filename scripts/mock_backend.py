@@ -34,7 +34,6 @@ if __name__ == "__main__":
 
 import asyncio
 import json
-import signal
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -490,7 +489,7 @@ def backend_of(settings: Settings) -> MockBackend:
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Streams are then cut, as by llama-server."""
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     if settings.bind_seconds > 0:
         print(f"mock_backend: port not bound for {settings.bind_seconds:g} s", file=sys.stderr, flush=True)

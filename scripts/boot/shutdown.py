@@ -76,5 +76,5 @@ def exit_on_stop_signals() -> None:
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    signals.ignore(signal.SIGTERM, signal.SIGINT)
+    signals.ignore(*signals.STOP)
     sys.exit(EXIT_STOPPED)

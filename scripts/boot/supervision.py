@@ -126,7 +126,7 @@ class Supervisor:
         try:
             return await self._run()
         finally:
-            signals.ignore(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+            signals.ignore(*signals.STOP, signal.SIGHUP, signal.SIGCHLD)
 
     async def _run(self) -> int:
         try:
@@ -410,7 +410,7 @@ class Supervisor:
 
     def _install_signal_handlers(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals.STOP:
             loop.add_signal_handler(number, self._on_stop_signal, number)
         loop.add_signal_handler(signal.SIGCHLD, self._children.reap)
         signals.on_hangup(loop, self._on_hangup)
@@ -528,10 +528,11 @@ def prepare(environ: Mapping[str, str]) -> Prepared:
 
 async def serve(environ: Mapping[str, str]) -> int:
     """Boot, serve, stop; return the exit status. Raises ConfigError or StartupError."""
-    preparing = run_off_loop(lambda: prepare(environ))
     stopped = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.STOP:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    signals.release_stops()
+    preparing = run_off_loop(lambda: prepare(environ))
     stop = asyncio.ensure_future(stopped.wait())
     work: list[asyncio.Future[Any]] = [preparing, stop]
     await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
@@ -549,6 +550,7 @@ async def serve(environ: Mapping[str, str]) -> int:
 
 def main() -> int:
     """Serve until a reason to stop; log it, and return the exit status."""
+    signals.hold_stops()
     try:
         status = asyncio.run(serve(os.environ))
         if status:
@@ -566,7 +568,7 @@ def main() -> int:
         log.error("%s", describe_remedy(error.status))
         return error.status
     finally:
-        signals.ignore(signal.SIGTERM, signal.SIGINT)
+        signals.ignore(*signals.STOP)
         _release_stdout()
 
 

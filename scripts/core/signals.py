@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 # Sent by log rotation, by a reload, by a mistake. None of them may end a process that has not installed its handlers.
 STRAY = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+STOP = (signal.SIGTERM, signal.SIGINT)
 
 
 def ignore(*numbers: signal.Signals) -> None:
@@ -19,6 +20,19 @@ def ignore(*numbers: signal.Signals) -> None:
     """
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
+
+
+def hold_stops() -> None:
+    """Keep stop signals back until `release_stops`: call it before the event loop that will handle them is made.
+
+    An exit in between would leave a loop half made, which Python reports with a traceback.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
+
+
+def release_stops() -> None:
+    """Let them through, also those that came meanwhile. Call it before any thread or child starts: both inherit."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
 
 
 def on_hangup(loop: "asyncio.AbstractEventLoop", callback: Callable[[], object]) -> None:
