@@ -88,14 +88,17 @@ def _shortened(text: bytes | bytearray) -> bytes | bytearray:
             parts.append(text[begin : end + OVERLAP_BYTES])
             begin, width = quote, _LEAST_BYTES
         end = quote + width
-    return b"".join((*parts, text[begin:]))
+    parts.append(text[begin:])
+    return b"".join(parts)
 
 
 def _brackets(text: bytes | bytearray, most: float) -> int:
     """Return how many brackets a text has that begin a list or an object; of more than `most` not all are counted.
 
-    Most texts have few, and a jump from one to the next takes much less time than to look at each sign.
+    Most long texts have few, and a jump from one to the next takes much less time than to look at each sign.
     """
+    if len(text) <= _SHORT_BYTES:
+        return text.count(b"[") + text.count(b"{")
     found, find = 0, text.find
     for bracket in (b"[", b"{"):
         at = find(bracket)
