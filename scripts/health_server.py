@@ -203,8 +203,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for complaint in error.complaints:
             print(f"health: error: {complaint}", file=sys.stderr)
         return EXIT_SETTINGS
-    logs.setup("health", settings.log.level, settings.log.format)
     signals.hold_stops()
+    logs.setup("health", settings.log.level, settings.log.format)
     return asyncio.run(serve(settings))
 
 

@@ -23,9 +23,10 @@ def ignore(*numbers: signal.Signals) -> None:
 
 
 def hold_stops() -> None:
-    """Keep stop signals back until `release_stops`: call it before the event loop that will handle them is made.
+    """Keep stop signals back until `release_stops`, which an event loop calls once it handles them.
 
-    An exit in between would leave a loop half made, which Python reports with a traceback.
+    An exit while the loop is made would be reported with a traceback. Call it before there is any thread: another one
+    would get the signal.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
 
