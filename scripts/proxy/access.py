@@ -17,6 +17,16 @@ from proxy.token_quotas import TokenQuotas
 from transport.client_protocol import ClientProtocol
 
 
+def client_addresses(client: ClientProtocol, prepared: PreparedRequest) -> tuple[str, ...]:
+    """Return all that the address of a request's client may be.
+
+    There are several if two fields of a trusted proxy's request contradict each other.
+    """
+    if prepared.forwarded and client.is_proxy:
+        return tuple([address or client.peer for address in prepared.forwarded])
+    return client.addresses
+
+
 class AccessControl:
     """Finds the caller of each request, and decides whether the request may go on."""
 
@@ -54,10 +64,7 @@ class AccessControl:
 
     def find_caller(self, client: ClientProtocol, prepared: PreparedRequest) -> Caller | None:
         """Return the caller of a request that goes on, as it is now. Raises as `authenticate` does."""
-        addresses = client.addresses
-        if prepared.forwarded and client.is_proxy:
-            addresses = tuple([address or client.peer for address in prepared.forwarded])
-        return self.authenticate(prepared, addresses)
+        return self.authenticate(prepared, client_addresses(client, prepared))
 
     def _find_among(self, prepared: PreparedRequest, addresses: Sequence[str]) -> Caller:
         """Return the caller of a request that carries no secret, or several of which one may be a key."""

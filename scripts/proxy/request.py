@@ -28,6 +28,7 @@ from policy.routes import PREFLIGHT
 from policy.slot_demand import ONE_SLOT, SlotDemand, check_parallel
 from policy.suspects import Suspect
 from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
+from proxy.access import client_addresses
 from proxy.admission import BACKEND_IS_DOWN, Admission, takes_free_slot
 from proxy.endpoints import EndpointCall
 from proxy.heartbeat import Heartbeats
@@ -103,10 +104,7 @@ class Request:
         request_id = prepared.request_id or next(services.request_ids)
         keep_alive = prepared.keep_alive and not services.lifecycle.draining
         self._response = Response(client, prepared, request_id, services.date, keep_alive)
-        # All that the client's may be. Two fields of a proxy's request may contradict each other.
-        self._addresses = client.addresses
-        if prepared.forwarded and client.is_proxy:
-            self._addresses = tuple([address or client.peer for address in prepared.forwarded])
+        self._addresses = client_addresses(client, prepared)
         self.record = RequestRecord(request_id, self._addresses[0], prepared, services.clock(), stage)
         client.sent_bytes = 0
 
