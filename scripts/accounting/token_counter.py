@@ -24,6 +24,7 @@ from accounting.usage_reports import (
     generated_bytes,
     is_unfinished,
     last_members,
+    listed_tokens,
     make_tokens,
     object_of,
     parse_json,
@@ -43,7 +44,8 @@ class Count(NamedTuple):
 
     `tokens` are the reported ones; of a stream that was cut, those of its events are in them. `reports` is how many
     choices ended with a report. `choices` are those of a whole response, of which `tokens` counts the first only; there
-    are none if it has one choice. `text_bytes` is the size of generated text that no report counts.
+    are none if it has one choice. `text_bytes` is the size of generated text that no report counts, `listed` how many
+    tokens are listed one by one.
     """
 
     tokens: Tokens
@@ -52,6 +54,7 @@ class Count(NamedTuple):
     reports: int = 1
     choices: tuple[Choice, ...] = ()
     text_bytes: int = 0
+    listed: int = 0
 
     @property
     def is_reported(self) -> bool:
@@ -354,8 +357,10 @@ class TokenCounter:
                 self._add_report(reported(object_of(response)))
         tokens = self._final
         if tokens is None:
-            text_bytes = generated_bytes(parse_json(self._head)) if self._size == len(self._head) else self._size
-            return Count(NO_TOKENS, False, False, 0, text_bytes=text_bytes)
+            if self._size > len(self._head):
+                return _count_report(None, self._size)
+            responses = parse_json(self._head) or ()
+            return _count_report(None, generated_bytes(responses), sum(map(listed_tokens, responses)))
         return Count(tokens, tokens.prompt > 0, tokens.completion > 0, self._reports)
 
     # --- Events ---
@@ -452,7 +457,8 @@ def _count_whole(response: Mapping[str, Any]) -> Count:
     tokens = reported(response)
     choices = choices_of(response)
     if tokens is None or not (tokens.prompt and tokens.completion):
-        return _count_report(tokens, generated_bytes(response))._replace(choices=tuple(choices))
+        count = _count_report(tokens, generated_bytes(response), listed_tokens(response))
+        return count._replace(choices=tuple(choices))
     if len(choices) < 2:
         return Count(tokens, True, True)
     # A report of more tokens than the first choice's timings is one of all choices.
@@ -462,11 +468,11 @@ def _count_whole(response: Mapping[str, Any]) -> Count:
     return Count(tokens, True, True, 1, tuple(choices))
 
 
-def _count_report(tokens: Tokens | None, text_bytes: int) -> Count:
+def _count_report(tokens: Tokens | None, text_bytes: int, listed: int = 0) -> Count:
     """Return the count of a response of which nothing but its report is known."""
     if tokens is None:
-        return Count(NO_TOKENS, False, False, 0, text_bytes=text_bytes)
-    return Count(tokens, tokens.prompt > 0, tokens.completion > 0, 1, text_bytes=text_bytes)
+        return Count(NO_TOKENS, False, False, 0, text_bytes=text_bytes, listed=listed)
+    return Count(tokens, tokens.prompt > 0, tokens.completion > 0, 1, text_bytes=text_bytes, listed=listed)
 
 
 def buffer_if_small(label: str, response: bytes) -> TokenCounter | bytes:

@@ -152,9 +152,21 @@ class TokenEstimator:
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
-        generated = ceil(count.text_bytes * self._text.value * MARGIN) or self._by_time(record, prompt)
-        generated = min(generated, limit_of(record) or generated)
+        generated = self._hidden(record, count, prompt)
         return generated, generated
+
+    def _hidden(self, record: RequestRecord, count: Count, prompt: int) -> int:
+        """Estimate what was generated for a response whose client asked for no report of it.
+
+        What it shows may be less, and the time makes more of it likely: the larger number counts. If no speed has been
+        learned, it is all that the request allows.
+        """
+        limit = limit_of(record)
+        if limit is not None and not self._speed.is_learned:
+            return limit
+        shown = max(ceil(count.text_bytes * self._text.value * MARGIN), count.listed)
+        generated = max(shown, self._by_time(record, prompt))
+        return min(generated, limit or generated)
 
     @staticmethod
     def _has_counted(record: RequestRecord, source: TokenCounter, count: Count) -> bool:

@@ -37,6 +37,7 @@ _NOT_GENERATED = frozenset(
         "type",
     )
 )
+_LISTS_OF_TOKENS = ("tokens", "completion_probabilities")
 _ENDS_OF_RESPONSES = ("response.completed", "response.incomplete", "response.failed")
 
 
@@ -190,6 +191,13 @@ def generated_bytes(value: object) -> int:
         elif isinstance(part, dict):
             parts += [inner for name, inner in part.items() if name not in _NOT_GENERATED]
     return size
+
+
+def listed_tokens(response: object) -> int:
+    """Return how many tokens a native response lists one by one: their ids, or their probabilities."""
+    members = object_of(response)
+    lists = [members.get(name) for name in _LISTS_OF_TOKENS]
+    return max(len(each) if isinstance(each, list) else 0 for each in lists)
 
 
 # --- Text ---

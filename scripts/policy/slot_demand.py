@@ -36,6 +36,7 @@ MEMBERS = NameTable(
 )
 
 _CHOICES = ("n_cmpl", "n")
+_FIELDS = "response_fields"  # the response may have no report then: what the body allows must be known
 _MOST = 1 << 20  # choices, so that any number can be counted
 _INT32 = 1 << 31  # llama-server takes the low 32 bits of a number beyond
 Found = Mapping[str, Member]
@@ -61,8 +62,8 @@ class DemandRule:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The members that count whatever their type is."""
-        return _CHOICES if self.choices else ()
+        """The members for which a body is read, whatever their type is."""
+        return (*_CHOICES, _FIELDS) if self.choices else ()
 
     def demand(self, found: Found) -> SlotDemand:
         """Return what a body with these members takes."""

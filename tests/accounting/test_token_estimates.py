@@ -181,6 +181,36 @@ def test_a_response_that_was_asked_for_without_its_report_is_charged_by_its_text
     )
 
 
+def test_a_response_that_shows_less_than_the_time_makes_likely_is_charged_by_the_time() -> None:
+    """A grammar can make each token one letter, which the text alone does not show."""
+    text = json.dumps({"content": "a" * 30}).encode()
+    alone, taught_first = (tokens_of(record(NATIVE, usage_source=text), each) for each in (None, taught()))
+    assert alone is not None
+    assert taught_first is not None
+    assert (alone.completion, taught_first.completion) == (25, 50)
+
+
+@pytest.mark.parametrize("name", ["tokens", "completion_probabilities"])
+@pytest.mark.parametrize("several", [False, True])
+def test_tokens_that_a_response_lists_are_counted(name: str, several: bool) -> None:
+    """A client that asked for these alone has all that was generated, and no report."""
+    one = {name: [7] * 600}
+    raw = json.dumps([one, {name: "?"}, one] if several else one).encode()
+    asked = TokensAsked(prompts=3) if several else TokensAsked()
+    tokens = tokens_of(record(NATIVE, usage_source=raw, bytes_in=10, asked=asked), taught())
+    assert tokens is not None
+    assert tokens.completion == (1200 if several else 600)
+    assert tokens.estimated > 600
+
+
+def test_until_a_speed_is_learned_a_response_without_report_is_charged_what_it_was_allowed() -> None:
+    hidden = record(NATIVE, usage_source=b'{"model":"m"}', bytes_in=10, asked=TokensAsked(max_tokens=1000))
+    assert tokens_of(hidden) == Tokens(3, 0, 1000, estimated=1003)
+    learned = tokens_of(hidden, taught())
+    assert learned is not None
+    assert 20 < learned.completion < 100
+
+
 def test_a_response_without_report_and_text_is_charged_by_the_time() -> None:
     tokens = tokens_of(record(NATIVE, usage_source=b'{"id_slot":1}', bytes_in=10), taught())
     assert tokens is not None

@@ -187,6 +187,15 @@ async def test_a_response_without_its_report_is_charged(stack: Stack) -> None:
     assert line["estimated_tokens"] == line["prompt_tokens"] + line["completion_tokens"] > 200
 
 
+@scenario(KEYS=keys(""))
+async def test_of_a_request_for_a_response_without_its_report_the_limit_on_tokens_is_known(stack: Stack) -> None:
+    """Also of a key without a limit on tokens: what is charged at most follows from it."""
+    stack.backend.script(send(answer(body(model="m"))))
+    assert (await stack.ask(post(NATIVE, body(prompt="a", n_predict=7, response_fields=["model"])))).status == 200
+    await stack.stop()
+    assert stack.lines[0]["completion_tokens"] == 7
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 @scenario(KEYS=keys("tokens_per_day=100"))
 async def test_a_client_that_leaves_is_charged(stack: Stack, streamed: bool) -> None:

@@ -141,6 +141,24 @@ WHOLE: dict[str, tuple[str, dict[str, object]]] = {
     "prompts": ("/v1/completions", {"prompt": ["the moon", "a cat", "one river"], "max_tokens": 50}),
     "prompts with choices": ("/v1/completions", {"prompt": ["the moon", "a cat"], "n": 2, "max_tokens": 50}),
     "without reports": ("/completion", {"prompt": "the moon", "n_predict": 200, "response_fields": ["content"]}),
+    "ids alone": (
+        "/completion",
+        {"prompt": "the moon", "n_predict": 200, "response_fields": ["tokens"], "return_tokens": True},
+    ),
+    "a letter for each token": (
+        "/completion",
+        {
+            "prompt": "the moon",
+            "n_predict": 200,
+            "ignore_eos": True,
+            "response_fields": ["content"],
+            "grammar": 'root ::= "a"+',
+        },
+    ),
+    "nothing of what was generated": (
+        "/completion",
+        {"prompt": "the moon", "n_predict": 200, "ignore_eos": True, "response_fields": ["model"]},
+    ),
 }
 
 
