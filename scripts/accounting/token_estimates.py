@@ -20,6 +20,7 @@ PROMPT_TOKENS_PER_S = 500.0
 TOKENS_PER_S = 20.0
 # Above the most likely number of tokens: an estimate should not be below what was generated, nor a quarter above it.
 MARGIN = 1.12
+HIDDEN_MARGIN = 1.25  # for a response whose client asked for no report
 # llama-server notices that the client of a response that is not streamed has left only after about a second.
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
@@ -158,14 +159,15 @@ class TokenEstimator:
     def _hidden(self, record: RequestRecord, count: Count, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
 
-        What it shows may be less, and the time makes more of it likely: the larger number counts. If no speed has been
-        learned, it is all that the request allows.
+        It is what the response shows, but at least half of what the time makes likely: a grammar can make each token one
+        letter. If no speed has been learned, it is all that the request allows.
         """
         limit = limit_of(record)
         if limit is not None and not self._speed.is_learned:
             return limit
-        shown = max(ceil(count.text_bytes * self._text.value * MARGIN), count.listed)
-        generated = max(shown, self._by_time(record, prompt))
+        shown = max(ceil(count.text_bytes * self._text.value * HIDDEN_MARGIN), count.listed)
+        by_time = self._by_time(record, prompt)
+        generated = max(shown, by_time // 2) if shown else by_time
         return min(generated, limit or generated)
 
     @staticmethod

@@ -145,20 +145,6 @@ WHOLE: dict[str, tuple[str, dict[str, object]]] = {
         "/completion",
         {"prompt": "the moon", "n_predict": 200, "response_fields": ["tokens"], "return_tokens": True},
     ),
-    "a letter for each token": (
-        "/completion",
-        {
-            "prompt": "the moon",
-            "n_predict": 200,
-            "ignore_eos": True,
-            "response_fields": ["content"],
-            "grammar": 'root ::= "a"+',
-        },
-    ),
-    "nothing of what was generated": (
-        "/completion",
-        {"prompt": "the moon", "n_predict": 200, "ignore_eos": True, "response_fields": ["model"]},
-    ),
 }
 
 
