@@ -429,7 +429,7 @@ EXIT_STATUSES: dict[int, Remedy] = {
               "The log quotes llama-server's reason; the causes are listed below. Its own output is in the boot log,"
               " `latest` in the folder of `LOG_DIR`."),
     5: Remedy("The gateway or the health server could not be started or ended unexpectedly.",
-              "Most often `PORT` or `PORT_HEALTH` is taken, or a certificate cannot be read: the log says which."),
+              "Most often `PORT` or `PORT_HEALTH` is taken: the log says which."),
     6: Remedy("The model could not be fetched or read within `MODEL_FETCH_TIMEOUT`: the hub or the volume is away.",
               "Start again once it is there; the part that has arrived is kept and resumed."),
 }

@@ -159,8 +159,8 @@ class TokenEstimator:
     def _hidden(self, record: RequestRecord, count: Count, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
 
-        It is what the response shows, but at least half of what the time makes likely: a grammar can make each token one
-        letter. If no speed has been learned, it is all that the request allows.
+        It is what the response shows, but at least half of what the time makes likely: a grammar can make each token
+        one letter. If no speed has been learned, it is all that the request allows.
         """
         limit = limit_of(record)
         if limit is not None and not self._speed.is_learned:

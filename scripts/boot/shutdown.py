@@ -25,7 +25,10 @@ _MAX_QUOTED = 200
 # What llama-server prints if each further start would end in the same way: the status says what is to be changed.
 _LASTING = (
     ("invalid argument: |error while handling argument|failed to initialize router models", EXIT_SETTINGS),
-    ("unknown model architecture: |invalid magic|tensor '.*' not found|failed to open GGUF file", EXIT_NO_MODEL),
+    ("HTTPS is not supported", EXIT_SETTINGS),
+    ("failed to resolve commit for ", EXIT_MODEL_UNAVAILABLE),
+    ("unknown model architecture: |invalid magic|failed to open GGUF file", EXIT_NO_MODEL),
+    ("tensor '.*' (?:not found|data is not within)|unexpected end of file|corrupted or incomplete", EXIT_NO_MODEL),
 )
 
 

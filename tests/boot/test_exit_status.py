@@ -108,6 +108,21 @@ QUOTED = [
     (["E error loading model: unknown model architecture: ''"], "bad model: the file is damaged or no model"),
     (["E error loading model: vocab is too large"], "bad model: vocab is too large"),
     (["E srv init: the server is built without SSL support"], "it was built without TLS"),
+    (
+        [
+            "E get_repo_commit: error: HTTPS is not supported. Please rebuild with one of:",
+            "W get_repo_files: failed to resolve commit for user/repository",
+            "E srv load_model: failed to load model, ''",
+        ],
+        "it was built without HTTPS and cannot download: set MODEL_URL or MODEL_PATH in place of MODEL_HF",
+    ),
+    (
+        [
+            "W get_repo_files: failed to resolve commit for user/repository",
+            "E srv load_model: failed to load model, ''",
+        ],
+        "it cannot download user/repository: there is no such repository, HF_TOKEN may not read it, or the hub",
+    ),
 ]
 
 

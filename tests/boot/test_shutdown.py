@@ -29,6 +29,9 @@ def test_the_exit_statuses_are_the_documented_ones() -> None:
     [
         ("error: invalid argument: --no", 2), ("error loading model: unknown model architecture: 'x'", 3),
         ("gguf_init_from_file: invalid magic characters: '<htm'", 3), ("CUDA error: out of memory", 4), ("", 4),
+        ("E error loading model: tensor 'blk.0' data is not within the file bounds, model is corrupted or incomplete", 3),
+        ("E get_repo_commit: error: HTTPS is not supported. Please rebuild with one of:", 2),
+        ("W get_repo_files: failed to resolve commit for user/repository", 6),
     ],
 )  # fmt: skip
 def test_a_crash_that_another_start_cannot_help_has_the_status_of_its_cause(line: str, status: int) -> None:

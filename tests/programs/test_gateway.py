@@ -18,6 +18,7 @@ from support.boot import PATIENCE_S
 from support.clock import HURRY
 from support.gateway import KEYS, Stack, get, scenario
 from support.paths import ROOT, SCRIPTS
+from support.ports import free_ports
 from support.together import ENVIRON, aside
 
 # --- The command line ---
@@ -112,6 +113,7 @@ def test_it_announces_its_address_and_ends_with_0_at_a_signal(tmp_path: Path) ->
     keys = tmp_path / "keys"
     keys.write_text(KEYS)
     settings = {"HOST": "127.0.0.1", "PORT": "0", "DATA_DIR": str(tmp_path), "AUTH_KEYS_FILE": str(keys)}
+    settings["PORT_BACKEND"] = str(free_ports(1)[0])  # at the default port a backend may be at work, as after make run
     command = [sys.executable, str(SCRIPTS / "gateway.py")]
     environ = {name: value for name, value in ENVIRON.items() if name == "PATH" or name.startswith("COV")}
     version = (ROOT / "VERSION").read_text().strip()
