@@ -319,7 +319,8 @@ ERRORS: dict[str, Remedy] = {
         "Flatten it, or raise `MAX_JSON_DEPTH`; llama-server's stack bounds what is possible."),
     "caller_paused": Remedy(
         "llama-server died several times within minutes, most often while it worked on requests of this key.",
-        "Find out what the key sends; the log says how llama-server ended. After Retry-After the key is served again."),
+        "Find out what the key sends: the log says whose requests were at work, and how llama-server ended. After"
+        " Retry-After (a minute to eight) the key is served again."),
     "request_held_back": Remedy(
         "llama-server died while it worked on the same body on the same route: once if it was alone, or twice.",
         "Do not repeat it. Report the body to llama.cpp; a restart of the gateway forgets it."),

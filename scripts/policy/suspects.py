@@ -6,13 +6,16 @@ is answered is cleared, and so are those at work beside one that was found out. 
 deaths of the last minutes gets one request at a time, then none for a while.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
 
 from core.errors import CALLER_PAUSED, REQUEST_HELD_BACK, GatewayError
+
+log = logging.getLogger("gateway")
 
 HELD_S = 3600.0
 DEATHS_S = 300.0  # how long a death counts against a key
@@ -95,8 +98,19 @@ class Suspects:
         culprits = [suspect for suspect in culprits if suspect in death.left] or culprits
         for suspect in death.suspects:
             self._suspected[suspect.digest] = self._clock() + HELD_S
+        key_ids = sorted({suspect.key_id for suspect in death.suspects})
+        log.warning("llama-server ended while it worked on requests of %s", ", ".join(key_ids))
         if culprits:
             self._hold(culprits)
+        self._log_consequences(key_ids, culprits)
+
+    def _log_consequences(self, key_ids: Sequence[str], culprits: Collection[Suspect]) -> None:
+        for key_id in sorted({culprit.key_id for culprit in culprits}):
+            log.warning("a request of %s is held back for an hour: it was at work alone, or in two deaths", key_id)
+        for key_id in key_ids:
+            pause_s = self._pause_s(key_id)
+            if pause_s > 0:
+                log.warning("%s gets nothing for %d s: its requests were at work in most of the last deaths", key_id, pause_s)
 
     def was_cut_recently(self) -> bool:
         """Whether requests were at work when the backend ended, if it ended now."""
@@ -131,12 +145,16 @@ class Suspects:
 
     def check_caller(self, key_id: str) -> None:
         """Raise CALLER_PAUSED for a key that gets nothing at the moment."""
+        pause_s = self._pause_s(key_id)
+        if pause_s > 0:
+            raise GatewayError(CALLER_PAUSED, retry_after_s=ceil(pause_s))
+
+    def _pause_s(self, key_id: str) -> float:
+        """Return for how long a key gets nothing from now on; 0 or less if it is not paused."""
         deaths, last_s = self._deaths_of(key_id) if key_id != self._shared else (0, 0.0)
-        if deaths >= _PAUSED:
-            pause_s = min(MAX_PAUSE_S, PAUSE_S * 2 ** (deaths - _PAUSED))
-            left_s = last_s + pause_s - self._clock()
-            if left_s > 0:
-                raise GatewayError(CALLER_PAUSED, retry_after_s=ceil(left_s))
+        if deaths < _PAUSED:
+            return 0.0
+        return last_s + min(MAX_PAUSE_S, PAUSE_S * 2 ** (deaths - _PAUSED)) - self._clock()
 
     def is_limited(self, key_id: str) -> bool:
         """Whether a key gets one request at a time."""

@@ -29,7 +29,7 @@ def test_the_exit_statuses_are_the_documented_ones() -> None:
     [
         ("error: invalid argument: --no", 2), ("error loading model: unknown model architecture: 'x'", 3),
         ("gguf_init_from_file: invalid magic characters: '<htm'", 3), ("CUDA error: out of memory", 4), ("", 4),
-        ("E error loading model: tensor 'blk.0' data is not within the file bounds, model is corrupted or incomplete", 3),
+        ("E error loading model: tensor 'blk.0' data is not within the file bounds, model is …", 3),
         ("E get_repo_commit: error: HTTPS is not supported. Please rebuild with one of:", 2),
         ("W get_repo_files: failed to resolve commit for user/repository", 6),
     ],

@@ -58,6 +58,21 @@ def test_without_a_death_nothing_is_looked_at() -> None:
     assert not world.suspects.active
 
 
+def test_the_log_says_whose_requests_were_at_work_and_what_follows(caplog: pytest.LogCaptureFixture) -> None:
+    world = World()
+    world.die("a1", "b1")
+    world.die("a1", "c1")
+    world.die("a2")
+    assert caplog.messages == [
+        "llama-server ended while it worked on requests of a, b",
+        "llama-server ended while it worked on requests of a, c",
+        "a request of a is held back for an hour: it was at work alone, or in two deaths",
+        "llama-server ended while it worked on requests of a",
+        "a request of a is held back for an hour: it was at work alone, or in two deaths",
+        "a gets nothing for 60 s: its requests were at work in most of the last deaths",
+    ]
+
+
 def test_a_model_dies_alone() -> None:
     """What other models worked on, or were left with, is no suspect."""
     world = World()
