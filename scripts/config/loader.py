@@ -124,15 +124,19 @@ class EnvironmentReader:
 
 
 def _misspelt_names(environ: Mapping[str, str]) -> Iterator[str]:
-    """Warn of names that are close to a setting's and begin with the same word as a setting."""
+    """Warn of names that are close to a setting's, and begin with the same word as a setting, or are one word too.
+
+    Short words are often close by chance, and LOGNAME is a name of its own.
+    """
     names = {setting.name for setting in SETTINGS}
     known = names | set(ALIASES) | {setting.name + "_FILE" for setting in SETTINGS if setting.secret}
     first_words = {name.partition("_")[0] for name in names}
+    long_words = {name for name in names if "_" not in name and len(name) >= 7}
     for name in sorted(name for name, value in environ.items() if value):
         if name.startswith("LLAMA_ARG_"):
             yield f"{converters.quoted(name)} does not reach llama-server; use EXTRA_ARGS"
-        elif name not in known and name.partition("_")[0] in first_words:
-            for near in difflib.get_close_matches(name, names, 1, 0.85):
+        elif name not in known and (name.partition("_")[0] in first_words or "_" not in name):
+            for near in difflib.get_close_matches(name, names if "_" in name else long_words, 1, 0.85):
                 yield f"{converters.quoted(name)} is not a setting; did you mean {near}?"
 
 

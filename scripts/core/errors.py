@@ -100,7 +100,9 @@ ROUTE_NOT_ALLOWED = Kind(
 MODEL_NOT_ALLOWED = Kind(
     403, "model_not_allowed", "permission_error", "This API key may not use this model.", final=True
 )
-KEY_SUSPENDED = Kind(403, "key_suspended", "permission_error", "This API key is suspended.", final=True)
+KEY_SUSPENDED = Kind(
+    403, "key_suspended", "permission_error", "This API key is suspended: ask the operator.", final=True
+)
 ROUTE_NOT_FOUND = Kind(404, "route_not_found", "invalid_request_error", "There is no such route.", final=True)
 MODEL_NOT_FOUND = Kind(404, "model_not_found", "invalid_request_error", "There is no such model.", final=True)
 METHOD_NOT_ALLOWED = Kind(

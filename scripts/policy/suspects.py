@@ -110,7 +110,9 @@ class Suspects:
         for key_id in key_ids:
             pause_s = self._pause_s(key_id)
             if pause_s > 0:
-                log.warning("%s gets nothing for %d s: its requests were at work in most of the last deaths", key_id, pause_s)
+                log.warning(
+                    "%s gets nothing for %d s: its requests were at work in most of the last deaths", key_id, pause_s
+                )
 
     def was_cut_recently(self) -> bool:
         """Whether requests were at work when the backend ended, if it ended now."""

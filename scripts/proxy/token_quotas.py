@@ -1,6 +1,7 @@
 """The limits on a key's tokens: what it has used up, what a request may use, and what its answer reports."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from math import ceil
 
 from accounting.ledger import Ledger
@@ -51,7 +52,8 @@ class TokenQuotas:
 
     def report(self, caller: Caller) -> dict[str, object]:
         """Return the limits on a key's tokens, what is used of them, what is left, and when that changes."""
-        minute, minute_resets_s = self._limiter.used(caller.key_id)
+        # What was counted before a limit was lifted says nothing.
+        minute, minute_resets_s = (0, 0.0) if caller.tokens_per_minute is None else self._limiter.used(caller.key_id)
         ledger, key_id = self._ledger, caller.key_id
         return {
             "tokens_per_minute": standing(caller.tokens_per_minute, minute, minute_resets_s),
@@ -70,8 +72,9 @@ def standing(limit: int | None, used: int, resets_in_s: float) -> dict[str, obje
 
 
 def _used_up(limit: int, period: str, resets_in_s: float) -> GatewayError:
-    message = f"This API key is limited to {limit} tokens {period} are used up."
-    return GatewayError(TOKEN_QUOTA_EXCEEDED, message, retry_after_s=ceil(resets_in_s))
+    retry_s = ceil(resets_in_s)
+    message = f"This API key is limited to {limit} tokens {period} are used up; new ones come in"
+    return GatewayError(TOKEN_QUOTA_EXCEEDED, f"{message} {timedelta(seconds=retry_s)}.", retry_after_s=retry_s)
 
 
 def allowance_lines(caller: Caller, reservation: Reservation) -> bytes:
