@@ -5,7 +5,7 @@ that the client asked to have without its reports, and for a request whose clien
 The estimator learns how many tokens a byte has, and how fast the backend is, from what is reported.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 
 from accounting.request_record import Outcome, RequestRecord
@@ -60,7 +60,8 @@ class TokenEstimator:
 
     def __init__(self) -> None:
         self._text = _Average(TOKENS_PER_BYTE)
-        self._prompt: dict[str, _Average] = {}  # tokens of the prompt per byte of the request's body, by route
+        # Tokens of the prompt per byte of the request's body, by key and route: no key changes what another is charged.
+        self._prompt: dict[tuple[str, str], _Average] = {}
         self._prompt_speed = _Average(PROMPT_TOKENS_PER_S)
         self._speed = _Average(TOKENS_PER_S)
         self._next_lesson_s = self._next_sample_s = 0.0
@@ -85,20 +86,21 @@ class TokenEstimator:
     # --- Learning ---
 
     def learn(self, records: Sequence[RequestRecord], tokens: Sequence[Tokens | None]) -> None:
-        """Learn from the last request of each route, from time to time."""
+        """Learn from the last request of each key and route, from time to time."""
         if records[-1].ended_s < self._next_lesson_s:
             return
-        last: Mapping[str, tuple[RequestRecord, Tokens | None]] = {
-            record.prepared.route.label: (record, each) for record, each in zip(records, tokens, strict=True)
+        last = {
+            (record.key_id, record.prepared.route.label): (record, each)
+            for record, each in zip(records, tokens, strict=True)
         }
-        for label, (record, each) in last.items():
+        for key_and_route, (record, each) in last.items():
             if each is not None and not each.estimated:
-                self._learn_from(label, record, each)
+                self._learn_from(key_and_route, record, each)
                 self._next_lesson_s = records[-1].ended_s + _LESSON_S
 
-    def _learn_from(self, label: str, record: RequestRecord, tokens: Tokens) -> None:
+    def _learn_from(self, key_and_route: tuple[str, str], record: RequestRecord, tokens: Tokens) -> None:
         if record.bytes_in and tokens.prompt:
-            average = self._prompt.setdefault(label, _Average(TOKENS_PER_BYTE))
+            average = self._prompt.setdefault(key_and_route, _Average(TOKENS_PER_BYTE))
             average.add(tokens.prompt / record.bytes_in)
         if tokens.prompt_ms > 0 and tokens.prompt > tokens.cached:
             self._prompt_speed.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
@@ -111,9 +113,9 @@ class TokenEstimator:
 
     # --- Estimates ---
 
-    def prompt_tokens(self, label: str, body_bytes: int) -> int:
+    def prompt_tokens(self, key_id: str, label: str, body_bytes: int) -> int:
         """Estimate the tokens of the prompt in a request's body."""
-        average = self._prompt.get(label)
+        average = self._prompt.get((key_id, label))
         return ceil(body_bytes * (TOKENS_PER_BYTE if average is None else average.value))
 
     def _complete(self, record: RequestRecord, count: Count) -> Tokens:
@@ -132,7 +134,11 @@ class TokenEstimator:
             return count.tokens.prompt
         if record.generated is not None and record.generated.prompt is not None:
             return record.generated.prompt
-        return max(count.tokens.prompt, self.prompt_tokens(record.prepared.route.label, record.bytes_in))
+        label = record.prepared.route.label
+        by_body = self.prompt_tokens(record.key_id, label, record.bytes_in)
+        if not record.is_unfinished:  # its client asked for no report, and its body may have had more than a prompt
+            by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
+        return max(count.tokens.prompt, by_body)
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
         """Return the generated tokens, and how many of them are an estimate."""

@@ -156,7 +156,8 @@ class Suspects:
         deaths, last_s = self._deaths_of(key_id) if key_id != self._shared else (0, 0.0)
         if deaths < _PAUSED:
             return 0.0
-        return last_s + min(MAX_PAUSE_S, PAUSE_S * 2 ** (deaths - _PAUSED)) - self._clock()
+        pause_s: float = min(MAX_PAUSE_S, PAUSE_S * 2 ** (deaths - _PAUSED))
+        return last_s + pause_s - self._clock()
 
     def is_limited(self, key_id: str) -> bool:
         """Whether a key gets one request at a time."""

@@ -18,6 +18,7 @@ class TokensAsked(NamedTuple):
 
     `max_tokens` is None without a limit. `member` is the member with the limit (`is_named`), or the one in which the
     gateway would add its own; it is empty if the route has none, or if the backend will refuse the value.
+    `prompt_bytes` is the size of the prompts as they are spelt, 0 if they are not in one member.
     """
 
     choices: int = 1
@@ -25,6 +26,7 @@ class TokensAsked(NamedTuple):
     max_tokens: int | None = None
     member: str = ""
     is_named: bool = False
+    prompt_bytes: int = 0
 
     @property
     def answers(self) -> int:
@@ -40,8 +42,11 @@ def tokens_asked(route: Route, members: Members) -> TokensAsked:
     if not route.generates:
         return ONE_ANSWER
     choices = choices_of(found) if rule is not None else 1
-    prompts = length_of(found, "prompt") if rule is not None and "prompt" in rule.lists else 1
-    return TokensAsked(choices, prompts, *_limit_asked(route, found))
+    if rule is None or "prompt" not in rule.lists:
+        return TokensAsked(choices, 1, *_limit_asked(route, found))
+    prompt = found.get("prompt")
+    size_bytes = 0 if prompt is None else prompt.size_bytes
+    return TokensAsked(choices, length_of(found, "prompt"), *_limit_asked(route, found), prompt_bytes=size_bytes)
 
 
 def _limit_asked(route: Route, found: Mapping[str, Member]) -> tuple[int | None, str, bool]:

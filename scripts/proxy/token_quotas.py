@@ -47,7 +47,8 @@ class TokenQuotas:
         if limit is None:
             return None
         self._flush_accounts()
-        tokens = self._estimator.prompt_tokens(route.label, body_bytes) + (asked.max_tokens or 0) * asked.answers
+        prompt = self._estimator.prompt_tokens(caller.key_id, route.label, body_bytes)
+        tokens = prompt + (asked.max_tokens or 0) * asked.answers
         return self._limiter.reserve(caller.key_id, limit, tokens)
 
     def report(self, caller: Caller) -> dict[str, object]:

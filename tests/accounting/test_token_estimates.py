@@ -285,6 +285,23 @@ def test_choices_with_log_probabilities_are_exact() -> None:
 # --- Learning ---
 
 
+def test_a_key_learns_only_from_its_own_requests() -> None:
+    estimator = taught()
+    assert estimator.prompt_tokens("alice", CHAT.route.label, 100) == 25
+    assert estimator.prompt_tokens("bob", CHAT.route.label, 100) == 30
+
+
+def test_what_a_body_has_besides_its_prompt_makes_no_prompt_cheaper() -> None:
+    """Bodies with much that is no prompt teach that a byte has next to no tokens."""
+    estimator = TokenEstimator()
+    padded = record(NATIVE, usage_source=b'{"timings":{"prompt_n":1,"predicted_n":1}}', bytes_in=900_000)
+    estimator.learn([padded], [estimator.tokens_of(padded)])
+    hidden = record(NATIVE, usage_source=b'{"content":"a"}', bytes_in=1000, asked=TokensAsked(prompt_bytes=900))
+    tokens = tokens_of(hidden, estimator)
+    assert tokens is not None
+    assert tokens.prompt == 270
+
+
 def test_text_is_measured_from_time_to_time() -> None:
     estimator = TokenEstimator()
     native = b'{"content":"%b","timings":{"prompt_n":2,"predicted_n":50}}'
@@ -304,7 +321,7 @@ def test_nothing_is_learned_from_estimates_or_nothing() -> None:
     ):
         estimator = TokenEstimator()
         estimator.learn(records, tokens)
-        assert estimator.prompt_tokens(CHAT.route.label, 100) == round(100 * TOKENS_PER_BYTE)
+        assert estimator.prompt_tokens("alice", CHAT.route.label, 100) == round(100 * TOKENS_PER_BYTE)
 
 
 def test_lessons_are_a_second_apart() -> None:
@@ -312,7 +329,7 @@ def test_lessons_are_a_second_apart() -> None:
     for ended_s, expected in ((102.5, 25), (103.0, 33)):
         seen = record(bytes_in=10, ended_s=ended_s)
         estimator.learn([seen], [estimator.tokens_of(seen)])
-        assert estimator.prompt_tokens(CHAT.route.label, 100) == expected
+        assert estimator.prompt_tokens("alice", CHAT.route.label, 100) == expected
 
 
 @pytest.mark.parametrize(("completion", "teaches"), [(1, False), (7, False), (8, True)])
@@ -327,7 +344,7 @@ def test_a_request_that_teaches_nothing_delays_no_lesson() -> None:
     estimator.learn([record(PING, ended_s=100.0)], [None])
     seen = record(bytes_in=10, ended_s=100.1)
     estimator.learn([seen], [Tokens(20, 0, 1)])
-    assert estimator.prompt_tokens(CHAT.route.label, 10) == 20
+    assert estimator.prompt_tokens("alice", CHAT.route.label, 10) == 20
 
 
 def test_the_limit_is_that_of_all_choices() -> None:
