@@ -70,6 +70,7 @@ class RequestRecord:
         "queued_s",
         "refusal",
         "reservation",
+        "shows_all",
         "stage",
         "started_s",
         "status",
@@ -99,5 +100,6 @@ class RequestRecord:
         self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
         self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
         self.is_behind = False  # more may have been generated for a client that has left than was received and counted
+        self.shows_all = False  # such a stream has surely had no token without an event
         self.worked_until_s = 0.0  # until when the backend worked on it after its end, as far as is known
         self.usage_source: TokenCounter | bytes | None = None  # the response, or what counted its tokens

@@ -154,13 +154,21 @@ class TokenEstimator:
             more = self._unsent(record, tokens) if was_left else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
-            seen = None if record.generated is None else record.generated.tokens
-            generated = self._by_time(record, prompt) if seen is None else seen
+            generated = self._unseen(record, prompt)
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
         generated = self._hidden(record, count, prompt)
         return generated, generated
+
+    def _unseen(self, record: RequestRecord, prompt: int) -> int:
+        """Estimate what was generated for a client that got nothing of it."""
+        if record.generated is not None and record.generated.tokens is not None:
+            return record.generated.tokens
+        if record.shows_all:
+            generated = OVERRUN_TOKENS * record.asked.answers
+            return min(generated, limit_of(record) or generated)
+        return self._by_time(record, prompt)
 
     def _hidden(self, record: RequestRecord, count: Count, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
@@ -198,7 +206,7 @@ class TokenEstimator:
         by_time = ceil(span_s * self._speed.value) * answers
         if record.is_behind:
             generated = max(generated, by_time)
-        elif self._speed.is_learned:  # it may have generated what makes no event, if no others have slowed it down
+        elif self._speed.is_learned and not record.shows_all:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
 
@@ -210,6 +218,10 @@ class TokenEstimator:
             linger_s = 0.0 if record.worked_until_s else LINGER_S
             span_s = max(span_s + linger_s - prompt / asked.prompts / self._prompt_speed.value, 0.0)
         generated = ceil(span_s * self._speed.value) * at_once
+        if record.generated is not None and record.generated.most is not None:
+            # What it has had since the last look, at which others may have kept it from any.
+            more = ceil(LINGER_S * self._speed.value) if record.generated.most else OVERRUN_TOKENS
+            generated = min(generated, (record.generated.most + more) * at_once)
         return min(generated, limit_of(record) or generated)
 
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:

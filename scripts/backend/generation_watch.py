@@ -23,12 +23,16 @@ _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it 
 
 
 class AtWork(NamedTuple):
-    """A request on which the backend works: since when, in how many slots, and whether its answer has not begun."""
+    """A request on which the backend works: since when, in how many slots, and whether its answer has not begun.
+
+    `events` is how many of its stream have come, None if it is no stream.
+    """
 
     sent_s: float
     slots: int
     is_awaited: bool = True
     body_bytes: int = 0
+    events: int | None = None
 
     @property
     def read_s(self) -> float:
@@ -39,13 +43,15 @@ class AtWork(NamedTuple):
 class Generated(NamedTuple):
     """The tokens that were generated and those of the prompts, None if not known. `is_exact`: both are certain.
 
-    `at_once` is in how many slots they were generated.
+    `at_once` is in how many slots they were generated. If they are not known, each of these has had at most `most`,
+    None if that is not known either.
     """
 
     tokens: int | None
     prompt: int | None
     is_exact: bool
     at_once: int = 1
+    most: int | None = None
 
 
 class GivenUp(NamedTuple):
@@ -131,6 +137,7 @@ class GenerationWatch:
         self._is_certain = False
         self._is_over = False
         self._at_work_s = -inf
+        self._most: int | None = None  # tokens of one of its tasks, at the last look that says so
 
     @property
     def pause_s(self) -> float:
@@ -160,6 +167,10 @@ class GenerationWatch:
     def is_certain(self) -> bool:
         """Whether its tasks cannot be another request's."""
         return self._is_certain
+
+    def note_most(self, most: int | None) -> None:
+        """No request at work has had more tokens than this; None if that is not known."""
+        self._most = self._most if most is None else max(self._most or 0, most)
 
     def look(
         self,
@@ -241,7 +252,7 @@ class GenerationWatch:
         """llama-server works on it no more, or it is not waited for any longer."""
         request = self.request
         if not self._own:
-            self._on_end(Generated(None, None, False, request.at_once))
+            self._on_end(Generated(None, None, False, request.at_once, self._most))
         elif self._has_further:
             self._on_end(Generated(self._limited(self._of_many()), None, False, request.at_once))
         else:

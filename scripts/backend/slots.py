@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
+from backend.left_stream import LeftStream, hidden_tokens, most_decoded
 from backend.slot_listing import Slot, awaited_task, is_busy
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
@@ -92,7 +93,7 @@ class Connection(Protocol):
 
 @dataclass(eq=False, slots=True)
 class PendingRelease:
-    """The ticket of a cancelled request, its connection, and what watches its tokens.
+    """The ticket of a cancelled request, its connection, and what watches its tokens: `stream` those of a stream.
 
     An idle slot says nothing before `earliest_s`: a task of the request may not have begun. `ended_s` is when its
     connection was seen to have ended, `since_s` when it was cancelled. Times are the loop's.
@@ -103,6 +104,7 @@ class PendingRelease:
     earliest_s: float
     connection: Connection | None
     watch: GenerationWatch | None
+    stream: LeftStream | None = None
     ended_s: float = inf
 
     @property
@@ -159,18 +161,20 @@ class SlotReclaimer:
         *,
         streamed: bool,
         watch: GenerationWatch | None = None,
+        stream: LeftStream | None = None,
         connection: Connection | None = None,
     ) -> None:
         """Release the slot of a cancelled request as soon as the backend has stopped working on it.
 
-        `watch` follows what is generated meanwhile, and is ended before the slot is released. Without a connection the
-        backend may not begin any more.
+        `watch` or `stream` follows what is generated meanwhile, and is ended before the slot is released. Without a
+        connection the backend may not begin any more.
         """
         loop = asyncio.get_running_loop()
         now_s = loop.time()
         # A stream with several tasks may have begun while one of them had not.
         has_begun = streamed and ticket.slots == 1
-        pending = PendingRelease(ticket, now_s, now_s + (_STREAM_POLL_S if has_begun else _POLL_S), connection, watch)
+        earliest_s = now_s + (_STREAM_POLL_S if has_begun else _POLL_S)
+        pending = PendingRelease(ticket, now_s, earliest_s, connection, watch, stream)
         if not pending.may_begin:
             pending.ended_s = now_s
             if not self._reports_slots:
@@ -178,7 +182,7 @@ class SlotReclaimer:
                 return
         self._pending.append(pending)
         self._poll_slowly = self._poll_slowly or not streamed
-        if watch is not None:
+        if watch is not None or stream is not None:
             self._new_watch.set()
         if self._task is None or self._task.done():
             self._task = loop.create_task(self._poll())
@@ -197,7 +201,8 @@ class SlotReclaimer:
     async def _pause(self) -> None:
         """Wait until the next poll is due: at once for a request that is watched, and soon again, to learn its pace."""
         now_s = asyncio.get_running_loop().time()
-        pauses_s = [pending.watch.pause_s for pending in self._pending if pending.watch is not None]
+        watches = [each for pending in self._pending for each in (pending.watch, pending.stream) if each is not None]
+        pauses_s = [each.pause_s for each in watches]
         # A stream may generate what makes no event.
         must_notice = any(each.may_begin and each.since_s + _SOON_S <= now_s for each in self._pending)
         poll_slowly = (self._poll_slowly or must_notice) and self._reports_slots
@@ -253,7 +258,21 @@ class SlotReclaimer:
         self._has_answered = True
         at_work = self._at_work()
         self._look(slots, at_work, asyncio.get_running_loop().time())
+        self._look_at_sums(slots, at_work)
         return max(0, sum(map(is_busy, slots)) - sum(each.slots for each in at_work))
+
+    def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork]) -> None:
+        """Let the watches know what follows for each request from what all slots show."""
+        streams = [each.stream for each in self._pending if each.stream is not None]
+        most = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
+        for pending in self._pending:
+            if pending.watch is not None:
+                pending.watch.note_most(most_decoded(slots, most))
+        if streams:
+            events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
+            hidden = hidden_tokens(slots, most, events)
+            for stream in streams:
+                stream.look(hidden)
 
     def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""
@@ -300,6 +319,7 @@ def _assign(
 
 def _end(pending: PendingRelease) -> None:
     """Report what was generated for a cancelled request, then release its slots: the next one's quota counts it."""
-    if pending.watch is not None:
-        pending.watch.end()
+    for watch in (pending.watch, pending.stream):
+        if watch is not None:
+            watch.end()
     pending.ticket.release()

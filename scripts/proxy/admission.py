@@ -5,6 +5,7 @@ from collections.abc import Callable
 from accounting.request_record import RequestRecord, Stage
 from auth import Caller
 from backend.generation_watch import Generated, GenerationWatch, GivenUp
+from backend.left_stream import LeftStream
 from backend.readiness import DEAD, READY
 from backend.slot_isolation import SlotIsolation, SlotLease
 from backend.slots import SlotReclaimer
@@ -244,18 +245,19 @@ class Admission:
         *,
         streamed: bool,
         on_generated: Callable[[Generated], None] | None = None,
+        stream: LeftStream | None = None,
     ) -> None:
         """Release the slots once the backend, which was cut short, has stopped working.
 
         It may begin as long as `connection` has not ended. `sent_bytes` is the size of the body that it got.
-        `on_generated` gets what it was seen to generate.
+        `on_generated` gets what it was seen to generate, and `stream` whether that was more than its events.
         """
         if self._lane is not None:
             self._leave_lane(self._lane)
         ticket = self._ticket
         if ticket is not None and self._route.kind.slot:
             watch = None if on_generated is None else self._watch(ticket, sent_bytes, on_generated)
-            self._reclaimer().release(ticket, streamed=streamed, watch=watch, connection=connection)
+            self._reclaimer().release(ticket, streamed=streamed, watch=watch, stream=stream, connection=connection)
         elif ticket is not None:
             ticket.release()
 

@@ -8,6 +8,7 @@ from urllib.parse import parse_qs
 from accounting.request_record import RequestRecord
 from auth import Caller
 from backend.generation_watch import Generated
+from backend.left_stream import LeftStream
 from backend.models import Models
 from backend.readiness import DEAD, READY
 from backend.slots import SlotReclaimer
@@ -213,8 +214,9 @@ class ModelAdmission(Admission):
         *,
         streamed: bool,
         on_generated: Callable[[Generated], None] | None = None,
+        stream: LeftStream | None = None,
     ) -> None:
-        super().release_unfinished(connection, sent_bytes, streamed=streamed, on_generated=on_generated)
+        super().release_unfinished(connection, sent_bytes, streamed=streamed, on_generated=on_generated, stream=stream)
         if self._visit is not None:
             self._visit.release()
         self._models.look_soon()  # its model may have died

@@ -9,6 +9,7 @@ from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
+from backend.left_stream import LeftStream
 from backend.models import Models
 from backend.readiness import DEAD
 from core.errors import (
@@ -151,6 +152,12 @@ class Request:
     def unanswered_bytes(self) -> int:
         """The size of its body, while the backend has it and has not begun to answer."""
         return self._body.size if self.stage is Stage.AWAITING_RESPONSE else 0
+
+    @property
+    def stream_events(self) -> int | None:
+        """How many events of the backend's stream have come; None if it has begun none."""
+        source = self.record.usage_source
+        return source.events if self._response.is_event_stream and isinstance(source, TokenCounter) else None
 
     @property
     def is_at_work(self) -> bool:
@@ -587,16 +594,28 @@ class Request:
         is_watched = has_left and not streamed and self._prepared.route.generates
         if is_watched and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
             record.asked = tokens_asked(self._prepared.route, members)
-        if self._remainder is not None:
-            self._remainder.when_counted(partial(_record_stream, services, record))
-        elif has_left and streamed and left is not None and left.leaving and not left.ended:
-            left.on_end = lambda _: _record_stream(services, record, is_behind=False)
-        elif not is_watched:
+        stream = self._follow_stream()
+        if stream is None and not is_watched:
             services.recorder.record(record)
         assert self._caller is not None  # its request was sent
         on_generated = partial(_record_whole, services, record, left) if is_watched else None
         admission = self._admission_of(self._caller)
-        admission.release_unfinished(left, body.size, streamed=streamed, on_generated=on_generated)
+        admission.release_unfinished(left, body.size, streamed=streamed, on_generated=on_generated, stream=stream)
+
+    def _follow_stream(self) -> LeftStream | None:
+        """Let a stream whose client has left be recorded once it has ended; None if it is no such stream."""
+        remainder, left = self._remainder, self._left
+        stream = LeftStream(lambda: self.stream_events or 0, partial(_record_stream, self._services, self.record))
+        note_end = partial(_note_end, self._services, self.record, stream)
+        if remainder is not None:
+            remainder.when_counted(note_end)
+            return stream
+        if self.record.outcome is not Outcome.CANCELLED or not self._response.is_event_stream:
+            return None
+        if left is None or not left.leaving or left.ended:
+            return None
+        left.on_end = lambda _: note_end(is_behind=False)
+        return stream
 
     def close(self) -> None:
         """End the connection after the response, unless the response has ended it already."""
@@ -606,10 +625,16 @@ class Request:
             self._client.close(unread=self._body.unread, flush_s=self._services.timeouts.flush_s)
 
 
-def _record_stream(services: RequestServices, record: RequestRecord, is_behind: bool) -> None:
-    """Record a request for a stream whose client has left, once the rest of the stream has been counted."""
+def _note_end(services: RequestServices, record: RequestRecord, stream: LeftStream, is_behind: bool) -> None:
+    """The rest of a stream whose client has left has been counted."""
     record.is_behind = is_behind
     record.worked_until_s = services.clock()
+    stream.note_end()
+
+
+def _record_stream(services: RequestServices, record: RequestRecord, shows_all: bool) -> None:
+    """Record a request for a stream whose client has left, once the backend has stopped working on it."""
+    record.shows_all = shows_all
     services.recorder.record(record)
 
 

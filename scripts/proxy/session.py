@@ -227,6 +227,7 @@ class Sessions:
                 request.backend_slots,
                 request.stage is Stage.AWAITING_RESPONSE,
                 request.unanswered_bytes,
+                request.stream_events,
             )
             for request in requests
             if request.backend_slots and model in (None, request.record.model)

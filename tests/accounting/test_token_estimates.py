@@ -146,6 +146,34 @@ def test_a_stream_that_was_left_before_its_first_event_is_charged_by_the_time() 
     assert tokens == Tokens(25, 0, 40, estimated=65)
 
 
+def test_a_stream_whose_slots_show_no_more_is_charged_for_its_events_alone() -> None:
+    """Others have slowed it down, or its prompt was being read: the time says nothing then."""
+    begun, counting = TokenCounter(CHAT.route.label), counted(*EVENTS)
+    (of_none, all_of_none), (of_some, all_of_some) = (
+        [
+            tokens_of(left(usage_source=source, shows_all=shows, worked_until_s=150.0), taught())
+            for shows in (False, True)
+        ]
+        for source in (begun, counting)
+    )
+    assert of_none is not None
+    assert all_of_none is not None
+    assert of_some is not None
+    assert all_of_some is not None
+    assert (all_of_none.completion, all_of_some.completion) == (3, 4)
+    assert of_none.completion > 1000
+    assert of_some.completion > 400
+
+
+def test_what_no_slot_shows_is_not_charged_by_the_time() -> None:
+    """Of a request that waits behind others' prompts, nothing is generated however long it takes."""
+    for most, completion in ((0, 3), (20, 60), (9999, 1960)):
+        seen = Generated(None, None, is_exact=False, most=most)
+        tokens = tokens_of(left(generated=seen, worked_until_s=151.0, asked=TokensAsked(max_tokens=5000)), taught())
+        assert tokens is not None
+        assert abs(tokens.completion - completion) < 5, most
+
+
 def test_a_choice_without_its_report_is_charged_for_its_events() -> None:
     done = b'data: {"choices":[{"finish_reason":"stop","index":0}],"timings":{"prompt_n":4,"predicted_n":1}}\n\n'
     source = counted(*EVENTS, *EVENTS, *EVENTS, done)

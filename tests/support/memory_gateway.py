@@ -11,6 +11,7 @@ from accounting.request_record import RequestRecord
 from accounting.token_estimates import TokenEstimator
 from auth import Caller, Keyring, RateLimiter
 from backend.generation_watch import GenerationWatch, GivenUp
+from backend.left_stream import LeftStream
 from backend.readiness import LOADING, READY
 from backend.slot_isolation import SlotIsolation
 from backend.slots import Connection
@@ -158,6 +159,7 @@ class Releases(list[tuple[Ticket, bool]]):
         *,
         streamed: bool,
         watch: GenerationWatch | None = None,
+        stream: LeftStream | None = None,
         connection: Connection | None = None,
     ) -> None:
         self.append((ticket, streamed))
@@ -165,6 +167,8 @@ class Releases(list[tuple[Ticket, bool]]):
         if watch is not None:
             self.given_up.append(watch.request)
             watch.end()
+        if stream is not None:
+            stream.end()
 
 
 # What every response to alice's key has, and a whole response.

@@ -1,0 +1,82 @@
+"""Whether a stream whose client has left had more tokens than events, as GET /slots shows it.
+
+Most streams have an event for each token. What makes no event, half a character say, shows in a slot only. It is not
+known whose slot that is; but if each slot at work is one of a request that is known, all tokens that the streams
+had besides their events are in the difference of the sums.
+"""
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed
+
+# How many tokens may be on their way as events: of each stream, and as a part of all that have come.
+_IN_FLIGHT = 16
+_PART = 8
+# Between the first looks: a slot may have ended whose request is not known to have, or the other way round.
+_PACE_S = 0.05
+_LOOKS = 4
+
+
+def hidden_tokens(slots: Sequence[Slot], most: int, events: Sequence[int]) -> bool | None:
+    """Return whether streams have had tokens that made no events; None if that does not follow from the slots.
+
+    `most` is how many slots should be at work, and `events` how many events of each stream have come.
+    """
+    busy = [slot for slot in slots if is_busy(slot)]
+    if len(busy) != most:
+        return None
+    decoded, shown = sum(decoded_of(slot) for slot in busy if is_streamed(slot)), sum(events)
+    return decoded - shown > _IN_FLIGHT * len(events) + shown // _PART
+
+
+def most_decoded(slots: Sequence[Slot], most: int) -> int | None:
+    """Return how many tokens any request at work has had at most; None if not all of them have a slot at work."""
+    busy = [slot for slot in slots if is_busy(slot)]
+    return max(map(decoded_of, busy), default=0) if len(busy) == most else None
+
+
+class LeftStream:
+    """One stream whose client has left.
+
+    `on_end` is called once all of the stream has come and its slot is released: whether it surely had no token without
+    an event.
+    """
+
+    def __init__(self, count_events: Callable[[], int], on_end: Callable[[bool], None]) -> None:
+        self._count_events = count_events
+        self._on_end = on_end
+        self._hides: bool | None = None  # tokens, as far as has been seen
+        self._looks = 0
+        self._has_come = self._is_released = False
+
+    @property
+    def events(self) -> int:
+        return self._count_events()
+
+    @property
+    def pause_s(self) -> float:
+        """How long to wait before the next look at most."""
+        if not self._looks:
+            return 0.0
+        return _PACE_S if self._hides is None and self._looks < _LOOKS else inf
+
+    def look(self, hidden: bool | None) -> None:
+        """The slots were seen: see `hidden_tokens`."""
+        self._looks += 1
+        if hidden is not None:
+            self._hides = hidden or self._hides is True
+
+    def note_end(self) -> None:
+        """Its connection has ended."""
+        self._has_come = True
+        self._end_if_over()
+
+    def end(self) -> None:
+        """llama-server works on it no more, or it is not waited for any longer."""
+        self._is_released = True
+        self._end_if_over()
+
+    def _end_if_over(self) -> None:
+        if self._has_come and self._is_released:
+            self._on_end(self._hides is False)
