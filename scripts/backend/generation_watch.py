@@ -137,7 +137,7 @@ class GenerationWatch:
         self._is_certain = False
         self._is_over = False
         self._at_work_s = -inf
-        self._most: int | None = None  # tokens of one of its tasks, at the last look that says so
+        self._most: int | None = None  # tokens of one of its tasks, at the last look at which they could be at work
 
     @property
     def pause_s(self) -> float:
@@ -168,9 +168,10 @@ class GenerationWatch:
         """Whether its tasks cannot be another request's."""
         return self._is_certain
 
-    def note_most(self, most: int | None) -> None:
-        """No request at work has had more tokens than this; None if that is not known."""
-        self._most = self._most if most is None else max(self._most or 0, most)
+    def note_most(self, most: int | None, *, may_begin: bool) -> None:
+        """No request at work has had more tokens than this; None if that is not known. `may_begin`: see `look`."""
+        if most is not None or may_begin:
+            self._most = most
 
     def look(
         self,

@@ -66,6 +66,8 @@ class LeftStream:
         self._looks += 1
         if hidden is not None:
             self._hides = hidden or self._hides is True
+        elif not self._has_come and self._hides is False:  # what it has had since the last look is not known
+            self._hides = None
 
     def note_end(self) -> None:
         """Its connection has ended."""

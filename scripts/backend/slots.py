@@ -267,7 +267,7 @@ class SlotReclaimer:
         most = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         for pending in self._pending:
             if pending.watch is not None:
-                pending.watch.note_most(most_decoded(slots, most))
+                pending.watch.note_most(most_decoded(slots, most), may_begin=pending.may_begin)
         if streams:
             events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
             hidden = hidden_tokens(slots, most, events)

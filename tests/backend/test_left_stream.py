@@ -40,7 +40,8 @@ def test_the_sums_say_whether_tokens_made_no_events(
         ([], False),
         ([None], False),
         ([False], True),
-        ([False, None], True),
+        ([False, None], False),
+        ([False, None, False], True),
         ([None, False], True),
         ([True, False], False),
         ([False, True], False),
@@ -55,6 +56,16 @@ def test_a_stream_shows_all_if_no_look_has_shown_more(looks: list[bool | None], 
     stream.note_end()
     stream.end()
     assert ended == [shows_all]
+
+
+def test_what_is_not_known_after_its_end_says_nothing_against_it() -> None:
+    ended: list[bool] = []
+    stream = LeftStream(lambda: 7, ended.append)
+    stream.look(False)
+    stream.note_end()
+    stream.look(None)
+    stream.end()
+    assert ended == [True]
 
 
 def test_it_ends_once_it_has_come_and_its_slot_is_released_in_any_order() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
+from backend.left_stream import LeftStream
 from backend.slots import SlotReclaimer, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
@@ -132,6 +133,49 @@ def test_slots_are_released_as_the_backend_stops_working_on_them() -> None:
         assert len(cancelled.reclaimer) == 1
         await cancelled.released()
         assert (backend.polls, len(cancelled.reclaimer)) == (4, 0)
+
+    run(play)
+
+
+def listed(*decoded: int | None) -> Reply:
+    """Return a page of slots: busy ones of streams with so many tokens, and idle ones (None)."""
+    slots = [
+        {"is_processing": each is not None, "params": {"stream": True}, "next_token": [{"n_decoded": each or 0}]}
+        for each in decoded
+    ]
+    return 200, json.dumps(slots).encode()
+
+
+@pytest.mark.parametrize(
+    ("own", "shows_all"),
+    [(40, True), (400, False)],
+)
+def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, shows_all: bool) -> None:
+    async def play() -> None:
+        ended: list[bool] = []
+        stream = LeftStream(lambda: 40, ended.append)
+        backend = Backend(listed(own, 300, 0), listed(None, 300, 0))
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(0.0, 1, is_awaited=False, events=300), AtWork(0.0, 1)]
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        await cancelled.released()
+        assert ended == [shows_all]
+
+    run(play)
+
+
+def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
+    async def play() -> None:
+        ended: list[Generated] = []
+        backend = Backend(listed(0, 7), listed(None, 7))
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(0.0, 1, is_awaited=False, events=7)]
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=False, watch=watch)
+        await cancelled.released()
+        assert ended == [Generated(None, None, False, 1, 7)]
 
     run(play)
 
