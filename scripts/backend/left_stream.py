@@ -16,6 +16,7 @@ _PART = 8
 # Between the first looks: a slot may have ended whose request is not known to have, or the other way round.
 _PACE_S = 0.05
 _LOOKS = 4
+GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what was seen still says what it has had
 
 
 def hidden_tokens(slots: Sequence[Slot], most: int, events: Sequence[int]) -> bool | None:
@@ -48,6 +49,7 @@ class LeftStream:
         self._on_end = on_end
         self._hides: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
+        self._seen_s = 0.0  # when the slots said something last
         self._has_come = self._is_released = False
 
     @property
@@ -61,12 +63,13 @@ class LeftStream:
             return 0.0
         return _PACE_S if self._hides is None and self._looks < _LOOKS else inf
 
-    def look(self, hidden: bool | None) -> None:
+    def look(self, hidden: bool | None, now_s: float) -> None:
         """The slots were seen: see `hidden_tokens`."""
         self._looks += 1
         if hidden is not None:
             self._hides = hidden or self._hides is True
-        elif not self._has_come and self._hides is False:  # what it has had since the last look is not known
+            self._seen_s = now_s
+        elif not self._has_come and self._hides is False and now_s - self._seen_s > GOOD_FOR_S:
             self._hides = None
 
     def note_end(self) -> None:

@@ -257,22 +257,23 @@ class SlotReclaimer:
             return 0
         self._has_answered = True
         at_work = self._at_work()
-        self._look(slots, at_work, asyncio.get_running_loop().time())
-        self._look_at_sums(slots, at_work)
+        now_s = asyncio.get_running_loop().time()
+        self._look(slots, at_work, now_s)
+        self._look_at_sums(slots, at_work, now_s)
         return max(0, sum(map(is_busy, slots)) - sum(each.slots for each in at_work))
 
-    def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork]) -> None:
+    def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches know what follows for each request from what all slots show."""
         streams = [each.stream for each in self._pending if each.stream is not None]
         most = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         for pending in self._pending:
             if pending.watch is not None:
-                pending.watch.note_most(most_decoded(slots, most), may_begin=pending.may_begin)
+                pending.watch.note_most(most_decoded(slots, most), now_s, may_begin=pending.may_begin)
         if streams:
             events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
             hidden = hidden_tokens(slots, most, events)
             for stream in streams:
-                stream.look(hidden)
+                stream.look(hidden, now_s)
 
     def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""

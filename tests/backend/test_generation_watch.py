@@ -160,15 +160,16 @@ def test_it_is_at_work_as_long_as_a_look_shows_it() -> None:
 def test_the_most_that_it_can_have_had_is_that_of_the_last_look_at_which_it_could_be_at_work() -> None:
     for looks, most in (
         ([(5, True)], 5),
-        ([(5, True), (None, True)], None),
-        ([(5, True), (None, False)], 5),
+        ([(5, True), (None, True)], 5),
+        ([(5, True), (None, True), (None, True)], None),
+        ([(5, True), (None, True), (None, False)], 5),
         ([(5, True), (None, True), (8, True)], 8),
         ([(None, False)], None),
     ):
         ended: list[Generated] = []
         watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
-        for number, may_begin in looks:
-            watch.note_most(number, may_begin=may_begin)
+        for at_s, (number, may_begin) in enumerate(looks):
+            watch.note_most(number, at_s * 1.5, may_begin=may_begin)
         watch.end()
         assert ended == [Generated(None, None, False, 1, most)]
 

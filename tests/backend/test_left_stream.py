@@ -51,8 +51,8 @@ def test_a_stream_shows_all_if_no_look_has_shown_more(looks: list[bool | None], 
     ended: list[bool] = []
     stream = LeftStream(lambda: 7, ended.append)
     assert stream.events == 7
-    for hidden in looks:
-        stream.look(hidden)
+    for number, hidden in enumerate(looks):
+        stream.look(hidden, 3.0 * number)
     stream.note_end()
     stream.end()
     assert ended == [shows_all]
@@ -61,9 +61,10 @@ def test_a_stream_shows_all_if_no_look_has_shown_more(looks: list[bool | None], 
 def test_what_is_not_known_after_its_end_says_nothing_against_it() -> None:
     ended: list[bool] = []
     stream = LeftStream(lambda: 7, ended.append)
-    stream.look(False)
+    stream.look(False, 1.0)
+    stream.look(None, 2.9)  # for a moment it says nothing either
     stream.note_end()
-    stream.look(None)
+    stream.look(None, 9.0)
     stream.end()
     assert ended == [True]
 
@@ -83,12 +84,12 @@ def test_the_first_look_is_due_at_once() -> None:
     stream = LeftStream(lambda: 0, lambda shows_all: None)
     assert stream.pause_s == 0.0
     for _ in range(3):
-        stream.look(None)
+        stream.look(None, 1.0)
         assert stream.pause_s == 0.05
-    stream.look(None)
+    stream.look(None, 1.0)
     assert stream.pause_s > 60
     stream = LeftStream(lambda: 0, lambda shows_all: None)
-    stream.look(False)
+    stream.look(False, 1.0)
     assert stream.pause_s > 60
 
 
