@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from backend.left_stream import GOOD_FOR_S
 from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, limit_of, prompt_of, task_of
 
 _PACE_S = 0.2  # between the first looks
@@ -139,7 +138,6 @@ class GenerationWatch:
         self._is_over = False
         self._at_work_s = -inf
         self._most: int | None = None  # tokens of one of its tasks
-        self._most_s = 0.0  # when that was known last
 
     @property
     def pause_s(self) -> float:
@@ -170,12 +168,9 @@ class GenerationWatch:
         """Whether its tasks cannot be another request's."""
         return self._is_certain
 
-    def note_most(self, most: int | None, now_s: float, *, may_begin: bool) -> None:
-        """No request at work has had more tokens than this; None if that is not known. `may_begin`: see `look`."""
-        if most is not None:
-            self._most, self._most_s = most, now_s
-        elif may_begin and now_s - self._most_s > GOOD_FOR_S:
-            self._most = None
+    def note_most(self, most: int) -> None:
+        """No request at work has had more tokens than this; the backend may be at work on it."""
+        self._most = max(self._most or 0, most)
 
     def look(
         self,

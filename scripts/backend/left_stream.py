@@ -1,8 +1,8 @@
 """Whether a stream whose client has left had more tokens than events, as GET /slots shows it.
 
 Most streams have an event for each token. What makes no event, half a character say, shows in a slot only. It is not
-known whose slot that is; but if each slot at work is one of a request that is known, all tokens that the streams
-had besides their events are in the difference of the sums.
+known whose slot that is; but if all streams are at work, what they had besides their events is in the difference of
+the sums.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,28 +13,31 @@ from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
 _PART = 8
+_EMPTY_EVENTS = 3  # of a stream: those with which it begins and ends have no token
 # Between the first looks: a slot may have ended whose request is not known to have, or the other way round.
 _PACE_S = 0.05
 _LOOKS = 4
-GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what was seen still says what it has had
+_GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what was seen still says what it has had
 
 
 def hidden_tokens(slots: Sequence[Slot], most: int, events: Sequence[int]) -> bool | None:
     """Return whether streams have had tokens that made no events; None if that does not follow from the slots.
 
-    `most` is how many slots should be at work, and `events` how many events of each stream have come.
+    At most `most` slots should be at work. `events` is how many events of each stream have come.
     """
     busy = [slot for slot in slots if is_busy(slot)]
-    if len(busy) != most:
+    decoded = sorted([decoded_of(slot) for slot in busy if is_streamed(slot)], reverse=True)
+    come = sorted(events, reverse=True)
+    if len(busy) > most or len(decoded) < len(come):
         return None
-    decoded, shown = sum(decoded_of(slot) for slot in busy if is_streamed(slot)), sum(events)
-    return decoded - shown > _IN_FLIGHT * len(events) + shown // _PART
+    if any(had + _EMPTY_EVENTS < shown for had, shown in zip(decoded, come, strict=False)):
+        return None  # the slot of one of the streams is not at work any more
+    return sum(decoded) - sum(come) > _IN_FLIGHT * len(events) + sum(come) // _PART
 
 
-def most_decoded(slots: Sequence[Slot], most: int) -> int | None:
-    """Return how many tokens any request at work has had at most; None if not all of them have a slot at work."""
-    busy = [slot for slot in slots if is_busy(slot)]
-    return max(map(decoded_of, busy), default=0) if len(busy) == most else None
+def most_decoded(slots: Sequence[Slot]) -> int:
+    """Return how many tokens a request at work has had at most."""
+    return max([decoded_of(slot) for slot in slots if is_busy(slot)], default=0)
 
 
 class LeftStream:
@@ -69,7 +72,7 @@ class LeftStream:
         if hidden is not None:
             self._hides = hidden or self._hides is True
             self._seen_s = now_s
-        elif not self._has_come and self._hides is False and now_s - self._seen_s > GOOD_FOR_S:
+        elif not self._has_come and self._hides is False and now_s - self._seen_s > _GOOD_FOR_S:
             self._hides = None
 
     def note_end(self) -> None:

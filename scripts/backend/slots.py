@@ -267,8 +267,8 @@ class SlotReclaimer:
         streams = [each.stream for each in self._pending if each.stream is not None]
         most = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         for pending in self._pending:
-            if pending.watch is not None:
-                pending.watch.note_most(most_decoded(slots, most), now_s, may_begin=pending.may_begin)
+            if pending.watch is not None and pending.may_begin:
+                pending.watch.note_most(most_decoded(slots))
         if streams:
             events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
             hidden = hidden_tokens(slots, most, events)

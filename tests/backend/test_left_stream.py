@@ -24,7 +24,10 @@ def slot(decoded: int, *, busy: bool = True, streamed: bool = True) -> Slot:
         ([slot(40), slot(900, streamed=False)], 2, [40], False),  # an answer that is whole has no events
         ([slot(40), slot(900, busy=False)], 1, [40], False),
         ([slot(40), slot(900, busy=False)], 2, [40, 900], None),  # one has ended
+        ([slot(1000), slot(0)], 3, [5000, 3], None),  # one has ended, and another one has begun
+        ([slot(41), slot(0)], 3, [43], False),  # events without a token
         ([slot(40), slot(0)], 1, [40], None),  # another program is at work
+        ([slot(40)], 3, [40], False),  # others have not begun
         ([], 1, [40], None),
     ],
 )
@@ -94,6 +97,5 @@ def test_the_first_look_is_due_at_once() -> None:
 
 
 def test_what_a_request_has_had_is_no_more_than_what_any_slot_shows() -> None:
-    assert most_decoded([slot(4), slot(0), slot(900, busy=False)], 2) == 4
-    assert most_decoded([slot(0)], 1) == 0
-    assert most_decoded([slot(4)], 2) is None
+    assert most_decoded([slot(4), slot(0), slot(900, busy=False)]) == 4
+    assert most_decoded([slot(900, busy=False)]) == 0

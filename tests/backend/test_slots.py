@@ -169,11 +169,15 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, shows_a
 def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
     async def play() -> None:
         ended: list[Generated] = []
-        backend = Backend(listed(0, 7), listed(None, 7))
+        backend = Backend(listed(0, 7), listed(0, 7), listed(None, 9))
         cancelled = Cancelled(backend)
         cancelled.at_work = [AtWork(0.0, 1, is_awaited=False, events=7)]
+        connection = Line()
         watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
-        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=False, watch=watch)
+        ticket = cancelled.queue.acquire("alice")
+        cancelled.reclaimer.release(ticket, streamed=False, watch=watch, connection=connection)
+        await until(lambda: backend.polls == 2)
+        connection.ended = True
         await cancelled.released()
         assert ended == [Generated(None, None, False, 1, 7)]
 
