@@ -308,7 +308,7 @@ def test_a_service_of_that_name_is_no_setting(given: dict[str, str]) -> None:
 def test_a_misspelt_name_is_a_warning() -> None:
     assert load(MAX_QUEU_SIZE="1").warnings == ("'MAX_QUEU_SIZE' is not a setting; did you mean MAX_QUEUE_SIZE?",)
     assert load(MODEL_DIR="x").warnings == ("'MODEL_DIR' is not a setting; did you mean MODELS_DIR?",)
-    assert load(PARALEL="2").warnings == ("'PARALEL' is not a setting; did you mean PARALLEL?",)
+    assert load(PARALLELS="2").warnings == ("'PARALLELS' is not a setting; did you mean PARALLEL?",)
     assert load(MAX_SPEED="1", PATH="/bin", MOCK_SLOTS="1", GATEWAY_PORTS="2", HOSTS="x", LOGNAME="me").warnings == ()
 
 
