@@ -258,8 +258,11 @@ class Admission:
         if ticket is not None and self._route.kind.slot:
             watch = None if on_generated is None else self._watch(ticket, sent_bytes, on_generated)
             self._reclaimer().release(ticket, streamed=streamed, watch=watch, stream=stream, connection=connection)
-        elif ticket is not None:
+            return
+        if ticket is not None:
             ticket.release()
+        if stream is not None:
+            stream.end()
 
     def _watch(self, ticket: Ticket, sent_bytes: int, on_generated: Callable[[Generated], None]) -> GenerationWatch:
         record, asked = self._record, self._record.asked

@@ -3,11 +3,14 @@
 import pytest
 
 from accounting.request_record import Outcome, Stage
+from backend.left_stream import LeftStream
 from backend.readiness import DEAD, LOADING, READY
 from core.errors import (
     DRAINING,
     QUEUE_TIMEOUT,
 )
+from policy.slot_demand import ONE_SLOT
+from proxy.admission import Admission
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
 from support.gateway import CHAT, get, post, request
 from support.memory_gateway import WHOLE, MemoryGateway, in_memory
@@ -351,3 +354,20 @@ async def test_a_client_that_leaves_while_its_connection_is_made_has_a_slot_no_m
     served.transport.receive_eof()
     assert (gateway.queue.active, gateway.releases) == (0, [])
     gateway.expect_end(served, Outcome.CANCELLED, 499)
+
+
+@in_memory()
+async def test_what_takes_no_slot_waits_for_none(gateway: MemoryGateway) -> None:
+    """The end of a stream's connection is all that it is recorded after."""
+    served = gateway.serve(post(b"/tokenize"))
+    await gateway.asked()
+    caller = gateway.services.access.authenticate(served.record.prepared)
+    assert caller is not None
+    ended: list[bool] = []
+    stream = LeftStream(lambda: 0, ended.append)
+    admission = Admission(gateway.services, served.client, served.record, caller, ONE_SLOT)
+    admission.release_unfinished(None, 0, streamed=True, stream=stream)
+    assert ended == []
+    stream.note_end()
+    assert ended == [False]
+    assert gateway.releases == []
