@@ -150,7 +150,12 @@ class Stack:
             raise
         while not (self._probing or (await self.gateway.look())["ready"]):
             await asyncio.sleep(0.1)
-        self._at_rest = (await self.gateway.look())["held"]
+        # The first look that shows it ready may come while it still prepares something.
+        before = None
+        while before != (held := (await self.gateway.look())["held"]):
+            before = held
+            await asyncio.sleep(0.1)
+        self._at_rest = held
         self._begun_cpu_s = self.gateway.cpu_s
         return self
 
