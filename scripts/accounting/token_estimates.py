@@ -20,7 +20,7 @@ PROMPT_TOKENS_PER_S = 500.0
 TOKENS_PER_S = 20.0
 # Above the most likely number of tokens: an estimate should not be below what was generated, nor a quarter above it.
 MARGIN = 1.12
-HIDDEN_MARGIN = 1.25  # for a response whose client asked for no report
+UNREPORTED_MARGIN = 1.25  # for a response whose client asked for no report
 # llama-server notices that the client of a response that is not streamed has left only after about a second.
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
@@ -154,14 +154,14 @@ class TokenEstimator:
             more = self._unsent(record, tokens) if was_left else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
-            generated = self._unseen(record, prompt)
+            generated = self._of_unsent(record, prompt)
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
-        generated = self._hidden(record, count, prompt)
+        generated = self._of_unreported(record, count, prompt)
         return generated, generated
 
-    def _unseen(self, record: RequestRecord, prompt: int) -> int:
+    def _of_unsent(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what was generated for a client that got nothing of it."""
         if record.generated is not None and record.generated.tokens is not None:
             return record.generated.tokens
@@ -170,7 +170,7 @@ class TokenEstimator:
             return min(generated, limit_of(record) or generated)
         return self._by_time(record, prompt)
 
-    def _hidden(self, record: RequestRecord, count: Count, prompt: int) -> int:
+    def _of_unreported(self, record: RequestRecord, count: Count, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
 
         It is what the response shows, but at least half of what the time makes likely: a grammar can make each token
@@ -179,7 +179,7 @@ class TokenEstimator:
         limit = limit_of(record)
         if limit is not None and not self._speed.is_learned:
             return limit
-        shown = max(ceil(count.text_bytes * self._text.value * HIDDEN_MARGIN), count.listed)
+        shown = max(ceil(count.text_bytes * self._text.value * UNREPORTED_MARGIN), count.listed)
         by_time = self._by_time(record, prompt)
         generated = max(shown, by_time // 2) if shown else by_time
         return min(generated, limit or generated)

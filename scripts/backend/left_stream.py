@@ -20,15 +20,15 @@ _LOOKS = 4
 _GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what was seen still says what it has had
 
 
-def hidden_tokens(slots: Sequence[Slot], most: int, events: Sequence[int]) -> bool | None:
+def has_silent_tokens(slots: Sequence[Slot], known_slots: int, events: Sequence[int]) -> bool | None:
     """Return whether streams have had tokens that made no events; None if that does not follow from the slots.
 
-    At most `most` slots should be at work. `events` is how many events of each stream have come.
+    `known_slots` is how many slots all known requests have, and `events` how many events of each stream have come.
     """
     busy = [slot for slot in slots if is_busy(slot)]
     decoded = sorted([decoded_of(slot) for slot in busy if is_streamed(slot)], reverse=True)
     come = sorted(events, reverse=True)
-    if len(busy) > most or len(decoded) < len(come):
+    if len(busy) > known_slots or len(decoded) < len(come):
         return None
     if any(had + _EMPTY_EVENTS < shown for had, shown in zip(decoded, come, strict=False)):
         return None  # the slot of one of the streams is not at work any more
@@ -50,7 +50,7 @@ class LeftStream:
     def __init__(self, count_events: Callable[[], int], on_end: Callable[[bool], None]) -> None:
         self._count_events = count_events
         self._on_end = on_end
-        self._hides: bool | None = None  # tokens, as far as has been seen
+        self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
         self._has_come = self._is_released = False
@@ -64,16 +64,16 @@ class LeftStream:
         """How long to wait before the next look at most."""
         if not self._looks:
             return 0.0
-        return _PACE_S if self._hides is None and self._looks < _LOOKS else inf
+        return _PACE_S if self._has_silent is None and self._looks < _LOOKS else inf
 
-    def look(self, hidden: bool | None, now_s: float) -> None:
-        """The slots were seen: see `hidden_tokens`."""
+    def look(self, has_silent: bool | None, now_s: float) -> None:
+        """The slots were seen: see `has_silent_tokens`."""
         self._looks += 1
-        if hidden is not None:
-            self._hides = hidden or self._hides is True
+        if has_silent is not None:
+            self._has_silent = has_silent or self._has_silent is True
             self._seen_s = now_s
-        elif not self._has_come and self._hides is False and now_s - self._seen_s > _GOOD_FOR_S:
-            self._hides = None
+        elif not self._has_come and self._has_silent is False and now_s - self._seen_s > _GOOD_FOR_S:
+            self._has_silent = None
 
     def note_end(self) -> None:
         """Its connection has ended."""
@@ -87,4 +87,4 @@ class LeftStream:
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            self._on_end(self._hides is False)
+            self._on_end(self._has_silent is False)

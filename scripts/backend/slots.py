@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
-from backend.left_stream import LeftStream, hidden_tokens, most_decoded
+from backend.left_stream import LeftStream, has_silent_tokens, most_decoded
 from backend.slot_listing import Slot, awaited_task, is_busy
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
@@ -264,16 +264,16 @@ class SlotReclaimer:
 
     def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches know what follows for each request from what all slots show."""
-        streams = [each.stream for each in self._pending if each.stream is not None]
-        most = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
+        most_tokens = most_decoded(slots)
         for pending in self._pending:
             if pending.watch is not None and pending.may_begin:
-                pending.watch.note_most(most_decoded(slots))
-        if streams:
-            events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
-            hidden = hidden_tokens(slots, most, events)
-            for stream in streams:
-                stream.look(hidden, now_s)
+                pending.watch.note_most(most_tokens)
+        streams = [each.stream for each in self._pending if each.stream is not None]
+        known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
+        events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
+        has_silent = has_silent_tokens(slots, known_slots, events)
+        for stream in streams:
+            stream.look(has_silent, now_s)
 
     def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""

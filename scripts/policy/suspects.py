@@ -99,19 +99,21 @@ class Suspects:
         for suspect in death.suspects:
             self._suspected[suspect.digest] = self._clock() + HELD_S
         key_ids = sorted({suspect.key_id for suspect in death.suspects})
-        log.warning("llama-server ended while it worked on requests of %s", ", ".join(key_ids))
+        log.warning("llama-server ended while it worked on requests of the keys %s", ", ".join(key_ids))
         if culprits:
             self._hold(culprits)
         self._log_consequences(key_ids, culprits)
 
     def _log_consequences(self, key_ids: Sequence[str], culprits: Collection[Suspect]) -> None:
         for key_id in sorted({culprit.key_id for culprit in culprits}):
-            log.warning("a request of %s is held back for an hour: it was at work alone, or in two deaths", key_id)
+            log.warning("a request of key %s is held back for an hour: it was at work alone, or in two deaths", key_id)
         for key_id in key_ids:
             pause_s = self._pause_s(key_id)
             if pause_s > 0:
                 log.warning(
-                    "%s gets nothing for %d s: its requests were at work in most of the last deaths", key_id, pause_s
+                    "key %s gets nothing for %d s: its requests were at work in most of the last deaths",
+                    key_id,
+                    pause_s,
                 )
 
     def was_cut_recently(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from accounting.request_record import Outcome, RequestRecord
 from accounting.token_counter import TokenCounter
-from accounting.token_estimates import HIDDEN_MARGIN, OVERRUN_TOKENS, TOKENS_PER_BYTE, TokenEstimator, limit_of
+from accounting.token_estimates import OVERRUN_TOKENS, TOKENS_PER_BYTE, UNREPORTED_MARGIN, TokenEstimator, limit_of
 from accounting.usage_reports import Tokens
 from backend.generation_watch import Generated
 from policy.token_limits import TokensAsked
@@ -338,7 +338,7 @@ def test_text_is_measured_from_time_to_time() -> None:
         estimator.learn([seen], [estimator.tokens_of(seen)])
     tokens = tokens_of(record(NATIVE, usage_source=b'{"content":"%b"}' % (b"x" * 100)), estimator)
     assert tokens is not None
-    assert tokens.completion == ceil(50 * HIDDEN_MARGIN)
+    assert tokens.completion == ceil(50 * UNREPORTED_MARGIN)
 
 
 def test_nothing_is_learned_from_estimates_or_nothing() -> None:

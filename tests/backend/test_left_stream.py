@@ -2,7 +2,7 @@
 
 import pytest
 
-from backend.left_stream import LeftStream, hidden_tokens, most_decoded
+from backend.left_stream import LeftStream, has_silent_tokens, most_decoded
 from backend.slot_listing import Slot
 
 
@@ -34,7 +34,7 @@ def slot(decoded: int, *, busy: bool = True, streamed: bool = True) -> Slot:
 def test_the_sums_say_whether_tokens_made_no_events(
     slots: list[Slot], most: int, events: list[int], hidden: bool | None
 ) -> None:
-    assert hidden_tokens(slots, most, events) is hidden
+    assert has_silent_tokens(slots, most, events) is hidden
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,12 @@ def test_the_log_says_whose_requests_were_at_work_and_what_follows(caplog: pytes
     world.die("a1", "c1")
     world.die("a2")
     assert caplog.messages == [
-        "llama-server ended while it worked on requests of a, b",
-        "llama-server ended while it worked on requests of a, c",
-        "a request of a is held back for an hour: it was at work alone, or in two deaths",
-        "llama-server ended while it worked on requests of a",
-        "a request of a is held back for an hour: it was at work alone, or in two deaths",
-        "a gets nothing for 60 s: its requests were at work in most of the last deaths",
+        "llama-server ended while it worked on requests of the keys a, b",
+        "llama-server ended while it worked on requests of the keys a, c",
+        "a request of key a is held back for an hour: it was at work alone, or in two deaths",
+        "llama-server ended while it worked on requests of the keys a",
+        "a request of key a is held back for an hour: it was at work alone, or in two deaths",
+        "key a gets nothing for 60 s: its requests were at work in most of the last deaths",
     ]
 
 
