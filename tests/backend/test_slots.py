@@ -166,6 +166,25 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, shows_a
     run(play)
 
 
+def test_the_slots_are_looked_at_as_soon_as_a_stream_is_left() -> None:
+    """Its slot may have the next request a moment later. This clock moves on only if all wait."""
+
+    async def play() -> None:
+        backend = Backend(listed(40, 0))
+        cancelled, loop = Cancelled(backend), asyncio.get_running_loop()
+        for number in (1, 2):
+            begun_s, polls = loop.time(), backend.polls
+            stream = LeftStream(lambda: 40, lambda shows_all: None)
+            ticket = cancelled.queue.acquire("alice")
+            cancelled.reclaimer.release(ticket, streamed=True, stream=stream, connection=Line())
+            await until(lambda polls=polls: backend.polls > polls)  # type: ignore[misc]
+            assert loop.time() - begun_s < 0.05, number
+            await asyncio.sleep(5)  # another poll is awaited now
+        await cancelled.reclaimer.close()
+
+    run_without_sleep(play())
+
+
 def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
     async def play() -> None:
         ended: list[Generated] = []

@@ -33,6 +33,13 @@ def asked(route: Route, body: str) -> TokensAsked:
     return tokens_asked(route, members_of(body.encode()))
 
 
+def test_the_size_of_the_prompts_is_that_of_their_member() -> None:
+    assert asked(NATIVE, '{"zz":"much that is no prompt","prompt":"four"}').prompt_bytes == 6
+    assert asked(COMPLETIONS, '{"prompt":["a","b"]}').prompt_bytes == 9
+    assert asked(NATIVE, "{}").prompt_bytes == 0
+    assert asked(CHAT, '{"prompt":"four"}').prompt_bytes == 0
+
+
 @pytest.mark.parametrize(
     ("route", "body", "max_tokens", "member", "is_named"),
     [

@@ -103,11 +103,22 @@ async def test_a_request_that_waits_for_an_isolated_slot_is_given_up_after_reque
 
 
 @in_memory()
+async def test_a_whole_answer_in_pieces_is_no_stream(gateway: MemoryGateway) -> None:
+    served = gateway.serve(post())
+    assert served.request.stream_events is None
+    (await gateway.asked()).receive(WHOLE[:-1])
+    assert (served.request.stage, served.request.stream_events) == (Stage.STREAMING, None)
+
+
+@in_memory()
 async def test_a_stream_is_relayed_in_pieces_and_counted(gateway: MemoryGateway) -> None:
     served = gateway.serve(post(CHAT, STREAM_BODY))
     backend = await gateway.asked()
     backend.receive(STREAM_HEAD)
     assert (served.request.stage, served.request.backend_slots) == (Stage.STREAMING, 1)
+    assert served.request.stream_events == 0
+    backend.receive(chunk(event('{"choices":[{"delta":{"content":"a"}}]}')))
+    assert served.request.stream_events == 1
     backend.receive(chunk(event("1")) + LAST_CHUNK)
     assert served.sent.endswith(chunk(event("1")) + LAST_CHUNK)
     assert (served.returned, gateway.pool.idle_count, served.request.backend_slots) == ([True], 0, 0)

@@ -80,3 +80,11 @@ def test_a_request_reserves_its_prompt_and_what_it_may_generate() -> None:
         own.quotas.reserve(caller, CHAT, 100, TokensAsked(1, 1, 341))
     assert refused.value.kind is TOKEN_RATE_EXCEEDED
     assert own.quotas.reserve(caller, CHAT, 100, TokensAsked(1, 1, None)) is not None
+
+
+def test_without_a_limit_on_the_minute_nothing_counts_within_it() -> None:
+    """Also of what was counted before the limit was lifted."""
+    own = Quotas()
+    assert own.quotas.reserve(alice(tokens_per_minute=1000), CHAT, 100, TokensAsked(1, 1, 300)) is not None
+    nothing = {"limit": None, "used": 0, "left": None, "resets_in_s": 0}
+    assert own.quotas.report(alice())["tokens_per_minute"] == nothing
