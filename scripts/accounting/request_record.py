@@ -7,6 +7,7 @@ from itertools import count
 from accounting.token_counter import TokenCounter
 from auth import NO_KEY
 from backend.generation_watch import Generated
+from backend.left_stream import Shown
 from core.errors import Kind
 from policy.prepared_request import PreparedRequest
 from policy.token_limiter import Reservation
@@ -70,7 +71,7 @@ class RequestRecord:
         "queued_s",
         "refusal",
         "reservation",
-        "shows_all",
+        "shown",
         "stage",
         "started_s",
         "status",
@@ -100,6 +101,6 @@ class RequestRecord:
         self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
         self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
         self.is_behind = False  # more may have been generated for a client that has left than was received and counted
-        self.shows_all = False  # such a stream has surely had no token without an event
+        self.shown: Shown | None = None  # what the slots have shown of a stream whose client has left
         self.worked_until_s = 0.0  # until when the backend worked on it after its end, as far as is known
         self.usage_source: TokenCounter | bytes | None = None  # the response, or what counted its tokens

@@ -136,6 +136,9 @@ class TokenEstimator:
             return record.generated.prompt
         label = record.prepared.route.label
         by_body = self.prompt_tokens(record.key_id, label, record.bytes_in)
+        if record.shown is not None and record.shown.prompt is not None:
+            prompts = record.asked.prompts
+            by_body = record.shown.prompt.nearest(by_body // prompts) * prompts
         if not record.is_unfinished:  # its client asked for no report, and its body may have had more than a prompt
             by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
         return max(count.tokens.prompt, by_body)
@@ -151,7 +154,7 @@ class TokenEstimator:
                 relayed = source.events
             tokens, estimated = self._of_stream(record, count, relayed)
             was_left = record.is_unfinished and record.outcome is not Outcome.TRUNCATED
-            more = self._unsent(record, tokens) if was_left else 0
+            more = self._unsent(record, tokens, prompt) if was_left else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
             generated = self._of_unsent(record, prompt)
@@ -165,10 +168,11 @@ class TokenEstimator:
         """Estimate what was generated for a client that got nothing of it."""
         if record.generated is not None and record.generated.tokens is not None:
             return record.generated.tokens
-        if record.shows_all:
+        shown = record.shown
+        if shown is not None and shown.has_all_in_events:
             generated = OVERRUN_TOKENS * record.asked.answers
-            return min(generated, limit_of(record) or generated)
-        return self._by_time(record, prompt)
+            return _as_shown(record, min(generated, limit_of(record) or generated))
+        return _as_shown(record, self._by_time(record, prompt))
 
     def _of_unreported(self, record: RequestRecord, count: Count, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
@@ -198,16 +202,21 @@ class TokenEstimator:
             return reported, estimated
         return relayed, relayed - (reported - estimated)
 
-    def _unsent(self, record: RequestRecord, sent: int) -> int:
-        """Estimate what the backend generated of a stream that was given up, besides what it has sent."""
+    def _unsent(self, record: RequestRecord, sent: int, prompt: int) -> int:
+        """Estimate what the backend generated of a stream that was given up, besides what it has sent.
+
+        A stream begins before its prompt is read.
+        """
         answers = record.asked.answers
         generated = sent + OVERRUN_TOKENS * answers
-        span_s = max(record.ended_s, record.worked_until_s) - record.first_byte_s
+        span_s = max(record.ended_s, record.worked_until_s) - record.first_byte_s - self._reading_s(record, prompt)
         by_time = ceil(span_s * self._speed.value) * answers
+        has_all_in_events = record.shown is not None and record.shown.has_all_in_events
         if record.is_behind:
             generated = max(generated, by_time)
-        elif self._speed.is_learned and not record.shows_all:  # it may have generated what makes no event
+        elif self._speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
+        generated = _as_shown(record, generated)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
 
     def _by_time(self, record: RequestRecord, prompt: int) -> int:
@@ -216,13 +225,17 @@ class TokenEstimator:
         at_once = asked.answers if record.generated is None else record.generated.at_once
         if record.is_unfinished:
             linger_s = 0.0 if record.worked_until_s else LINGER_S
-            span_s = max(span_s + linger_s - prompt / asked.prompts / self._prompt_speed.value, 0.0)
+            span_s = max(span_s + linger_s - self._reading_s(record, prompt), 0.0)
         generated = ceil(span_s * self._speed.value) * at_once
         if record.generated is not None and record.generated.most is not None:
             # What it has had since the last look, at which others may have kept it from any.
             more = ceil(LINGER_S * self._speed.value) if record.generated.most else OVERRUN_TOKENS
             generated = min(generated, (record.generated.most + more) * at_once)
         return min(generated, limit_of(record) or generated)
+
+    def _reading_s(self, record: RequestRecord, prompt: int) -> float:
+        """Return for how long the backend is likely to read the prompts, which it does at once."""
+        return prompt / record.asked.prompts / self._prompt_speed.value
 
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:
         """Return the tokens of the first choice, which is reported, and of the others, by their text."""
@@ -252,6 +265,14 @@ def _tokens_of_choice(choice: Choice, rate: float, shared: int, max_tokens: int 
         return shared, True
     likely = ceil(choice.text_bytes * rate * MARGIN) + 1  # and the token that ended it
     return min(likely, shared or likely, max_tokens or likely), False
+
+
+def _as_shown(record: RequestRecord, tokens: int) -> int:
+    """Return an estimate of what was generated of a stream that was left, within what its slot has shown."""
+    shown = record.shown
+    if shown is None or shown.generated is None or record.asked.answers > 1:
+        return tokens
+    return shown.generated.nearest(tokens)
 
 
 def limit_of(record: RequestRecord) -> int | None:

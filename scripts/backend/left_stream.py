@@ -1,14 +1,16 @@
-"""Whether a stream whose client has left had more tokens than events, as GET /slots shows it.
+"""What a stream whose client has left had of tokens, as GET /slots shows it.
 
-Most streams have an event for each token. What makes no event, half a character say, shows in a slot only. It is not
-known whose slot that is; but if all streams are at work, what they had besides their events is in the difference of
-the sums.
+A stream that was left reports nothing. Most streams have an event for each token; but what makes no event, half a
+character say, shows in a slot only, as the prompt does. It is not known whose slot that is. If all streams are at
+work, what they had besides their events is in the difference of the sums, and the slot of a stream is one of those
+that have generated about as many tokens as it has events.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
+from typing import NamedTuple
 
-from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed
+from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, read_of, task_of
 
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
@@ -20,19 +22,52 @@ _LOOKS = 4
 _GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what was seen still says what it has had
 
 
-def has_silent_tokens(slots: Sequence[Slot], known_slots: int, events: Sequence[int]) -> bool | None:
+class StreamEvents(NamedTuple):
+    """How many events of a stream have come, and in how many slots it is generated."""
+
+    events: int
+    slots: int = 1
+
+    @property
+    def share(self) -> int:
+        """About how many of them are of one slot."""
+        return self.events // self.slots
+
+
+class Span(NamedTuple):
+    """Between how many tokens a count lies."""
+
+    least: int
+    most: float
+
+    def nearest(self, tokens: int) -> int:
+        return max(self.least, int(min(tokens, self.most)))
+
+
+class Shown(NamedTuple):
+    """What the slots have shown of a stream: whether it surely had no token without an event, and its tokens.
+
+    `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few.
+    """
+
+    has_all_in_events: bool
+    prompt: Span | None = None
+    generated: Span | None = None
+
+
+def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
     """Return whether streams have had tokens that made no events; None if that does not follow from the slots.
 
-    `known_slots` is how many slots all known requests have, and `events` how many events of each stream have come.
+    `known_slots` is how many slots all known requests have.
     """
     busy = [slot for slot in slots if is_busy(slot)]
     decoded = sorted([decoded_of(slot) for slot in busy if is_streamed(slot)], reverse=True)
-    come = sorted(events, reverse=True)
+    come = sorted([each.share for each in streams for _ in range(each.slots)], reverse=True)
     if len(busy) > known_slots or len(decoded) < len(come):
         return None
     if any(had + _EMPTY_EVENTS < shown for had, shown in zip(decoded, come, strict=False)):
         return None  # the slot of one of the streams is not at work any more
-    return sum(decoded) - sum(come) > _IN_FLIGHT * len(events) + sum(come) // _PART
+    return sum(decoded) - sum(come) > _IN_FLIGHT * len(come) + sum(come) // _PART
 
 
 def most_decoded(slots: Sequence[Slot]) -> int:
@@ -40,16 +75,37 @@ def most_decoded(slots: Sequence[Slot]) -> int:
     return max([decoded_of(slot) for slot in slots if is_busy(slot)], default=0)
 
 
+class _Task:
+    """One task that may be the stream's: the tokens of its prompt, and those that it has generated."""
+
+    __slots__ = ("generated", "has_ended", "prompt")
+
+    def __init__(self) -> None:
+        self.prompt = self.generated = 0
+        self.has_ended = False  # and its slot has shown with how many tokens
+
+    def look(self, slot: Slot) -> None:
+        kept = kept_in(slot)
+        if is_busy(slot):
+            self.prompt, self.generated = read_of(slot), decoded_of(slot)
+        elif kept >= self.prompt + self.generated - 1:  # a task may also empty its slot
+            if not self.generated:  # it has ended with its prompt, or soon after
+                self.prompt = kept
+            self.generated = kept + 1 - self.prompt  # the last one is not in the slot
+            self.has_ended = True
+
+
 class LeftStream:
     """One stream whose client has left.
 
-    `on_end` is called once all of the stream has come and its slot is released: whether it surely had no token without
-    an event.
+    `count_events` returns how many of it have come. `on_end` gets what the slots have shown of it, once all of the
+    stream has come and its slots are released.
     """
 
-    def __init__(self, count_events: Callable[[], int], on_end: Callable[[bool], None]) -> None:
+    def __init__(self, count_events: Callable[[], int], on_end: Callable[[Shown], None]) -> None:
         self._count_events = count_events
         self._on_end = on_end
+        self._tasks: dict[int, _Task] = {}  # one of them is its own
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
@@ -66,14 +122,26 @@ class LeftStream:
             return 0.0
         return _PACE_S if self._has_silent is None and self._looks < _LOOKS else inf
 
-    def look(self, has_silent: bool | None, now_s: float) -> None:
-        """The slots were seen: see `has_silent_tokens`."""
+    def look(self, slots: Sequence[Slot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
+        """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
         self._looks += 1
         if has_silent is not None:
             self._has_silent = has_silent or self._has_silent is True
             self._seen_s = now_s
+            if not self._tasks:
+                self._find_tasks(slots, events.share, has_silent)
         elif not self._has_come and self._has_silent is False and now_s - self._seen_s > _GOOD_FOR_S:
             self._has_silent = None
+        for slot in slots:
+            if (task := task_of(slot)) in self._tasks and task is not None:
+                self._tasks[task].look(slot)
+
+    def _find_tasks(self, slots: Sequence[Slot], share: int, has_silent: bool) -> None:
+        """Find the tasks that may be its own: all streams are at work now."""
+        most = inf if has_silent else share + _IN_FLIGHT + share // _PART
+        streamed = [slot for slot in slots if is_busy(slot) and is_streamed(slot)]
+        own = [task_of(slot) for slot in streamed if share - _EMPTY_EVENTS <= decoded_of(slot) <= most]
+        self._tasks = {task: _Task() for task in own if task is not None}
 
     def note_end(self) -> None:
         """Its connection has ended."""
@@ -87,4 +155,13 @@ class LeftStream:
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            self._on_end(self._has_silent is False)
+            self._on_end(Shown(self._has_silent is False, *self._spans()))
+
+    def _spans(self) -> tuple[Span | None, Span | None]:
+        """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""
+        tasks = self._tasks.values()
+        if not tasks:
+            return None, None
+        prompts, generated = [task.prompt for task in tasks], [task.generated for task in tasks]
+        most = max(generated) if all(task.has_ended for task in tasks) else inf
+        return Span(min(prompts), max(prompts)), Span(min(generated), most)

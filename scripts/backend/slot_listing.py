@@ -53,8 +53,11 @@ def decoded_of(slot: Slot) -> int:
 
 def prompt_of(slot: Slot) -> int:
     """Return how many tokens the prompt of a slot's task has, 0 as long as they have not all been read."""
-    if not decoded_of(slot):
-        return 0
+    return read_of(slot) if decoded_of(slot) else 0
+
+
+def read_of(slot: Slot) -> int:
+    """Return how many tokens of the prompt of a slot's task have been read, or were found in the slot."""
     return _number(slot, "n_prompt_tokens_processed") + _number(slot, "n_prompt_tokens_cache")
 
 

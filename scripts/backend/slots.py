@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
-from backend.left_stream import LeftStream, has_silent_tokens, most_decoded
+from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
 from backend.slot_listing import Slot, awaited_task, is_busy
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
@@ -268,12 +268,16 @@ class SlotReclaimer:
         for pending in self._pending:
             if pending.watch is not None and pending.may_begin:
                 pending.watch.note_most(most_tokens)
-        streams = [each.stream for each in self._pending if each.stream is not None]
+        left = [
+            (each.stream, StreamEvents(each.stream.events, each.ticket.slots))
+            for each in self._pending
+            if each.stream is not None
+        ]
+        others = [StreamEvents(each.events, each.slots) for each in at_work if each.events is not None]
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
-        events = [each.events for each in at_work if each.events is not None] + [each.events for each in streams]
-        has_silent = has_silent_tokens(slots, known_slots, events)
-        for stream in streams:
-            stream.look(has_silent, now_s)
+        has_silent = has_silent_tokens(slots, known_slots, [*others, *(events for _, events in left)])
+        for stream, events in left:
+            stream.look(slots, events, has_silent, now_s)
 
     def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""

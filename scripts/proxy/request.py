@@ -9,7 +9,7 @@ from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
-from backend.left_stream import LeftStream
+from backend.left_stream import LeftStream, Shown
 from backend.models import Models
 from backend.readiness import DEAD
 from core.errors import (
@@ -632,9 +632,9 @@ def _note_end(services: RequestServices, record: RequestRecord, stream: LeftStre
     stream.note_end()
 
 
-def _record_stream(services: RequestServices, record: RequestRecord, shows_all: bool) -> None:
+def _record_stream(services: RequestServices, record: RequestRecord, shown: Shown) -> None:
     """Record a request for a stream whose client has left, once the backend has stopped working on it."""
-    record.shows_all = shows_all
+    record.shown = shown
     services.recorder.record(record)
 
 

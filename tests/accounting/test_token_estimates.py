@@ -2,7 +2,7 @@
 
 import json
 import random
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from accounting.token_counter import TokenCounter
 from accounting.token_estimates import OVERRUN_TOKENS, TOKENS_PER_BYTE, UNREPORTED_MARGIN, TokenEstimator, limit_of
 from accounting.usage_reports import Tokens
 from backend.generation_watch import Generated
+from backend.left_stream import Shown, Span
 from policy.token_limits import TokensAsked
 from support.paths import TESTS
 from support.records import ANSWER, CHAT, EVENTS, PING, counted, prepare, record
@@ -116,20 +117,20 @@ def test_a_stream_that_was_left_is_charged_for_its_events_and_its_prompt() -> No
 
 
 def test_a_stream_of_which_the_backend_could_not_send_all_is_charged_by_the_time() -> None:
-    tokens = tokens_of(left(usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=11.0), taught())
+    tokens = tokens_of(left(usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=12.25), taught())
     assert tokens == Tokens(25, 0, 80, estimated=105)
     capped = left(
-        usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=11.0, asked=TokensAsked(max_tokens=50)
+        usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=12.25, asked=TokensAsked(max_tokens=50)
     )
     assert tokens_of(capped, taught()) == Tokens(25, 0, 50, estimated=75)
 
 
 def test_a_stream_that_was_left_with_much_fewer_events_than_usual_is_charged_a_quarter_of_the_usual() -> None:
     """It may have generated what makes no event, or was slowed down by others."""
-    late = {"usage_source": counted(*EVENTS), "first_byte_s": 9.0, "ended_s": 11.0}
+    late = {"usage_source": counted(*EVENTS), "first_byte_s": 9.0, "ended_s": 12.25}  # the prompt took 1.25 s
     assert tokens_of(left(**late), taught()) == Tokens(25, 0, 20, estimated=45)
-    assert tokens_of(left(**late, worked_until_s=14.0), taught()) == Tokens(25, 0, 50, estimated=75)
-    assert tokens_of(left(**late, worked_until_s=14.0, asked=TokensAsked(max_tokens=7)), taught()) == Tokens(
+    assert tokens_of(left(**late, worked_until_s=15.25), taught()) == Tokens(25, 0, 50, estimated=75)
+    assert tokens_of(left(**late, worked_until_s=15.25, asked=TokensAsked(max_tokens=7)), taught()) == Tokens(
         25, 0, 7, estimated=32
     )
 
@@ -151,7 +152,7 @@ def test_a_stream_whose_slots_show_no_more_is_charged_for_its_events_alone() -> 
     begun, counting = TokenCounter(CHAT.route.label), counted(*EVENTS)
     (of_none, all_of_none), (of_some, all_of_some) = (
         [
-            tokens_of(left(usage_source=source, shows_all=shows, worked_until_s=150.0), taught())
+            tokens_of(left(usage_source=source, shown=Shown(shows), worked_until_s=150.0), taught())
             for shows in (False, True)
         ]
         for source in (begun, counting)
@@ -163,6 +164,30 @@ def test_a_stream_whose_slots_show_no_more_is_charged_for_its_events_alone() -> 
     assert (all_of_none.completion, all_of_some.completion) == (3, 4)
     assert of_none.completion > 1000
     assert of_some.completion > 400
+
+
+@pytest.mark.parametrize("has_all", [False, True])
+@pytest.mark.parametrize("source", [TokenCounter(CHAT.route.label), counted(*EVENTS)])
+def test_a_stream_whose_slot_is_known_is_charged_what_that_shows(source: TokenCounter, has_all: bool) -> None:
+    shown = Shown(has_all, Span(300, 300), Span(70, 70))
+    assert tokens_of(left(usage_source=source, shown=shown), taught()) == Tokens(300, 0, 70, estimated=370)
+
+
+def test_a_stream_whose_slot_is_one_of_a_few_is_charged_no_less_and_no_more_than_they_show() -> None:
+    many, few = Shown(True, Span(300, 900), Span(70, inf)), Shown(False, Span(2, 9), Span(1, 3))
+    source = counted(*EVENTS)
+    assert tokens_of(left(usage_source=source, shown=many), taught()) == Tokens(300, 0, 70, estimated=370)
+    assert tokens_of(left(usage_source=source, shown=few), taught()) == Tokens(9, 0, 3, estimated=12)
+
+
+def test_of_a_stream_with_several_answers_a_slot_shows_the_prompt_of_one() -> None:
+    shown, source = Shown(True, Span(300, 300), Span(2, 2)), counted(*EVENTS, *EVENTS)
+    several = [
+        tokens_of(left(COMPLETIONS, usage_source=source, shown=shown, asked=asked), taught())
+        for asked in (TokensAsked(choices=2), TokensAsked(prompts=2))
+    ]
+    assert [each.prompt for each in several if each is not None] == [300, 600]
+    assert [each.completion for each in several if each is not None] == [9, 9]
 
 
 def test_what_no_slot_shows_is_not_charged_by_the_time() -> None:

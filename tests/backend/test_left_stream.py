@@ -1,13 +1,28 @@
 """left_stream.py: whether the slots show more tokens of streams than their events do."""
 
+from math import inf
+
 import pytest
 
-from backend.left_stream import LeftStream, has_silent_tokens, most_decoded
+from backend.left_stream import LeftStream, Shown, Span, StreamEvents, has_silent_tokens, most_decoded
 from backend.slot_listing import Slot
 
+SEVEN = StreamEvents(7)
 
-def slot(decoded: int, *, busy: bool = True, streamed: bool = True) -> Slot:
-    return {"is_processing": busy, "params": {"stream": streamed}, "next_token": [{"n_decoded": decoded}]}
+
+def slot(
+    decoded: int, *, busy: bool = True, streamed: bool = True, task: int = 0, prompt: int = 0, kept: int = 0
+) -> Slot:
+    """Return a slot of which a quarter of the prompt was in the cache. `kept` is what an idle one keeps."""
+    return {
+        "id_task": task,
+        "is_processing": busy,
+        "params": {"stream": streamed},
+        "next_token": [{"n_decoded": decoded}],
+        "n_prompt_tokens": kept,
+        "n_prompt_tokens_processed": prompt - prompt // 4,
+        "n_prompt_tokens_cache": prompt // 4,
+    }
 
 
 @pytest.mark.parametrize(
@@ -34,7 +49,22 @@ def slot(decoded: int, *, busy: bool = True, streamed: bool = True) -> Slot:
 def test_the_sums_say_whether_tokens_made_no_events(
     slots: list[Slot], most: int, events: list[int], hidden: bool | None
 ) -> None:
-    assert has_silent_tokens(slots, most, events) is hidden
+    assert has_silent_tokens(slots, most, map(StreamEvents, events)) is hidden
+
+
+@pytest.mark.parametrize(
+    ("slots", "events", "hidden"),
+    [
+        ([slot(25), slot(25)], [StreamEvents(50, 2)], False),
+        ([slot(25), slot(24), slot(300)], [StreamEvents(300), StreamEvents(50, 2)], False),
+        ([slot(25), slot(125)], [StreamEvents(50, 2)], True),
+        ([slot(25)], [StreamEvents(50, 2)], None),  # one answer has ended
+    ],
+)
+def test_the_events_of_a_stream_with_several_answers_are_those_of_several_slots(
+    slots: list[Slot], events: list[StreamEvents], hidden: bool | None
+) -> None:
+    assert has_silent_tokens(slots, 3, events) is hidden
 
 
 @pytest.mark.parametrize(
@@ -51,48 +81,113 @@ def test_the_sums_say_whether_tokens_made_no_events(
     ],
 )
 def test_a_stream_shows_all_if_no_look_has_shown_more(looks: list[bool | None], shows_all: bool) -> None:
-    ended: list[bool] = []
+    ended: list[Shown] = []
     stream = LeftStream(lambda: 7, ended.append)
     assert stream.events == 7
     for number, hidden in enumerate(looks):
-        stream.look(hidden, 3.0 * number)
+        stream.look([], SEVEN, hidden, 3.0 * number)
     stream.note_end()
     stream.end()
-    assert ended == [shows_all]
+    assert ended == [Shown(shows_all)]
 
 
 def test_what_is_not_known_after_its_end_says_nothing_against_it() -> None:
-    ended: list[bool] = []
+    ended: list[Shown] = []
     stream = LeftStream(lambda: 7, ended.append)
-    stream.look(False, 1.0)
-    stream.look(None, 2.9)  # for a moment it says nothing either
+    stream.look([], SEVEN, False, 1.0)
+    stream.look([], SEVEN, None, 2.9)  # for a moment it says nothing either
     stream.note_end()
-    stream.look(None, 9.0)
+    stream.look([], SEVEN, None, 9.0)
     stream.end()
-    assert ended == [True]
+    assert ended == [Shown(True)]
+
+
+def shown(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
+    """Return what a stream that was left reports after these looks at the slots."""
+    ended: list[Shown] = []
+    stream = LeftStream(lambda: events.events, ended.append)
+    for slots, hidden in looks:
+        stream.look(slots, events, hidden, 1.0)
+    stream.note_end()
+    stream.end()
+    return ended[0]
+
+
+def idle(task: int, kept: int) -> Slot:
+    return slot(0, busy=False, task=task, kept=kept)
+
+
+OTHER = slot(900, task=2, prompt=50)
+OWN = slot(7, task=4, prompt=400)
+
+
+def test_a_slot_with_about_as_many_tokens_as_events_shows_the_prompt() -> None:
+    for mine in (4, 7, 23):
+        own = slot(mine, task=4, prompt=400)
+        assert shown(([OTHER, own], False)) == Shown(True, Span(400, 400), Span(mine, inf))
+    for far in (slot(3, task=4), slot(24, task=4), slot(7, task=4, streamed=False), slot(7, task=4, busy=False)):
+        assert shown(([OTHER, far], False)) == Shown(True)
+
+
+def test_a_slot_that_has_ended_shows_all_that_was_generated() -> None:
+    both = ([OTHER, OWN], False)
+    assert shown(both, ([OTHER, slot(9, task=4, prompt=400)], None)).generated == Span(9, inf)
+    assert shown(both, ([OTHER, idle(4, 411)], None)).generated == Span(12, 12)
+    assert shown(both, ([OTHER, idle(4, 0)], None)).generated == Span(7, inf)  # it was emptied
+    assert shown(both, ([OTHER, idle(5, 411)], None)).generated == Span(7, inf)  # another task's
+
+
+def test_a_prompt_that_is_still_being_read_is_known_in_the_end() -> None:
+    begun = slot(0, task=4, prompt=40)
+    assert shown(([begun], False), events=StreamEvents(1)) == Shown(True, Span(40, 40), Span(0, inf))
+    ended = shown(([begun], False), ([idle(4, 4000)], None), events=StreamEvents(1))
+    assert ended == Shown(True, Span(4000, 4000), Span(1, 1))
+
+
+def test_if_several_slots_may_be_its_own_the_tokens_lie_between_theirs() -> None:
+    like = slot(9, task=6, prompt=80)
+    assert shown(([OTHER, like, OWN], False)) == Shown(True, Span(80, 400), Span(7, inf))
+    ended = shown(([OTHER, like, OWN], False), ([OTHER, idle(6, 90), idle(4, 420)], None))
+    assert ended.generated == Span(11, 21)
+
+
+def test_a_stream_may_be_that_which_hides_tokens() -> None:
+    assert shown(([OTHER, OWN], True)) == Shown(False, Span(50, 400), Span(7, inf))
+
+
+def test_the_first_look_that_says_something_shows_which_slots_may_be_its_own() -> None:
+    assert shown(([OTHER, OWN], None)) == Shown(False)
+    assert shown(([OTHER], None), ([OTHER, OWN], False)).prompt == Span(400, 400)
+    assert shown(([OTHER, OWN], False), ([slot(7, task=8, prompt=3), OWN], False)).prompt == Span(400, 400)
+
+
+def test_each_slot_of_a_stream_with_several_answers_has_its_share_of_the_events() -> None:
+    own = [slot(7, task=4, prompt=400), slot(8, task=5, prompt=400)]
+    seen = shown(([OTHER, *own], False), events=StreamEvents(15, 2))
+    assert seen == Shown(True, Span(400, 400), Span(7, inf))
 
 
 def test_it_ends_once_it_has_come_and_its_slot_is_released_in_any_order() -> None:
-    ended: list[bool] = []
+    ended: list[Shown] = []
     first, second = LeftStream(lambda: 0, ended.append), LeftStream(lambda: 0, ended.append)
     first.end()
     second.note_end()
     assert ended == []
     first.note_end()
     second.end()
-    assert ended == [False, False]
+    assert ended == [Shown(False), Shown(False)]
 
 
 def test_the_first_look_is_due_at_once() -> None:
-    stream = LeftStream(lambda: 0, lambda shows_all: None)
+    stream = LeftStream(lambda: 0, lambda shown: None)
     assert stream.pause_s == 0.0
     for _ in range(3):
-        stream.look(None, 1.0)
+        stream.look([], SEVEN, None, 1.0)
         assert stream.pause_s == 0.05
-    stream.look(None, 1.0)
+    stream.look([], SEVEN, None, 1.0)
     assert stream.pause_s > 60
-    stream = LeftStream(lambda: 0, lambda shows_all: None)
-    stream.look(False, 1.0)
+    stream = LeftStream(lambda: 0, lambda shown: None)
+    stream.look([], SEVEN, False, 1.0)
     assert stream.pause_s > 60
 
 

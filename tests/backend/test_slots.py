@@ -10,7 +10,7 @@ import pytest
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
-from backend.left_stream import LeftStream
+from backend.left_stream import LeftStream, Shown
 from backend.slots import SlotReclaimer, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
@@ -147,12 +147,12 @@ def listed(*decoded: int | None) -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("own", "shows_all"),
+    ("own", "has_all"),
     [(40, True), (400, False)],
 )
-def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, shows_all: bool) -> None:
+def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, has_all: bool) -> None:
     async def play() -> None:
-        ended: list[bool] = []
+        ended: list[Shown] = []
         stream = LeftStream(lambda: 40, ended.append)
         backend = Backend(listed(own, 300, 0), listed(None, 300, 0))
         cancelled = Cancelled(backend)
@@ -161,7 +161,7 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, shows_a
         await until(lambda: backend.polls == 1)
         stream.note_end()
         await cancelled.released()
-        assert ended == [shows_all]
+        assert ended[0].has_all_in_events is has_all
 
     run(play)
 
@@ -174,7 +174,7 @@ def test_the_slots_are_looked_at_as_soon_as_a_stream_is_left() -> None:
         cancelled, loop = Cancelled(backend), asyncio.get_running_loop()
         for number in (1, 2):
             begun_s, polls = loop.time(), backend.polls
-            stream = LeftStream(lambda: 40, lambda shows_all: None)
+            stream = LeftStream(lambda: 40, lambda shown: None)
             ticket = cancelled.queue.acquire("alice")
             cancelled.reclaimer.release(ticket, streamed=True, stream=stream, connection=Line())
             await until(lambda polls=polls: backend.polls > polls)  # type: ignore[misc]

@@ -3,7 +3,7 @@
 import pytest
 
 from accounting.request_record import Outcome, Stage
-from backend.left_stream import LeftStream
+from backend.left_stream import LeftStream, Shown
 from backend.readiness import DEAD, LOADING, READY
 from core.errors import (
     DRAINING,
@@ -363,11 +363,11 @@ async def test_what_takes_no_slot_waits_for_none(gateway: MemoryGateway) -> None
     await gateway.asked()
     caller = gateway.services.access.authenticate(served.record.prepared)
     assert caller is not None
-    ended: list[bool] = []
+    ended: list[Shown] = []
     stream = LeftStream(lambda: 0, ended.append)
     admission = Admission(gateway.services, served.client, served.record, caller, ONE_SLOT)
     admission.release_unfinished(None, 0, streamed=True, stream=stream)
     assert ended == []
     stream.note_end()
-    assert ended == [False]
+    assert ended == [Shown(False)]
     assert gateway.releases == []
