@@ -63,7 +63,8 @@ def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable
     busy = [slot for slot in slots if is_busy(slot)]
     decoded = sorted([decoded_of(slot) for slot in busy if is_streamed(slot)], reverse=True)
     come = sorted([each.share for each in streams for _ in range(each.slots)], reverse=True)
-    if len(busy) > known_slots or len(decoded) < len(come):
+    begun = sum(had > 0 for had in decoded)
+    if len(busy) > known_slots or not begun <= len(come) <= len(decoded):
         return None
     if any(had + _EMPTY_EVENTS < shown for had, shown in zip(decoded, come, strict=False)):
         return None  # the slot of one of the streams is not at work any more
@@ -116,6 +117,11 @@ class LeftStream:
         return self._count_events()
 
     @property
+    def has_come(self) -> bool:
+        """Whether its connection has ended: its slot is at work no more, or will not be in a moment."""
+        return self._has_come
+
+    @property
     def pause_s(self) -> float:
         """How long to wait before the next look at most."""
         if not self._looks:
@@ -125,16 +131,20 @@ class LeftStream:
     def look(self, slots: Sequence[Slot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
         """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
         self._looks += 1
-        if has_silent is not None:
-            self._has_silent = has_silent or self._has_silent is True
-            self._seen_s = now_s
-            if not self._tasks:
+        if not self._has_come:
+            self._note_silent(has_silent, now_s)
+            if has_silent is not None and not self._tasks:
                 self._find_tasks(slots, events.share, has_silent)
-        elif not self._has_come and self._has_silent is False and now_s - self._seen_s > _GOOD_FOR_S:
-            self._has_silent = None
         for slot in slots:
             if (task := task_of(slot)) in self._tasks and task is not None:
                 self._tasks[task].look(slot)
+
+    def _note_silent(self, has_silent: bool | None, now_s: float) -> None:
+        if has_silent is not None:
+            self._has_silent = has_silent or self._has_silent is True
+            self._seen_s = now_s
+        elif self._has_silent is False and now_s - self._seen_s > _GOOD_FOR_S:
+            self._has_silent = None
 
     def _find_tasks(self, slots: Sequence[Slot], share: int, has_silent: bool) -> None:
         """Find the tasks that may be its own: all streams are at work now."""

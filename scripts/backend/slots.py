@@ -275,7 +275,8 @@ class SlotReclaimer:
         ]
         others = [StreamEvents(each.events, each.slots) for each in at_work if each.events is not None]
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
-        has_silent = has_silent_tokens(slots, known_slots, [*others, *(events for _, events in left)])
+        streams = [*others, *(events for stream, events in left if not stream.has_come)]
+        has_silent = has_silent_tokens(slots, known_slots, streams)
         for stream, events in left:
             stream.look(slots, events, has_silent, now_s)
 

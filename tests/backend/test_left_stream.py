@@ -43,6 +43,7 @@ def slot(
         ([slot(41), slot(0)], 3, [43], False),  # events without a token
         ([slot(40), slot(0)], 1, [40], None),  # another program is at work
         ([slot(40)], 3, [40], False),  # others have not begun
+        ([slot(40), slot(300)], 2, [40], None),  # one whose connection has ended is still at work for a moment
         ([], 1, [40], None),
     ],
 )
