@@ -60,7 +60,8 @@ class Suspects:
         self._shared = shared_key
         self._clock = clock
         self._abandoned: deque[tuple[float, Suspect, str]] = deque(maxlen=_MAX_KEPT)
-        self._cut: Death | None = None  # connections were cut: a death, if the backend turns out to be gone
+        # Connections were cut, those of a model or of all (None): a death, if that turns out to be gone.
+        self._cuts: dict[str | None, Death] = {}
         self._deaths: deque[Death] = deque(maxlen=_MAX_KEPT)
         self._suspected: dict[bytes, float] = {}  # until when a request is a suspect, by digest
         self._held: dict[bytes, float] = {}  # until when, by digest
@@ -72,21 +73,30 @@ class Suspects:
     def note_cut(self, model: str | None = None) -> None:
         """The backend, or one model of it, has cut the response to a request at work; others' may follow at once."""
         now_s = self._clock()
-        if self._cut is None or now_s - self._cut.at_s > CUT_S:
+        cut = self._cuts.get(model)
+        if cut is None or now_s - cut.at_s > CUT_S:
             left = frozenset(
                 suspect for at_s, suspect, of in self._abandoned if now_s - at_s <= ABANDONED_S and model in (None, of)
             )
-            self._cut = Death(now_s, set(left.union(self._at_work(model))), left)
+            self._cuts[model] = Death(now_s, set(left.union(self._at_work(model))), left)
 
     def note_alive(self) -> None:
         """The backend accepts connections: it has cut one on purpose."""
-        self._cut = None
+        self._cuts.pop(None, None)
 
-    def note_down(self) -> None:
-        """The backend, or the model, is not there: what was cut just before was cut by its death."""
-        death, self._cut = self._cut, None
-        if death is None or self._clock() - death.at_s > CUT_S or not death.suspects:
-            return
+    def note_down(self, model: str | None = None) -> None:
+        """The backend (None), or the model, is not there: what was cut just before was cut by its death."""
+        if model is None and None not in self._cuts:
+            deaths, self._cuts = list(self._cuts.values()), {}
+        else:
+            deaths = [self._cuts.pop(model)] if model in self._cuts else []
+            if model is None:  # that has all requests
+                self._cuts = {}
+        for death in deaths:
+            if self._clock() - death.at_s <= CUT_S and death.suspects:
+                self._note_death(death)
+
+    def _note_death(self, death: Death) -> None:
         self._abandoned.clear()
         self._forget_old()
         self._deaths.append(death)
@@ -97,7 +107,7 @@ class Suspects:
         # Suspects run one at a time: what runs beside one whose client has left was sent when the backend hung already.
         culprits = [suspect for suspect in culprits if suspect in death.left] or culprits
         for suspect in death.suspects:
-            self._suspected[suspect.digest] = self._clock() + HELD_S
+            self._keep(self._suspected, suspect)
         key_ids = sorted({suspect.key_id for suspect in death.suspects})
         log.warning("llama-server ended while it worked on requests of the keys %s", ", ".join(key_ids))
         if culprits:
@@ -119,8 +129,8 @@ class Suspects:
     def was_cut_recently(self) -> bool:
         """Whether requests were at work when the backend ended, if it ended now."""
         now_s = self._clock()
-        last = self._cut or (self._deaths[-1] if self._deaths else None)
-        return last is not None and now_s - last.at_s <= CUT_S
+        last = [*self._cuts.values(), *list(self._deaths)[-1:]]
+        return any(now_s - death.at_s <= CUT_S for death in last)
 
     # --- What happens to requests ---
 
@@ -134,10 +144,15 @@ class Suspects:
         for death in self._deaths:
             death.suspects.discard(suspect)
 
+    def _keep(self, kept: dict[bytes, float], suspect: Suspect) -> None:
+        """Keep a request for an hour from now on, behind those that are kept for less."""
+        kept.pop(suspect.digest, None)
+        kept[suspect.digest] = self._clock() + HELD_S
+
     def _hold(self, culprits: Collection[Suspect]) -> None:
         """Hold requests back, and clear those that were at work in the deaths that they have caused."""
         for culprit in culprits:
-            self._held[culprit.digest] = self._clock() + HELD_S
+            self._keep(self._held, culprit)
         for death in self._deaths:
             guilty = death.suspects.intersection(culprits)
             if guilty:
@@ -148,7 +163,8 @@ class Suspects:
     # --- What follows for requests ---
 
     def check_caller(self, key_id: str) -> None:
-        """Raise CALLER_PAUSED for a key that gets nothing at the moment."""
+        """Raise CALLER_PAUSED for a key that gets nothing at the moment. Forgets what is too long ago."""
+        self._forget_old()
         pause_s = self._pause_s(key_id)
         if pause_s > 0:
             raise GatewayError(CALLER_PAUSED, retry_after_s=ceil(pause_s))

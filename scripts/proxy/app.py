@@ -174,7 +174,7 @@ class App:
     def _note_death(self, model: str) -> None:
         """The process of a model has died."""
         self.suspects.note_cut(model)
-        self.suspects.note_down()
+        self.suspects.note_down(model)
 
     def _at_work(self, model: str | None = None) -> Sequence[AtWork]:
         return self.sessions.at_work(model)

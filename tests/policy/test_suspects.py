@@ -88,6 +88,48 @@ def test_a_model_dies_alone() -> None:
     assert [world.fate(name) for name in ("b1", "c1")] == ["alone", "alone"]
 
 
+def test_models_that_die_within_a_moment_have_suspects_of_their_own() -> None:
+    for order in (("chat", "embed"), ("embed", "chat")):
+        world = World()
+        world.models = {"a1": "chat", "b1": "embed"}
+        world.at_work = [suspect("a1"), suspect("b1")]
+        world.suspects.note_cut("chat")
+        world.suspects.note_cut("embed")
+        world.suspects.note_down(order[0])
+        assert [world.fate(name) for name in ("a1", "b1")] == (
+            ["held", "free"] if order[0] == "chat" else ["free", "held"]
+        )
+        world.suspects.note_down(order[1])
+        assert [world.fate(name) for name in ("a1", "b1")] == ["held", "held"]
+        assert world.suspects.deaths == 2
+
+
+def test_if_the_backend_ends_with_all_its_models_that_is_one_death() -> None:
+    world = World()
+    world.models = {"a1": "chat", "b1": "embed"}
+    world.at_work = [suspect("a1"), suspect("b1")]
+    world.suspects.note_cut("chat")
+    world.suspects.note_cut()
+    world.suspects.note_down()
+    assert [world.fate(name) for name in ("a1", "b1")] == ["alone", "alone"]
+    world.suspects.note_down()
+    world.suspects.note_down("chat")
+    assert world.suspects.deaths == 1
+    world.suspects.note_cut("embed")  # its connections alone were seen to end
+    world.suspects.note_down()
+    assert world.fate("b1") == "held"
+
+
+def test_a_cut_on_purpose_says_nothing_of_a_model() -> None:
+    world = World()
+    world.models = {"a1": "chat"}
+    world.at_work = [suspect("a1")]
+    world.suspects.note_cut("chat")
+    world.suspects.note_alive()
+    world.suspects.note_down("chat")
+    assert world.fate("a1") == "held"
+
+
 def test_what_was_alone_in_a_death_is_held_back_for_an_hour() -> None:
     world = World()
     world.die("b1")
@@ -170,6 +212,75 @@ def test_only_most_deaths_count_against_a_key() -> None:
         world.die(f"a{number}")
         world.die(f"b{number}")
     assert (world.pause_s("a"), world.pause_s("b")) == (0, 0)
+
+
+def test_what_is_too_long_ago_is_forgotten_also_for_everyones_key() -> None:
+    for shared in ("", "-"):
+        world = World(shared)
+        world.die("-1", "-2")
+        world.clock.advance(HELD_S + 1)
+        world.suspects.check_caller("-")
+        assert not world.suspects.active
+        assert world.fate("-1") == "free"
+
+
+def test_a_request_that_was_at_work_again_is_a_suspect_for_an_hour_from_then_on() -> None:
+    """The others are suspects no longer than theirs."""
+    world = World()
+    world.die("a1", "b1")
+    world.clock.advance(HELD_S / 2)
+    world.die("b1", "c1")  # it is found out
+    world.die("a1", "d1")
+    world.clock.advance(HELD_S / 2)
+    world.suspects.check_caller("e")
+    assert [world.fate(name) for name in ("a1", "b1")] == ["held", "held"]
+    world.clock.advance(HELD_S / 2)
+    world.suspects.check_caller("e")
+    assert not world.suspects.active
+
+
+def test_a_suspect_that_is_so_again_keeps_none_of_the_others() -> None:
+    world = World()
+    world.die("a1", "x1")
+    world.die("b1", "x2")
+    world.clock.advance(HELD_S - 1)
+    world.die("a1", "x3")
+    world.clock.advance(1)
+    world.suspects.check_caller("e")
+    assert [world.fate(name) for name in ("a1", "b1")] == ["held", "free"]
+
+
+def test_a_suspect_is_one_for_longer_than_its_death_counts_against_its_key() -> None:
+    world = World()
+    world.die("a1", "b1")
+    world.clock.advance(DEATHS_S + 1)
+    world.suspects.check_caller("a")
+    assert world.suspects.active
+    assert world.fate("a1") == "alone"
+
+
+def test_a_death_whose_request_was_found_out_counts_against_no_other_key() -> None:
+    world = World()
+    world.die("a1", "b1")
+    world.die("a1", "b2")
+    assert (world.suspects.is_limited("a"), world.suspects.is_limited("b")) == (True, False)
+
+
+def test_a_cut_that_led_to_no_death_is_not_the_next_ones() -> None:
+    world = World()
+    world.at_work = [suspect("a1")]
+    world.suspects.note_cut()
+    world.clock.advance(CUT_S + 1)
+    world.die("b1")
+    assert [world.fate(name) for name in ("a1", "b1")] == ["free", "held"]
+
+
+def test_what_was_left_before_a_death_is_at_work_in_no_later_one() -> None:
+    world = World()
+    world.suspects.abandon(suspect("c1"))
+    world.die("a1")
+    world.die("b1")
+    assert [world.fate(name) for name in ("c1", "b1")] == ["alone", "held"]
 
 
 def test_a_key_that_is_everyones_is_not_paused() -> None:
