@@ -20,6 +20,7 @@ class Measure(enum.Enum):
     PRESENCE = "none"
     NUMBER = "the number; a negative one counts as unlimited"
     ELEMENTS = "elements, and 256 bytes for each"
+    NAMES = "elements, and 256 bytes for each; or characters of a string"
     BYTES = "bytes of JSON text"
     GRAMMAR = "bytes of JSON text; besides, 100 levels of parentheses"
     SCHEMA = "bytes of JSON text; besides, 64 levels of nesting"
@@ -70,7 +71,7 @@ RULES: tuple[MemberRule, ...] = (
     _rule("repeat_last_n", Measure.NUMBER, "65536", "So much memory is taken at once: 4 bytes for each."),
     _rule("dry_penalty_last_n", Measure.NUMBER, "65536", "So many tokens are kept, and searched for each new one."),
     _rule("dry_sequence_breakers", Measure.ELEMENTS, "32", "For each the whole vocabulary is searched."),
-    _rule("samplers", Measure.ELEMENTS, "64", "Each runs for each token, also one that is named twice."),
+    _rule("samplers", Measure.NAMES, "64", "Each runs for each token, also one that is named twice."),
     _rule("stop", Measure.ELEMENTS, "64", "Each is searched for after each token.", "stop_sequences"),
     _rule("logit_bias", Measure.BYTES, "65536", "Each entry is tokenized, and applied to each token."),
     _rule("n_probs", Measure.NUMBER, "100",

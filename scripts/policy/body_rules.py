@@ -15,6 +15,7 @@ MAX_DEPTH = 100
 _MAX_PARENTHESES = 100
 _MAX_SCHEMA_DEPTH = 64
 _ELEMENT_BYTES = 256
+_CHARACTER_BYTES = 12  # in JSON, at most: two escapes of six
 _NO_NAMES = NameTable(("",))
 _HOST = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]{1,5})?(?:[/?#]|\Z)", re.IGNORECASE)
 
@@ -47,6 +48,7 @@ class BodyRules:
         for rule, bound in self._rules:
             if rule.measure is Measure.HOSTS:
                 _check_hosts(members.urls, bound)
+                continue  # the rule's name is no member's
             for name in rule.members:
                 member = members.found.get(name)
                 if member is not None:
@@ -97,6 +99,14 @@ def _elements(member: Member, most: int, pieces: Pieces) -> str:
     return "" if member.size_bytes <= most_bytes else f"at most {most_bytes} bytes"
 
 
+def _names(member: Member, most: int, pieces: Pieces) -> str:
+    """As for other lists, but of a string each character names one, too."""
+    if member.type is not JsonType.STRING:
+        return _elements(member, most, pieces)
+    is_longer = member.size_bytes > most * _CHARACTER_BYTES + 2 or len(_text(member, pieces)) > most
+    return f"at most {most} characters" if is_longer else ""
+
+
 def _bytes(member: Member, most: int, pieces: Pieces) -> str:
     return "" if member.size_bytes <= most else f"at most {most} bytes"
 
@@ -124,6 +134,7 @@ def _schema(member: Member, most: int, pieces: Pieces) -> str:
 _EXCESS = {  # of what can be bounded; a rule of presence refuses or allows all
     Measure.NUMBER: _number,
     Measure.ELEMENTS: _elements,
+    Measure.NAMES: _names,
     Measure.BYTES: _bytes,
     Measure.GRAMMAR: _grammar,
     Measure.SCHEMA: _schema,

@@ -92,8 +92,21 @@ def test_elements_are_bounded(name: str, most: int) -> None:
     assert check({name: "x"}) == ""
     assert check({name: ["x"] * most}) == ""
     assert f"{name} exceeds its limit: at most {most} elements" in check({name: ["x"] * (most + 1)})
-    assert check({name: "x" * (most * 256 - 2)}) == ""
-    assert f"{name} exceeds its limit: at most {most * 256} bytes" in check({name: "x" * (most * 256 - 1)})
+    long = "x" * (most * 256 - 2)
+    assert check({name: [long[2:]] if name == "samplers" else long}) == ""
+    assert f"{name} exceeds its limit: at most {most * 256} bytes" in check({name: ["x" * (most * 256 - 3)]})
+
+
+def test_each_character_of_a_string_names_a_sampler() -> None:
+    for within in ("k" * 64, "\U0001f600" * 64):
+        assert check({"samplers": within}) == ""
+    assert check(b'{"samplers": "%b"}' % (b"\\u006b" * 64)) == ""
+    for excess in ("k" * 65, "\U0001f600" * 65, "k" * 300_000):
+        assert "samplers exceeds its limit: at most 64 characters" in check({"samplers": excess})
+
+
+def test_a_member_that_is_called_as_the_rule_of_hosts_is_no_address() -> None:
+    assert check({"media_urls": ["http://a.example/"], "n": 1}) == ""
 
 
 @pytest.mark.parametrize(
