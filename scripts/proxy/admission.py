@@ -187,6 +187,7 @@ class Admission:
         except GatewayError as error:
             if error.kind is not QUEUE_TIMEOUT:
                 raise
+        self._record.left_queue_s = services.clock()
         services.suspects.must_run_alone(suspect)
 
     def _leave_lane(self, lane: Ticket) -> None:
@@ -215,6 +216,7 @@ class Admission:
             except GatewayError as error:  # the backend has ended while a slot was being emptied
                 if error.kind is not BACKEND_UNAVAILABLE or not self._lease.is_outdated:
                     raise
+            self._record.left_queue_s = self._services.clock()
             if self._lease.slot is not None:
                 body.add("id_slot", self._lease.slot)
                 body.add("cache_prompt", True)

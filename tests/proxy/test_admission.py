@@ -13,7 +13,7 @@ from policy.slot_demand import ONE_SLOT
 from proxy.admission import Admission
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
 from support.gateway import CHAT, get, post, request
-from support.memory_gateway import WHOLE, MemoryGateway, in_memory
+from support.memory_gateway import WHOLE, MemoryGateway, Served, in_memory
 from support.memory_transport import CLOSING, OPEN, turns_until
 
 STREAM_BODY = b'{"stream": true}'
@@ -354,6 +354,62 @@ async def test_a_client_that_leaves_while_its_connection_is_made_has_a_slot_no_m
     served.transport.receive_eof()
     assert (gateway.queue.active, gateway.releases) == (0, [])
     gateway.expect_end(served, Outcome.CANCELLED, 499)
+
+
+# --- What a request waits for besides a slot ---
+
+
+@in_memory(isolates=True)
+async def test_a_wait_for_a_slot_of_ones_own_is_no_work(gateway: MemoryGateway) -> None:
+    """A client that leaves is charged for the time in which the backend worked on its request."""
+    await gateway.isolation.prepare(5)
+    stream = gateway.serve(post(CHAT, STREAM_BODY))
+    first = await gateway.asked()
+    first.receive(STREAM_HEAD)
+    served = gateway.serve(post(CHAT, b"{}"))
+    await turns_until(lambda: served.request.stage is Stage.QUEUED)
+    gateway.link.advance(500)
+    stream.transport.receive_eof()
+    for ticket, _ in gateway.releases:
+        ticket.release()
+    await gateway.asked(2)
+    gateway.link.advance(1)
+    served.transport.receive_eof()
+    assert (served.record.queued_s, served.record.left_queue_s, served.record.ended_s) == (1000, 1500, 1501)
+    assert gateway.releases.given_up[-1].age_s == 1
+
+
+async def suspects_at_work(gateway: MemoryGateway) -> tuple[Served, Served]:
+    """Return a suspect that is at work, and one that waits for it."""
+    await gateway.die(b'{"a": 1}', b'{"a": 2}')
+    one = gateway.serve(post(CHAT, b'{"a": 1}'))
+    await gateway.asked(3)
+    two = gateway.serve(post(CHAT, b'{"a": 2}'))
+    await turns_until(lambda: two.request.stage is Stage.QUEUED)
+    return one, two
+
+
+@in_memory()
+async def test_a_suspect_whose_client_leaves_lets_the_next_one_run(gateway: MemoryGateway) -> None:
+    one, two = await suspects_at_work(gateway)
+    gateway.link.advance(7)
+    one.transport.receive_eof()
+    await gateway.asked(4)
+    assert two.request.stage is Stage.AWAITING_RESPONSE
+    assert two.record.left_queue_s == 1007
+    gateway.suspects.must_run_alone(one.request.suspect())  # it has not been cleared
+
+
+@in_memory()
+async def test_a_suspect_that_was_found_out_while_it_waited_is_held_back(gateway: MemoryGateway) -> None:
+    one, two = await suspects_at_work(gateway)
+    gateway.at_work = [two.request.suspect()]
+    gateway.suspects.note_cut()
+    gateway.suspects.note_down()
+    one.transport.receive_eof()
+    await turns_until(lambda: bool(two.returned))
+    assert two.code == "request_held_back"
+    assert len(gateway.backends.transports) == 3
 
 
 @in_memory()

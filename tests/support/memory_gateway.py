@@ -22,7 +22,7 @@ from policy.fair_queue import FairQueue, Ticket
 from policy.memory_budget import MemoryBudget
 from policy.prepared_request import LastHead, PreparedRequest, RequestCache
 from policy.routes import Routes
-from policy.suspects import Suspects
+from policy.suspects import Suspect, Suspects
 from policy.token_limiter import TokenLimiter
 from proxy.access import AccessControl
 from proxy.body_scan import BodyScans
@@ -36,9 +36,9 @@ from proxy.request_services import RequestServices, RequestTimeouts
 from proxy.response_info import DateField
 from proxy.session import Sessions, SessionSettings
 from proxy.token_quotas import TokenQuotas
-from support.backend import HELLO
+from support.backend import HELLO, answer
 from support.clock import Clock
-from support.gateway import KEY, OPERATOR_KEY
+from support.gateway import CHAT, KEY, OPERATOR_KEY, post
 from support.heads import every_answer
 from support.memory_transport import Connector, Link, MemoryTransport, MemoryWriter, end_of, memory_test, turns_until
 from transport.client_protocol import ClientProtocol
@@ -237,7 +237,8 @@ class MemoryGateway:
         access = AccessControl(keys, self.limiter, quotas, enabled=True, admin_routes=False)
         parts: dict[str, Any] = {"readiness": self.readiness, "endpoints": self.endpoints, "reclaimer": self.releases}
         self.isolation = SlotIsolation(list_slot, erase_or_complete, clock, self.readiness.doubt)
-        self.suspects = Suspects(lambda model: iter([]), clock)
+        self.at_work: list[Suspect] = []
+        self.suspects = Suspects(lambda model: self.at_work, clock)
         self.services = RequestServices(
             clock=clock,
             request_ids=iter(b"r-%d" % number for number in range(1, 1000)),
@@ -315,6 +316,16 @@ class MemoryGateway:
             lambda: self.link.batcher.flush() or (len(transports) == connections and transports[-1].written)
         )
         return transports[-1]
+
+    async def die(self, *bodies: bytes) -> None:
+        """Let the backend die while chats with these bodies are at work, which are answered all the same."""
+        served = [self.serve(post(CHAT, body)) for body in bodies]
+        await self.asked(len(self.backends.transports) + len(bodies))
+        self.at_work = [each.request.suspect() for each in served]
+        self.suspects.note_cut()
+        self.suspects.note_down()
+        for transport in self.backends.transports[-len(bodies) :]:
+            transport.receive(answer(HELLO, b"200 OK", b"Connection: close"))
 
     async def keep_connection(self) -> MemoryTransport:
         """Put an idle connection into the pool; return the backend's end of it."""
