@@ -159,7 +159,7 @@ class Recorder:
         streams = [
             (record.ended_s - record.first_byte_s, record.usage_source.events - 1)
             for record in batch.records
-            if type(record.usage_source) is TokenCounter
+            if type(record.usage_source) is TokenCounter and not record.is_unfinished  # else it was counted on
         ]
         self._metrics.gap.observe_all([span_s / gaps for span_s, gaps in streams if gaps > 0])
 
@@ -180,11 +180,13 @@ class Recorder:
         prompts, cacheds, completions, prompt_ms, predicted_ms, _ = reported
         if not prompts:
             return
-        self.served_s = self._clock()
         if not metrics.by_model:
             for kind, numbers in zip(TOKEN_TYPES, (prompts, cacheds, completions), strict=True):
                 metrics.tokens.inc((kind,), sum(numbers))
-        metrics.cached.observe_all(cacheds, metrics.cache_mode)
+        of_reports = reported.cacheds_of_reports() if any(reported.estimateds) else cacheds
+        if of_reports:  # an estimate alone is no sign that the backend serves
+            self.served_s = self._clock()
+            metrics.cached.observe_all(of_reports, metrics.cache_mode)
         metrics.prompt_speed.observe_all(_speeds(map(sub, prompts, cacheds), prompt_ms))
         metrics.generation_speed.observe_all(_speeds(completions, predicted_ms))
 

@@ -69,6 +69,11 @@ class TokenColumns(NamedTuple):
     predicted_ms: Sequence[float] = ()
     estimateds: Sequence[int] = ()
 
+    def cacheds_of_reports(self) -> Sequence[int]:
+        """Return how many tokens were cached, of those responses that reported any tokens."""
+        rows = zip(self.prompts, self.cacheds, self.completions, self.estimateds, strict=True)
+        return [cached for prompt, cached, completion, estimated in rows if estimated < max(prompt + completion, 1)]
+
 
 def token_columns(tokens: Sequence[Tokens]) -> TokenColumns:
     return TokenColumns._make(zip(*tokens, strict=True)) if tokens else TokenColumns()

@@ -131,6 +131,28 @@ def test_tokens_and_their_speed() -> None:
     assert page['gateway_cached_prompt_tokens_count{mode="private"}'] == 1
 
 
+def test_estimates_alone_are_no_sign_that_the_backend_serves() -> None:
+    """It may hang: a client that leaves it, or waits in vain, is charged all the same."""
+    accounts = Accounts()
+    left = {"outcome": Outcome.CANCELLED, "is_unfinished": True, "usage_source": None, "bytes_in": 100}
+    page = accounts.observe(record(**left), record(**left | {"outcome": Outcome.TIMED_OUT}))
+    assert page['gateway_tokens_total{type="completion"}'] > 0
+    assert accounts.recorder.served_s is None
+    assert page['gateway_cached_prompt_tokens_count{mode="private"}'] == 0
+    accounts.clock.advance(5)
+    page = accounts.observe(record(**left), record())
+    assert accounts.recorder.served_s == accounts.clock()
+    assert page['gateway_cached_prompt_tokens_count{mode="private"}'] == 1
+    assert page['gateway_cached_prompt_tokens_sum{mode="private"}'] == 3
+
+
+def test_a_stream_that_was_counted_on_after_its_client_had_left_has_no_gap() -> None:
+    """Its events go on, but its time ended as the client left."""
+    source = counted(*EVENTS * 400)
+    page = Accounts().observe(record(usage_source=source, is_unfinished=True, outcome=Outcome.CANCELLED))
+    assert page["gateway_inter_event_gap_seconds_count"] == 0
+
+
 def test_an_answer_without_times_has_no_speed() -> None:
     usage = b'{"usage":{"prompt_tokens":4,"completion_tokens":0}}'
     page = Accounts().observe(record(usage_source=counted(usage)), record(usage_source=None))
