@@ -2,9 +2,10 @@
 
 There is an estimate for the further choices of a whole response (llama-server reports the first one), for a response
 that the client asked to have without its reports, and for a request whose client left while the backend worked on it.
-The estimator learns how many tokens a byte has, and how fast the backend is, from what is reported.
+The estimator learns how many tokens a byte has, and how fast each model is, from what is reported.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from math import ceil
 
@@ -55,6 +56,16 @@ class _Average:
         return self._default if self._value is None else self._value
 
 
+class _Pace:
+    """How fast one model is, in tokens per second."""
+
+    __slots__ = ("generating", "reading")
+
+    def __init__(self) -> None:
+        self.reading = _Average(PROMPT_TOKENS_PER_S)
+        self.generating = _Average(TOKENS_PER_S)
+
+
 class TokenEstimator:
     """Counts the tokens of requests, and estimates those that no report counts."""
 
@@ -62,8 +73,7 @@ class TokenEstimator:
         self._text = _Average(TOKENS_PER_BYTE)
         # Tokens of the prompt per byte of the request's body, by key and route: no key changes what another is charged.
         self._prompt: dict[tuple[str, str], _Average] = {}
-        self._prompt_speed = _Average(PROMPT_TOKENS_PER_S)
-        self._speed = _Average(TOKENS_PER_S)
+        self._paces: defaultdict[str, _Pace] = defaultdict(_Pace)  # by model
         self._next_lesson_s = self._next_sample_s = 0.0
 
     def tokens_of(self, record: RequestRecord) -> Tokens | None:
@@ -102,10 +112,11 @@ class TokenEstimator:
         if record.bytes_in and tokens.prompt:
             average = self._prompt.setdefault(key_and_route, _Average(TOKENS_PER_BYTE))
             average.add(tokens.prompt / record.bytes_in)
+        pace = self._paces[record.model]
         if tokens.prompt_ms > 0 and tokens.prompt > tokens.cached:
-            self._prompt_speed.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
+            pace.reading.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
         if tokens.predicted_ms > 0 and tokens.completion >= _LESSON_TOKENS:
-            self._speed.add(tokens.completion * 1000 / tokens.predicted_ms)
+            pace.generating.add(tokens.completion * 1000 / tokens.predicted_ms)
         if type(record.usage_source) is bytes and record.ended_s >= self._next_sample_s and tokens.completion:
             self._next_sample_s = record.ended_s + _SAMPLE_S
             if text_bytes := generated_bytes(parse_json(record.usage_source)):
@@ -181,7 +192,7 @@ class TokenEstimator:
         one letter. If no speed has been learned, it is all that the request allows.
         """
         limit = limit_of(record)
-        if limit is not None and not self._speed.is_learned:
+        if limit is not None and not self._speed_of(record).is_learned:
             return limit
         shown = max(ceil(count.text_bytes * self._text.value * UNREPORTED_MARGIN), count.listed)
         by_time = self._by_time(record, prompt)
@@ -210,11 +221,12 @@ class TokenEstimator:
         answers = record.asked.answers
         generated = sent + OVERRUN_TOKENS * answers
         span_s = max(record.ended_s, record.worked_until_s) - record.first_byte_s - self._reading_s(record, prompt)
-        by_time = ceil(span_s * self._speed.value) * answers
+        speed = self._speed_of(record)
+        by_time = ceil(span_s * speed.value) * answers
         has_all_in_events = record.shown is not None and record.shown.has_all_in_events
         if record.is_behind:
             generated = max(generated, by_time)
-        elif self._speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
+        elif speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
         generated = _as_shown(record, generated)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
@@ -226,16 +238,21 @@ class TokenEstimator:
         if record.is_unfinished:
             linger_s = 0.0 if record.worked_until_s else LINGER_S
             span_s = max(span_s + linger_s - self._reading_s(record, prompt), 0.0)
-        generated = ceil(span_s * self._speed.value) * at_once
+        speed = self._speed_of(record).value
+        generated = ceil(span_s * speed) * at_once
         if record.generated is not None and record.generated.most is not None:
             # What it has had since the last look, at which others may have kept it from any.
-            more = ceil(LINGER_S * self._speed.value) if record.generated.most else OVERRUN_TOKENS
+            more = ceil(LINGER_S * speed) if record.generated.most else OVERRUN_TOKENS
             generated = min(generated, (record.generated.most + more) * at_once)
         return min(generated, limit_of(record) or generated)
 
     def _reading_s(self, record: RequestRecord, prompt: int) -> float:
         """Return for how long the backend is likely to read the prompts, which it does at once."""
-        return prompt / record.asked.prompts / self._prompt_speed.value
+        return prompt / record.asked.prompts / self._paces[record.model].reading.value
+
+    def _speed_of(self, record: RequestRecord) -> _Average:
+        """Return how fast the model of a request generates."""
+        return self._paces[record.model].generating
 
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:
         """Return the tokens of the first choice, which is reported, and of the others, by their text."""

@@ -47,6 +47,20 @@ def taught() -> TokenEstimator:
 AS_FORMATTED = (TESTS / "answers" / "chat.json").read_bytes()
 
 
+def test_a_report_of_the_first_of_several_choices_is_not_that_of_all() -> None:
+    """It may end exactly as the report of the only one does."""
+    choices = b'"choices":[{"index":0,"text":"%b"},{"index":1,"text":"%b"}]' % (b"x" * 400, b"x" * 400)
+    timings = AS_FORMATTED[AS_FORMATTED.rindex(b'"timings"') :].strip()
+    source = b"{" + choices + b"," + timings
+    alone = tokens_of(record(COMPLETIONS, usage_source=source))
+    both = tokens_of(record(COMPLETIONS, usage_source=source, asked=TokensAsked(choices=2)))
+    assert alone is not None
+    assert both is not None
+    assert (alone.completion, alone.estimated) == (6, 0)
+    assert both.estimated > 0
+    assert both.completion == 6 + both.estimated
+
+
 def test_a_response_as_llama_server_formats_it() -> None:
     assert tokens_of(record(usage_source=AS_FORMATTED)) == Tokens(28, 27, 6, 0.349, 0.736)
     assert tokens_of(record(usage_source=AS_FORMATTED, asked=TokensAsked(choices=2))) == Tokens(28, 27, 6, 0.349, 0.736)
@@ -390,6 +404,35 @@ def test_the_time_of_a_few_tokens_says_nothing_of_the_speed(completion: int, *, 
     estimator = TokenEstimator()
     estimator.learn([record(bytes_in=0)], [Tokens(3, 0, completion, predicted_ms=0.001)])
     assert (tokens_of(left(), estimator) != tokens_of(left())) == teaches
+
+
+def test_each_model_has_a_speed_of_its_own() -> None:
+    estimator = TokenEstimator()
+    estimator.learn([record(bytes_in=0, model="fast")], [Tokens(100, 0, 1000, prompt_ms=1.0, predicted_ms=1000.0)])
+    fast, slow, unnamed = (tokens_of(left(model=model), estimator) for model in ("fast", "slow", "-"))
+    assert fast is not None
+    assert fast.completion > 1000
+    assert slow == unnamed == tokens_of(left())
+
+
+def test_a_prompt_that_was_found_in_the_cache_says_nothing_of_the_speed() -> None:
+    estimator = TokenEstimator()
+    estimator.learn([record(bytes_in=0)], [Tokens(100, 100, 0, prompt_ms=9.0)])
+    assert tokens_of(left(), estimator) == tokens_of(left())
+
+
+def test_no_more_time_than_the_request_took_is_spent_on_its_prompt() -> None:
+    """Else a client that leaves while a long prompt is read had tokens back."""
+    long = {"bytes_in": 100_000, "left_queue_s": 101.0}
+    assert tokens_of(left(**long)) == Tokens(30_000, 0, 0, estimated=30_000)
+    counting = tokens_of(left(**long, usage_source=counted(*EVENTS), first_byte_s=101.0), taught())
+    assert counting is not None
+    assert counting.completion == 1 + OVERRUN_TOKENS
+
+
+def test_a_stream_that_sent_more_than_it_was_allowed_is_charged_for_what_it_sent() -> None:
+    sent = counted(*EVENTS * 5)
+    assert tokens_of(left(usage_source=sent, asked=TokensAsked(max_tokens=4))) == Tokens(30, 0, 9, estimated=39)
 
 
 def test_a_request_that_teaches_nothing_delays_no_lesson() -> None:
