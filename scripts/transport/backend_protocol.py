@@ -206,7 +206,10 @@ class BackendProtocol(PeerProtocol):
         self.leaving = True
         self.pass_to(sink, on_end)
         self.deadline_s = self._ticker.now_s + seconds
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the backend has reset the connection, which asyncio has not read yet
+            self.transport.abort()
 
     def give_up(self, seconds: float) -> None:
         """Tell the backend that nobody waits for the response that is awaited. It closes the connection in the end.

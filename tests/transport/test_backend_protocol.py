@@ -1,7 +1,10 @@
 """backend_protocol.py: response heads, bytes that nothing asked for, and connections that were closed meanwhile."""
 
+import asyncio
 import gc
+import select
 import socket
+import struct
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from support.feeds import FEEDS, Feed, halves
+from support.gateway import until
 from support.memory_transport import ABORTED, ESTABLISHED, OPEN, Link, MemoryTransport, end_of, outcome
 from transport.backend_protocol import BackendProtocol, Missed
 from transport.tcp import CLOSED as TCP_CLOSED
@@ -281,6 +285,31 @@ def test_a_response_that_is_left_already_is_not_cut() -> None:
     asked.backend.leave(lambda data: None, lambda cleanly: None, 5)
     asked.backend.give_up(600)
     assert (asked.transport.wrote_eof, asked.transport.state) == (True, OPEN)
+
+
+def test_a_connection_that_was_reset_before_that_is_read_is_left_without_an_error() -> None:
+    """Reading may be paused, for a client that reads slowly."""
+
+    async def play() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            peer, _ = listener.accept()
+        link, ended = Link(), list[bool]()
+        backend = BackendProtocol(writer, link.ticker, link.batcher, 65536, link.activity)
+        backend.send_request(REQUEST)
+        link.batcher.flush()
+        backend.transport.pause_reading()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        peer.close()
+        poll = select.poll()
+        poll.register(writer.get_extra_info("socket").fileno(), 0)
+        assert poll.poll(5000), "the reset has not come"
+        backend.leave(lambda data: None, ended.append, 600)
+        assert ended == []
+        await until(lambda: ended)
+        assert (backend.ended, len(ended)) == (True, 1)
+
+    asyncio.run(play())
 
 
 def test_a_backend_that_sends_without_a_request_is_aborted() -> None:
