@@ -128,6 +128,11 @@ class LeftStream:
             return 0.0
         return _PACE_S if self._has_silent is None and self._looks < _LOOKS else inf
 
+    def look_in_vain(self, now_s: float) -> None:
+        """The slots cannot be seen."""
+        if not self._has_come:
+            self._note_silent(None, now_s)
+
     def look(self, slots: Sequence[Slot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
         """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
         self._looks += 1

@@ -193,7 +193,10 @@ class SlotReclaimer:
         try:
             while self._pending:
                 await self._pause()
-                self._release_ended(await self._cancelled_slots(), clock())
+                busy, now_s = await self._cancelled_slots(), clock()
+                if not self._has_answered:
+                    self._look_in_vain(now_s)
+                self._release_ended(busy, now_s)
         finally:
             self._poll_slowly = False
             self._release_all()
@@ -261,6 +264,11 @@ class SlotReclaimer:
         self._look(slots, at_work, now_s)
         self._look_at_sums(slots, at_work, now_s)
         return max(0, sum(map(is_busy, slots)) - sum(each.slots for each in at_work))
+
+    def _look_in_vain(self, now_s: float) -> None:
+        for pending in self._pending:
+            if pending.stream is not None:
+                pending.stream.look_in_vain(now_s)
 
     def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches know what follows for each request from what all slots show."""

@@ -103,6 +103,18 @@ def test_what_is_not_known_after_its_end_says_nothing_against_it() -> None:
     assert ended == [Shown(True)]
 
 
+def test_what_a_look_has_shown_is_good_for_a_moment_if_the_slots_cannot_be_seen_any_more() -> None:
+    for later_s, has_all in ((1.9, True), (2.1, False)):
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 7, ended.append)
+        stream.look([], SEVEN, False, 1.0)
+        stream.look_in_vain(1.0 + later_s)
+        stream.note_end()
+        stream.look_in_vain(9.0)
+        stream.end()
+        assert ended == [Shown(has_all)]
+
+
 def shown(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
     """Return what a stream that was left reports after these looks at the slots."""
     ended: list[Shown] = []

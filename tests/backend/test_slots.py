@@ -166,6 +166,25 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, has_all
     run(play)
 
 
+def test_a_look_that_is_too_long_ago_says_nothing_if_the_backend_does_not_list_its_slots_any_more() -> None:
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 40, ended.append)
+        backend = Backend(listed(40), *[BACKEND_UNAVAILABLE] * 60, listed(None))
+        cancelled = Cancelled(backend)
+        connection = Line()
+        cancelled.reclaimer.release(
+            cancelled.queue.acquire("alice"), streamed=True, stream=stream, connection=connection
+        )
+        await until(lambda: backend.polls == 40)
+        stream.note_end()
+        connection.ended = True
+        await until(lambda: cancelled.queue.active == 0)
+        assert not ended[0].has_all_in_events
+
+    run_without_sleep(play())
+
+
 def test_the_slots_are_looked_at_as_soon_as_a_stream_is_left() -> None:
     """Its slot may have the next request a moment later. This clock moves on only if all wait."""
 
