@@ -1,5 +1,7 @@
 """The backend dies of a request: the others' requests wait for the restart, and the culprit is held back."""
 
+import pytest
+
 from support.backend import HELLO, STREAM_HEAD, Call, Step, answer, chunk, close, event, send, stall
 from support.gateway import KEY, OTHER_KEY, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
@@ -163,22 +165,44 @@ async def test_what_must_not_be_repeated_is_not(stack: Stack) -> None:
     await stack.backend.listen()
 
 
+USAGE = b'{"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}'
+HEALTH = get(b"/health")
+
+
+@pytest.mark.parametrize(("answered_s", "blamed"), [(None, False), (590, True), (610, False)])
+@scenario()
+async def test_after_two_deaths_requests_are_blamed_only_if_the_backend_has_answered_before(
+    stack: Stack, answered_s: float | None, blamed: bool
+) -> None:
+    """A machine on which every request fails must be given up in the end."""
+    if answered_s is not None:
+        stack.backend.script(send(answer(USAGE)))
+        assert (await stack.ask(post())).status == 200
+        assert (await stack.ask(HEALTH)).json["blamed"] is False
+        stack.advance(answered_s)
+    for number in range(3):
+        stack.backend.script(die(stack))
+        client = await sent(stack, post(body=POISON % number, key=OTHER_KEY))
+        await until(lambda: stack.app.readiness.state == "loading")
+        assert (await stack.ask(HEALTH)).json["blamed"] is (blamed or number < 2), number
+        await restart(stack)
+        assert (await client.response()).code == "request_held_back"
+
+
 @scenario()
 async def test_the_supervisor_learns_whether_a_request_is_to_blame(stack: Stack) -> None:
-    usage = b'{"usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}'
-    health = get(b"/health")
-    assert (await stack.ask(health)).json["blamed"] is False
-    stack.backend.script(send(answer(usage, b"200 OK", b"Content-Type: application/json")))
+    assert (await stack.ask(HEALTH)).json["blamed"] is False
+    stack.backend.script(send(answer(USAGE)))
     assert (await stack.ask(post())).status == 200
     stack.backend.script(stall(stack.finish), die(stack))
     client = await sent(stack, post(body=POISON % 1))
     await until(lambda: len(stack.backend.calls) == 2)
-    busy = (await stack.ask(health)).json
+    busy = (await stack.ask(HEALTH)).json
     assert (busy["blamed"], busy["unanswered_bytes"]) == (False, len(POISON % 1))
     stack.finish.set()
     await until(lambda: stack.app.readiness.state == "loading")
-    assert (await stack.ask(health)).json["blamed"] is True
+    assert (await stack.ask(HEALTH)).json["blamed"] is True
     await restart(stack)
     assert (await client.response()).code == "request_held_back"
     stack.advance(10)
-    assert (await stack.ask(health)).json["blamed"] is False
+    assert (await stack.ask(HEALTH)).json["blamed"] is False

@@ -301,6 +301,18 @@ async def test_a_whole_answer_that_comes_after_its_client_has_left_is_charged_as
 
 
 @scenario()
+async def test_a_stream_that_was_left_is_recorded_if_the_gateway_ends_first(stack: Stack) -> None:
+    client = await left_stream(stack)
+    connection = stack.backend.calls[0].connection
+    connection.stays = True
+    client.close()
+    await connection.gone.wait()
+    assert stack.counted("cancelled", "streaming") == 0
+    await stack.stop()
+    assert [line["outcome"] for line in stack.lines] == ["cancelled"]
+
+
+@scenario()
 async def test_garbage_after_the_client_has_left_ends_the_count(stack: Stack) -> None:
     async def garbage(call: Call) -> None:
         await call.gone.wait()

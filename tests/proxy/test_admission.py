@@ -254,6 +254,7 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     ticket.release()
     assert gateway.queue.active == 0
     gateway.expect_end(served, Outcome.CANCELLED, 499)
+    assert served.record.worked_until_s == served.record.ended_s  # the slot was released then, by this double
 
 
 @in_memory()

@@ -413,6 +413,30 @@ async def test_the_slot_of_a_client_that_left_is_asked_for(around: InMemory) -> 
     await around.until(is_free)
 
 
+@in_memory()
+async def test_a_backend_that_was_started_again_may_list_its_slots(around: InMemory) -> None:
+    await around.app.reload()
+    for listed in (False, True):
+        around.set_state("ready")
+        await around.until(lambda: around.app.readiness.ready)
+        number = len(around.backends.transports)
+        client = around.connect()
+        client.receive(post())
+        await around.until(lambda: len(around.backends.transports) > number)  # noqa: B023
+        await around.until(lambda: around.backend.written)
+        asked = around.backend
+        client.receive_eof()
+        await around.until(lambda: len(around.backends.transports) > number + 1)  # noqa: B023
+        look = around.backend
+        await around.until(lambda: look.written)  # noqa: B023
+        assert look.take().startswith(b"GET /slots HTTP/1.1\r\n")
+        look.receive(answer(b"[]") if listed else answer(b"{}", b"501 Not Implemented"))
+        asked.receive_eof()
+        await around.until(lambda: around.app.queue.active == 0)
+        around.set_state("loading")
+        await around.until(lambda: not around.app.readiness.ready)
+
+
 @pytest.mark.parametrize(
     ("settings", "name"),
     [

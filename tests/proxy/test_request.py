@@ -103,6 +103,20 @@ async def test_a_request_that_waits_for_an_isolated_slot_is_given_up_after_reque
 
 
 @in_memory()
+async def test_streams_whose_bodies_are_gone_are_told_apart(gateway: MemoryGateway) -> None:
+    """Only the one that was at work when the backend died may be held back."""
+    bodies = (b'{"stream": true, "a": 1}', b'{"stream": true, "a": 2}')
+    streams = [gateway.serve(post(body=body)) for body in bodies]
+    await gateway.asked(2)
+    before = [stream.request.suspect() for stream in streams]
+    for transport in gateway.backends.transports:
+        transport.receive(STREAM_HEAD)
+    assert [stream.request.stage for stream in streams] == [Stage.STREAMING] * 2
+    assert [stream.request.suspect() for stream in streams] == before
+    assert before[0] != before[1]
+
+
+@in_memory()
 async def test_a_whole_answer_in_pieces_is_no_stream(gateway: MemoryGateway) -> None:
     served = gateway.serve(post())
     assert served.request.stream_events is None
