@@ -314,8 +314,9 @@ def show_usage(arguments: argparse.Namespace) -> int:
     except ledger_files.LedgerUnreadable as error:
         raise CommandError(str(error)) from None
     costs = [{} if price is None else {"cost": round(ledger.cost(row.gpu_s, price), 4)} for row in rows]
-    if arguments.key and not rows:
-        _report(f"no use of {arguments.key} is recorded in {path}", arguments.quiet)
+    if not rows:
+        use = f"use of {arguments.key}" if arguments.key else "use"
+        _report(f"no {use} is recorded in {path}", arguments.quiet)
     full = [{**asdict(row), "gpu_s": round(row.gpu_s, 1), **cost} for row, cost in zip(rows, costs, strict=True)]
     records = [{name: value for name, value in record.items() if value != ""} for record in full]
     return _print_json(records) if arguments.json else _print_table(records, comma=arguments.csv)
@@ -367,6 +368,9 @@ def _file_errors(path: Path) -> Iterator[None]:
     """Turn errors of the keys file into CommandError with the path in the message."""
     try:
         yield
+    except FileNotFoundError:
+        where = "it is the --file, else AUTH_KEYS_FILE, else in DATA_DIR"
+        raise CommandError(f"there is no {os.path.abspath(path)}: {where}, and generate makes it") from None
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from None
     except keyfile.KeyFileError as error:
@@ -383,6 +387,8 @@ def _rewrite(arguments: argparse.Namespace, change: Callable[[Document], None], 
 
     with _file_errors(path):
         if create:
+            if not path.parent.parent.exists():
+                raise CommandError(f"there is no folder {path.parent.parent}, which {path.parent} would be in")
             _make_folder(path.parent)
         document = keyfile.rewrite(path, change, create=create, warn=warn)
         if message := keyfile.detached(path.stat()):
@@ -438,7 +444,7 @@ def _show_key(arguments: argparse.Namespace, document: Document, secret: str, do
         message = f"the new key of {name} is in the file but could not be shown ({error.strerror}): rotate or remove it"
         raise CommandError(message) from None
     expiration = f"; it expires at {record['expires_at']}" if entry.expires_at is not None else ""
-    _report(f"{done} {keys_file(arguments)}; the key is shown only once{expiration}", arguments.quiet)
+    _report(f"{done} {os.path.abspath(keys_file(arguments))}; the key is shown only once{expiration}", arguments.quiet)
     return 0
 
 

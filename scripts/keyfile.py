@@ -348,7 +348,7 @@ def merge(entries: tuple[Entry, ...], given: tuple[Entry, ...]) -> tuple[tuple[E
     added = tuple(entry for entry in given if entry not in clashing)
     reported = [entry.key_id for entry in given if entry in clashing and entry not in entries]
     return entries + added, tuple(
-        f"the keys file has the name or the key of {key_id}, and counts" for key_id in reported
+        f"the entry {key_id} does not count: the keys file has that name or key" for key_id in reported
     )
 
 

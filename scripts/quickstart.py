@@ -103,7 +103,11 @@ def how_to_get_what_is_missing(model: ModelSettings) -> list[str]:
 
 def run_command() -> str:
     """Return the command that the user has probably given to start this program."""
-    return shlex.join(["python3", os.path.relpath(ROOT), "run"]) if is_one_file() else "make run"
+    if is_one_file():
+        return shlex.join(["python3", os.path.relpath(ROOT), "run"])
+    if (ROOT.parent / "Makefile").exists():
+        return "make run"
+    return f"{os.path.relpath(ROOT / 'start.sh')} --quickstart"  # a release has no Makefile
 
 
 def model_setting(model: ModelSettings) -> str:

@@ -486,11 +486,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise TopError("this is no terminal: use --once")
             show(gateway, blocks)
         elif arguments.json:
-            print(json.dumps(named(once(gateway))))
+            print(json.dumps(named(once(gateway))), flush=True)
         else:
-            print(text(once(gateway), shutil.get_terminal_size((160, 24))[0], blocks))
+            print(text(once(gateway), shutil.get_terminal_size((160, 24))[0], blocks), flush=True)
     except TopError as error:
         print(f"top: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:  # such as a pipe that is read no further; the interpreter would write again at its end
+        print(f"top: error: stdout: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -344,7 +344,7 @@ def test_given_keys_are_in_force_before_the_file_is_read_and_others_may_be_right
 
 def test_the_file_takes_precedence_over_given_keys(path: Path) -> None:
     store = KeyStore(path, 60, GIVEN)
-    clash = "API_KEYS: the keys file has the name or the key of a, and counts"
+    clash = "API_KEYS: the entry a does not count: the keys file has that name or key"
     assert store.reload() == auth.Reload(True, 2, (clash,))
     assert store.keyring.find(digest(K), now).key_id == "a"
     assert refusal(lambda: store.keyring.find(GIVEN_A, now)).kind is INVALID_API_KEY

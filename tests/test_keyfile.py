@@ -370,7 +370,7 @@ def test_given_keys_are_added_unless_the_file_has_their_name_or_key() -> None:
     assert keyfile.merge(in_file, (new, same)) == ((*in_file, new), ())
     entries, clashes = keyfile.merge(in_file, (name, new, key))
     assert entries == (*in_file, new)
-    assert clashes == tuple(f"the keys file has the name or the key of {each}, and counts" for each in "bd")
+    assert clashes == tuple(f"the entry {each} does not count: the keys file has that name or key" for each in "bd")
 
 
 @pytest.mark.parametrize(

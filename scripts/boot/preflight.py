@@ -82,6 +82,9 @@ def _claim(sockets: ExitStack, name: str, host: str, port: int) -> int:
     except OSError as error:
         in_use = error.errno == errno.EADDRINUSE
         reason = "it is already in use (is this running already?)" if in_use else error.strerror
+        if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+            name = "BACKEND_HOST" if name == "PORT_BACKEND" else "HOST"
+            reason = f"this machine has no such address ({error.strerror})"
         message = f"{name}: cannot listen on {host} port {port}: {reason}"
         raise (PortInUse if in_use else StartupError)(EXIT_SERVICE, message) from None
 
@@ -132,6 +135,12 @@ def check_backend(config: Config) -> None:
         raise StartupError(EXIT_SETTINGS, str(error)) from None
 
 
+def _unreadable(cert: Path, key: Path | None) -> str:
+    """Return the first of these files that cannot be read, or both."""
+    paths = [path for path in (cert, key) if path is not None]
+    return next((str(path) for path in paths if not os.access(path, os.R_OK)), " and ".join(map(str, paths)))
+
+
 def check_tls(config: Config) -> None:
     """Check that the certificate and its key can be loaded. Raises StartupError."""
     cert, key = config.listen.tls_cert_file, config.listen.tls_key_file
@@ -142,7 +151,7 @@ def check_tls(config: Config) -> None:
     except (OSError, ValueError) as error:
         not_pem = f"not a certificate chain and its key in PEM form ({error})"
         reason = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else not_pem
-        message = f"TLS_CERT_FILE, TLS_KEY_FILE: {cert} and {key} cannot be loaded: {reason}"
+        message = f"TLS_CERT_FILE, TLS_KEY_FILE: {_unreadable(cert, key)} cannot be loaded: {reason}"
         raise StartupError(EXIT_SETTINGS, message) from None
 
 

@@ -14,6 +14,8 @@ from config import converters
 from config.settings import ALIASES, OFF_WHEN_EMPTY, PRIVATE, SETTINGS, YEAR_S, Config, ConfigError, Setting
 from core.listener import is_socket_path
 
+_NAMES = frozenset(setting.name for setting in SETTINGS)
+_LONG_WORDS = frozenset(name for name in _NAMES if "_" not in name and len(name) >= 7)
 # With these llama-server's slots share what prompts leave behind, or cannot be told apart.
 _SHARING_ARGS = frozenset(
     ("--no-slots", "--lookup-cache-dynamic", "-lcd", "--slot-save-path", "--models-dir", "--models-preset")
@@ -124,20 +126,33 @@ class EnvironmentReader:
 
 
 def _misspelt_names(environ: Mapping[str, str]) -> Iterator[str]:
-    """Warn of names that are close to a setting's, and begin with the same word as a setting, or are one word too.
-
-    Short words are often close by chance, and LOGNAME is a name of its own.
-    """
-    names = {setting.name for setting in SETTINGS}
-    known = names | set(ALIASES) | {setting.name + "_FILE" for setting in SETTINGS if setting.secret}
-    first_words = {name.partition("_")[0] for name in names}
-    long_words = {name for name in names if "_" not in name and len(name) >= 7}
+    """Warn of names that are nearly a setting's."""
+    known = _NAMES | set(ALIASES) | {setting.name + "_FILE" for setting in SETTINGS if setting.secret}
     for name in sorted(name for name, value in environ.items() if value):
         if name.startswith("LLAMA_ARG_"):
             yield f"{converters.quoted(name)} does not reach llama-server; use EXTRA_ARGS"
-        elif name not in known and (name.partition("_")[0] in first_words or "_" not in name):
-            for near in difflib.get_close_matches(name, names if "_" in name else long_words, 1, 0.85):
-                yield f"{converters.quoted(name)} is not a setting; did you mean {near}?"
+        elif name not in known and (near := _nearly(name)) is not None:
+            yield f"{converters.quoted(name)} is not a setting; did you mean {near}?"
+
+
+def _nearly(name: str) -> str | None:
+    """Return the setting that a name is meant to be: in capitals, in another order of words, or in other letters.
+
+    Other programs have settings, too. So the first word must be much like that of a setting. A short word is often so
+    by chance, and LOGNAME is a name of its own.
+    """
+    if name.upper() in _NAMES:
+        return name.upper()
+    words = sorted(name.split("_"))
+    if len(words) > 1:
+        for other in _NAMES:
+            if sorted(other.split("_")) == words:
+                return other
+    first_words = {other.partition("_")[0] for other in _NAMES}
+    if len(words) > 1 and not difflib.get_close_matches(name.partition("_")[0], first_words, 1, 0.8):
+        return None
+    candidates = _NAMES if len(words) > 1 else _LONG_WORDS
+    return next(iter(difflib.get_close_matches(name, candidates, 1, 0.85)), None)
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:

@@ -48,7 +48,7 @@ from keyfile import Entry
 
 SHARED, PRIVATE = "shared", "private"  # PROMPT_CACHE
 YEAR_S = 365 * 86400
-ALIASES = {"GATEWAY_PORT": "PORT"}
+ALIASES = {"BACKEND_PORT": "PORT_BACKEND", "GATEWAY_PORT": "PORT"}
 OFF_WHEN_EMPTY = frozenset({"ACCESS_LOG", "USAGE_FILE"})
 
 

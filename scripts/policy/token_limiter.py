@@ -89,7 +89,7 @@ def _refuse(window: SlidingWindow, limit: int, tokens: int, now_s: float) -> NoR
     # Rounded to microseconds, so that a floating-point error is not rounded up to a whole second.
     raise GatewayError(
         TOKEN_RATE_EXCEEDED,
-        f"This API key is limited to {limit} tokens per minute. This request may use {tokens}, and"
+        f"This API key is limited to {limit} tokens per minute. This request needs {tokens} of them to begin, and"
         f" {max(limit - window.total, 0)} are left now.",
         fields=token_allowance(limit, limit - window.total, round(window.reset_s(now_s), 6)),
         retry_after_s=math.ceil(round(window.wait_s(limit - tokens + 1, now_s), 6)),

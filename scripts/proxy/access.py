@@ -80,7 +80,7 @@ class AccessControl:
         if route.refusal is not None:
             raise route.error()
         if route.kind.role is Role.OPERATOR and (caller is None or not caller.is_operator):
-            raise GatewayError(ROUTE_NOT_ALLOWED)
+            raise GatewayError(ROUTE_NOT_ALLOWED, "This route needs an operator's key.")
         if route.kind.local:
             return
         if draining:

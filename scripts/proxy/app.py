@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from math import inf
 
@@ -418,7 +419,7 @@ class App:
             return await self._reload()
 
     async def _reload(self) -> Reload:
-        result = await run_off_loop(self._read_again)
+        result, tls_complaint = await run_off_loop(self._read_again)
         self._reloads.inc(("ok" if result.ok else "failed",))
         for complaint in result.complaints:
             log.warning("keys: %s", complaint)
@@ -429,7 +430,7 @@ class App:
         elif self._config.auth.enabled:
             stays = f"the last good keys stay ({result.keys})" if result.keys else _NO_KEYS
             log.error("keys: %s; %s", result.reason, stays)
-        return result
+        return replace(result, complaints=(*result.complaints, tls_complaint)) if tls_complaint else result
 
     def _warn_of_sharing(self) -> None:
         warning = shared_cache_warning(self._config, {caller.key_id for caller in self._keys.keyring})
@@ -441,11 +442,9 @@ class App:
         if self.models is None and any(caller.models is not None for caller in self._keys.keyring):
             log.warning("keys: models= has no effect with MODELS=single: all keys may use the one model")
 
-    def _read_again(self) -> Reload:
-        result = self._keys.reload()
-        if self.tls is not None:
-            self.tls.reload()
-        return result
+    def _read_again(self) -> tuple[Reload, str]:
+        """Return what came of the keys, and what is wrong with the certificate."""
+        return self._keys.reload(), "" if self.tls is None else self.tls.reload()
 
     def reload_soon(self) -> None:
         """Reload, unless a reload is due already: signals may come faster than a volume responds."""

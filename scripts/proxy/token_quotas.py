@@ -74,7 +74,7 @@ def standing(limit: int | None, used: int, resets_in_s: float) -> dict[str, obje
 
 def _used_up(limit: int, period: str, resets_in_s: float) -> GatewayError:
     retry_s = ceil(resets_in_s)
-    message = f"This API key is limited to {limit} tokens {period} are used up; new ones come in"
+    message = f"This API key is limited to {limit} tokens {period} are used up; new ones come at 00:00 UTC, in"
     return GatewayError(TOKEN_QUOTA_EXCEEDED, f"{message} {timedelta(seconds=retry_s)}.", retry_after_s=retry_s)
 
 

@@ -117,15 +117,16 @@ class Certificate:
         self.expires_at = 0.0  # in seconds since 1970; 0 until `reload`
         self._config = config
 
-    def reload(self) -> None:
-        """Read the certificate again. If it cannot be used, log that and keep the old one."""
+    def reload(self) -> str:
+        """Read the certificate again. If it cannot be used, log that, keep the old one, and return why; else ""."""
         assert self._config.listen.tls_cert_file is not None
         try:
             self.context = make_context(self._config) or self.context
         except ConfigError as error:
             log.error("TLS: the certificate cannot be read again, the old one stays: %s", error)
-        else:
-            self.expires_at = expires_at(self._config.listen.tls_cert_file)
+            return f"{error}; the old one stays"
+        self.expires_at = expires_at(self._config.listen.tls_cert_file)
+        return ""
 
 
 def read_certificate(config: Config) -> Certificate | None:

@@ -19,7 +19,7 @@ async def test_a_key_can_be_handed_in_where_there_is_no_file(stack: Stack) -> No
 async def test_file_and_handed_in_keys_work_side_by_side_and_the_file_counts(stack: Stack) -> None:
     for key, status in ((KEY, 200), (OTHER_KEY, 200), (OPERATOR_KEY, 200), (b"sk-old-0123456789abcdef", 401)):
         assert (await stack.ask(get(MODELS, key=key))).status == status
-    clash = "API_KEYS: the keys file has the name or the key of bob, and counts"
+    clash = "API_KEYS: the entry bob does not count: the keys file has that name or key"
     assert f"keys: {clash}" in stack.logged()
     stack.keys_file.write_text("# revoked\n")
     reload = await stack.ask(request(b"POST", b"/reload", b"", key=OPERATOR_KEY))

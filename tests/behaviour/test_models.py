@@ -535,6 +535,24 @@ async def test_a_request_that_was_alone_at_work_when_its_model_died_is_held_back
 
 
 @scenario(STATE="loading", **SETTINGS)
+async def test_a_stream_that_was_alone_at_work_when_its_model_died_is_held_back(stack: Stack) -> None:
+    """The gateway learns of the death after the stream was cut."""
+    router = await router_of(stack)
+    begun, cut = chunk(event("one")), chunk(b"proxy error: Failed to read connection")
+    dies = asyncio.Event()
+    stack.backend.script(send(STREAM_HEAD + begun), stall(dies), send(cut + LAST_CHUNK))
+    culprit = await sent(stack, post(body=body("chat", prompt="bad", stream=True)))
+    await culprit.take_through(begun)
+    router.exit_codes["chat"], router.states["chat"] = 139, "unloaded"
+    dies.set()
+    await culprit.take_all()
+    await until(lambda: stack.app.suspects.deaths == 1)
+    stack.advance(3)  # until it is loaded again
+    again = await sent(stack, post(body=body("chat", prompt="bad", stream=True)))
+    assert (await error_of(again))[:2] == (502, "request_held_back")
+
+
+@scenario(STATE="loading", **SETTINGS)
 async def test_no_client_can_say_in_the_routers_words_that_a_model_has_ended(stack: Stack) -> None:
     """llama-server repeats what it does not understand, in an error of its own."""
     router = await router_of(stack)

@@ -154,7 +154,7 @@ def test_generate_creates_the_folder_but_not_its_parents(path: Path, run: Callab
     assert run("generate", "--name", "alice", "--file", "new/keys").status == 0
     assert stat.S_IMODE(os.stat("new").st_mode) == 0o700
     answer = run("generate", "--name", "alice", "--file", "a/b/keys")
-    assert (answer.status, answer.err) == (1, "key_mgmt: error: a/b/keys: No such file or directory\n")
+    assert (answer.status, answer.err) == (1, "key_mgmt: error: there is no folder a, which a/b would be in\n")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the owner of a file")
@@ -374,7 +374,7 @@ def test_check_knows_the_keys_in_the_environment(
     path.write_text(f"a:{OLD}\nb:{OLD}4\n")
     answer = run("check")
     assert answer.status == 1
-    assert answer.out == "API_KEYS: the keys file has the name or the key of b, and counts\n"
+    assert answer.out == "API_KEYS: the entry b does not count: the keys file has that name or key\n"
     assert answer.err == f"key_mgmt: {path}: 2 keys and 1 of API_KEYS, 1 complaint\n"
     monkeypatch.setenv("API_KEYS", "b:secret")
     answer = run("check", "--json")
@@ -553,6 +553,11 @@ def test_usage_shows_quotas_what_is_left_and_when_they_reset(
     assert (len(table), table[1].split()[:2]) == (2, ["bob", "-"])
     usage_file.with_name("usage.db.d").rename(usage_file.with_name("gone"))
     assert run("usage", "--usage-file", str(usage_file), "--quotas").status == 1
+
+
+def test_a_period_without_use_is_said_to_be_one(run: Callable[..., Response], usage_file: Path) -> None:
+    answer = run("usage", "--usage-file", str(usage_file), "--since", "2099-01-01")
+    assert (answer.status, answer.out, answer.err) == (0, "", f"key_mgmt: no use is recorded in {usage_file}\n")
 
 
 def test_usage_reports_a_missing_or_unreadable_ledger(
@@ -751,7 +756,9 @@ def test_an_error_names_the_rule_and_does_not_repeat_the_value(
 @pytest.mark.parametrize("argv", [["list"], ["check"], ["remove", "--name", "a"], ["rotate", "--name", "a"]])
 def test_a_missing_file_is_status_1(path: Path, run: Callable[..., Response], argv: list[str]) -> None:
     answer = run(*argv)
-    assert (answer.status, answer.out, answer.err) == (1, "", f"key_mgmt: error: {path}: No such file or directory\n")
+    where = "it is the --file, else AUTH_KEYS_FILE, else in DATA_DIR"
+    complaint = f"key_mgmt: error: there is no {path}: {where}, and generate makes it\n"
+    assert (answer.status, answer.out, answer.err) == (1, "", complaint)
     assert not path.exists()
 
 

@@ -19,10 +19,21 @@ from config.loader import load_config
 from support.boot import PATIENCE_S, SUPPORT, UNSET, Boot, alive, command_line, program
 from support.fileserver import Site, serve
 from support.in_turn import Case, Outcome, run_in_turn
+from support.paths import SCRIPTS
 from support.ports import free_ports
 from support.together import ENVIRON, aside
 
 LOCAL = {"DATA_DIR": UNSET, "HOST": UNSET, "LLAMA_BIN": UNSET, "STATE_FILE": UNSET}
+
+
+def test_a_release_has_no_makefile(tmp_path: Path) -> None:
+    shutil.copytree(SCRIPTS, tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import quickstart; print(quickstart.run_command())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "scripts", env=ENVIRON, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "start.sh --quickstart\n"
+    assert quickstart.run_command() == "make run"
 
 
 class Run(Boot):

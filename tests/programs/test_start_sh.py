@@ -133,7 +133,9 @@ REFUSED = {
     "PORT in use": Failing(5, r"PORT: cannot listen on 127.0.0.1 port \d+: it is already in use", in_use("PORT")),
     "PORT_HEALTH in use": Failing(5, r"PORT_HEALTH: cannot listen on .* already in use", in_use("PORT_HEALTH")),
     "PORT_BACKEND in use": Failing(5, r"PORT_BACKEND: cannot listen on .* already in use", in_use("PORT_BACKEND")),
-    "another machine's address": Failing(5, r"PORT: cannot listen on 192.0.2.1 port .*assign", good(HOST="192.0.2.1")),
+    "another machine's address": Failing(
+        5, r"HOST: cannot listen on 192.0.2.1 port .*no such address .*assign", good(HOST="192.0.2.1")
+    ),
     "STATE_FILE that cannot be written": Failing(
         2, r"STATE_FILE: .*inside cannot be written", below_a_file("STATE_FILE")
     ),

@@ -139,6 +139,15 @@ def test_one_moment_as_json_has_names(stub: StubGateway, capsys: pytest.CaptureF
     assert stub.asked == [("/ui/events", f"Bearer {KEY}")]
 
 
+def test_a_pipe_that_is_read_no_further_is_a_sentence(stub: StubGateway) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(SCRIPTS / "top.py"), "--url", stub.url, "--once"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "top: error: stdout: Broken pipe\n")
+
+
 def test_one_moment_as_text(stub: StubGateway, capsys: pytest.CaptureFixture[str]) -> None:
     assert top.main(["--url", stub.url, "--once"]) == 0
     output = capsys.readouterr().out

@@ -313,7 +313,10 @@ def test_a_reload_reads_the_certificate_again(tmp_path: Path, caplog: pytest.Log
         day_s = 24 * 3600
         assert day_s < around.gauge("certificate_expiry_timestamp_seconds") - time.time() <= 2 * day_s
         certificate.write_text("broken")
-        await around.app.reload()
+        reloaded = await around.app.reload()
+        assert reloaded.ok
+        assert reloaded.complaints[0].startswith("TLS_CERT_FILE, TLS_KEY_FILE: the certificate cannot be used: ")
+        assert reloaded.complaints[0].endswith("; the old one stays")
         assert around.gauge("certificate_expiry_timestamp_seconds") > time.time()
         await around.app.close()
 
