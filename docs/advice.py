@@ -343,7 +343,7 @@ ERRORS: dict[str, Remedy] = {
     "request_timeout": Remedy(
         "The client sent its head or body too slowly: `CLIENT_HEADER_TIMEOUT`, `CLIENT_BODY_TIMEOUT`,"
         " `CLIENT_BODY_MIN_RATE`.",
-        "The client's link is slow, or it declared more bytes than it sent. Raise the limit of the part that was slow."),
+        "The client's link is slow, or it declared more bytes than it sent. Raise that limit."),
     "form_not_supported": Remedy(
         "A `Content-Type: multipart/…` on a route other than `/v1/audio/transcriptions`, or one in which the"
         " boundary of the form is missing or stands twice.",
@@ -425,8 +425,8 @@ EXIT_STATUSES: dict[int, Remedy] = {
               "The log has one line per wrong setting, all at once. `scripts/start.sh --check` shows the same"
               " without a start. Another start ends in the same way."),
     3: Remedy("There is no model: none is set, the file is missing or not GGUF, or llama-server cannot load it.",
-              "The log names the file or the URL, and the reason. If only llama-server finds out that a file is damaged,"
-              " it is started `MAX_RESTARTS` times before that, about half a minute. Another start ends in the same way."),
+              "The log names the file or the URL, and the reason. If llama-server alone finds out that a file is"
+              " damaged, it is started `MAX_RESTARTS` times before. Another start ends in the same way."),
     4: Remedy("llama-server crashed more than `MAX_RESTARTS` times, for lack of memory for example.",
               "The log quotes llama-server's reason; the causes are listed below. Its own output is in the boot log,"
               " `latest` in the folder of `LOG_DIR`."),
