@@ -94,7 +94,6 @@ _CONTENT_MARKS = {
     "chat": (b"}\n\n", 1),  # the first event has the role only
 }
 _DEFAULT_CONTENT_MARK = (b"}\n\n", 0)
-_MARK_AFTER_PROGRESS = b'"}\n\n'
 
 _UNDECIDED, _STREAM, _OBJECT, _LIST, _UNREADABLE = range(5)
 
@@ -115,6 +114,7 @@ def _stream_format(label: str) -> tuple[bytes, int, bool, bool]:
 _LAST_EVENT = re.compile(
     rb'data: ?(?:\[DONE\]|\{[ \t]*"error")|event: ?(?:response\.(?:completed|failed|incomplete)|message_stop|error)\n'
 ).match
+_ERROR_EVENT = re.compile(rb'event: ?error\n|data: ?\{[ \t]*"error"').match
 
 
 def _detect_format(first: int) -> int:
@@ -224,6 +224,7 @@ class TokenCounter:
         if (
             self.events
             and not self._tail
+            and self._initial is None
             and payload.startswith(_ORDINARY_EVENT)
             and payload.find(b"\n\n") == len(payload) - 2
         ):  # one event that is not the last of its choice, as nearly all pieces are
@@ -237,8 +238,8 @@ class TokenCounter:
                 return
         self._last = payload
         if count := payload.count(self._mark):
-            if not self.events and self._initial is None and _PROGRESS in payload:
-                count = self._begin_with_progress(payload)
+            if self._initial is not None or not self.events:
+                count -= self._count_progress(payload)
             self.events += count
             self._last_events = payload
         # In these few hundred bytes, which contain neither, CPython's rfind takes half the time of its find.
@@ -272,6 +273,11 @@ class TokenCounter:
         """The last event of a stream, besides ordinary ones; of a long one its beginning and its end."""
         start = self._last.rfind(b"\n\n", 0, -2)
         return self._last[start + 2 :] if start >= 0 else self._last
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a stream ends with an error."""
+        return _ERROR_EVENT(self.last_event) is not None
 
     def is_complete(self, answers: int) -> bool:
         """Whether the event that ends a stream of so many answers has been fed.
@@ -365,20 +371,20 @@ class TokenCounter:
 
     # --- Events ---
 
-    def _begin_with_progress(self, payload: bytes) -> int:
-        """Read the prompt's tokens from the first event; return the number of events with content.
+    def _count_progress(self, payload: bytes) -> int:
+        """Return how many of the marked events are about the prompt's progress; the first has the prompt's tokens.
 
-        Events about the prompt's progress end with two braces, those with content with one.
+        A stream that reports its progress begins with that. Its later choices may do so among the first one's content.
         """
-        first = payload[: payload.find(self._mark) + 1].rpartition(b"\n\n")[2]
-        if self._adds_choices and _PROGRESS in first[-TAIL_BYTES:]:
+        if self._mark != _DEFAULT_CONTENT_MARK[0] or _PROGRESS not in payload:
+            return 0
+        if self._initial is None:
+            first = payload[: payload.find(self._mark) + 1].rpartition(b"\n\n")[2]
+            if _PROGRESS not in first[-TAIL_BYTES:]:
+                return 0
             progress = object_of(_event(first).get("prompt_progress"))
             self._initial = Tokens(count_of(progress.get("total")), count_of(progress.get("cache")), 0)
-            if _TIMINGS in first[-TAIL_BYTES:]:
-                self._empty_events = MAX_TOKENS  # every event has its own report: none is estimated
-            else:
-                self._mark = _MARK_AFTER_PROGRESS
-        return payload.count(self._mark)
+        return payload.count(_PROGRESS)
 
     def _read_reports(self, payload: bytes) -> None:
         """Read the events that report tokens, which are the last ones of their choices."""
@@ -421,8 +427,6 @@ class TokenCounter:
         if tokens is None:
             return Tokens(0, 0, self.relayed_tokens)
         # With several choices, the last event reports only its own.
-        if self._initial:
-            return tokens
         return tokens._replace(completion=max(tokens.completion, self.relayed_tokens))
 
     def _from_object(self) -> Count:

@@ -32,6 +32,7 @@ _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choi
 _LESSON_S = 1.0  # between two times at which something is learned
 _LESSON_TOKENS = 8  # of an answer that says how fast the backend is: the time of one token is next to nothing
 _SAMPLE_S = 10.0  # between two responses whose text is measured
+_SAMPLE_BYTES = 32  # of such a text at least: control tokens have none
 _WORKED = (Outcome.CANCELLED, Outcome.TIMED_OUT, Outcome.TRUNCATED)
 
 
@@ -70,8 +71,9 @@ class TokenEstimator:
     """Counts the tokens of requests, and estimates those that no report counts."""
 
     def __init__(self) -> None:
-        self._text = _Average(TOKENS_PER_BYTE)
-        # Tokens of the prompt per byte of the request's body, by key and route: no key changes what another is charged.
+        # No key changes what another is charged: tokens per byte of the generated text by key, and of the prompt per byte
+        # of the request's body by key and route.
+        self._text: defaultdict[str, _Average] = defaultdict(lambda: _Average(TOKENS_PER_BYTE))
         self._prompt: dict[tuple[str, str], _Average] = {}
         self._paces: defaultdict[str, _Pace] = defaultdict(_Pace)  # by model
         self._next_lesson_s = self._next_sample_s = 0.0
@@ -119,8 +121,9 @@ class TokenEstimator:
             pace.generating.add(tokens.completion * 1000 / tokens.predicted_ms)
         if type(record.usage_source) is bytes and record.ended_s >= self._next_sample_s and tokens.completion:
             self._next_sample_s = record.ended_s + _SAMPLE_S
-            if text_bytes := generated_bytes(parse_json(record.usage_source)):
-                self._text.add(tokens.completion / text_bytes)
+            text_bytes = generated_bytes(parse_json(record.usage_source))
+            if text_bytes >= _SAMPLE_BYTES:
+                self._text[record.key_id].add(min(tokens.completion / text_bytes, 1.0))
 
     # --- Estimates ---
 
@@ -160,19 +163,21 @@ class TokenEstimator:
             return count.tokens.completion, 0
         source = record.usage_source
         if isinstance(source, TokenCounter) and source.is_stream and self._has_counted(record, source, count):
-            relayed = source.relayed_tokens
-            if not relayed and record.asked.answers > 1:  # each event reports the tokens of its choice only
-                relayed = source.events
-            tokens, estimated = self._of_stream(record, count, relayed)
+            if not record.is_unfinished and not count.reports and not source.has_failed:
+                generated = self._of_unreported(record, count.tokens.completion, prompt)
+                return generated, generated
+            tokens, estimated = self._of_stream(record, count, source.relayed_tokens)
             was_left = record.is_unfinished and record.outcome is not Outcome.TRUNCATED
-            more = self._unsent(record, tokens, prompt) if was_left else 0
+            may_have_more = was_left and count.reports < record.asked.answers
+            more = self._unsent(record, tokens, prompt) if may_have_more else 0
             return tokens + more, estimated + more
         if record.is_unfinished:
             generated = self._of_unsent(record, prompt)
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
-        generated = self._of_unreported(record, count, prompt)
+        likely = ceil(count.text_bytes * self._text_of(record).value * UNREPORTED_MARGIN)
+        generated = self._of_unreported(record, max(likely, count.listed), prompt)
         return generated, generated
 
     def _of_unsent(self, record: RequestRecord, prompt: int) -> int:
@@ -185,16 +190,16 @@ class TokenEstimator:
             return _as_shown(record, min(generated, limit_of(record) or generated))
         return _as_shown(record, self._by_time(record, prompt))
 
-    def _of_unreported(self, record: RequestRecord, count: Count, prompt: int) -> int:
+    def _of_unreported(self, record: RequestRecord, shown: int, prompt: int) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
 
         It is what the response shows, but at least half of what the time makes likely: a grammar can make each token
-        one letter. If no speed has been learned, it is all that the request allows.
+        one letter, or half a character, which makes no event. If no speed has been learned, it is all that the request
+        allows.
         """
         limit = limit_of(record)
         if limit is not None and not self._speed_of(record).is_learned:
             return limit
-        shown = max(ceil(count.text_bytes * self._text.value * UNREPORTED_MARGIN), count.listed)
         by_time = self._by_time(record, prompt)
         generated = max(shown, by_time // 2) if shown else by_time
         return min(generated, limit or generated)
@@ -250,6 +255,10 @@ class TokenEstimator:
         """Return for how long the backend is likely to read the prompts, which it does at once."""
         return prompt / record.asked.prompts / self._paces[record.model].reading.value
 
+    def _text_of(self, record: RequestRecord) -> _Average:
+        """Return how many tokens a byte of the text has that is generated for the request's key."""
+        return self._text[record.key_id]
+
     def _speed_of(self, record: RequestRecord) -> _Average:
         """Return how fast the model of a request generates."""
         return self._paces[record.model].generating
@@ -259,7 +268,7 @@ class TokenEstimator:
         completion, estimated = count.tokens.completion, 0
         if len(count.choices) > 1:
             first, *others = count.choices
-            prior = self._text.value
+            prior = self._text_of(record).value
             rate = (completion + prior * _PRIOR_BYTES) / (first.text_bytes + _PRIOR_BYTES)
             # A limit that ended the first choice ends all choices after as many tokens, if they share its prompt.
             limits = (record.asked.max_tokens, completion * record.asked.prompts)

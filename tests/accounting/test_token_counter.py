@@ -29,8 +29,8 @@ SAMPLES: dict[str, tuple[str, Tokens | None, int]] = {
     "chat.sse": (CHAT, Tokens(28, 0, 6, 1.251, 1.31), 8),
     "chat_usage.sse": (CHAT, Tokens(28, 27, 6, 0.367, 1.055), 9),
     "chat_logprobs.sse": (CHAT, Tokens(28, 27, 3, 0.279, 0.343), 5),
-    "chat_pertoken.sse": (CHAT, Tokens(28, 27, 3, 0.462, 0.522), 7),
-    "chat_progress.sse": (CHAT, Tokens(924, 11, 3, 41.133, 1.252), 4),
+    "chat_pertoken.sse": (CHAT, Tokens(28, 27, 3, 0.462, 0.522), 5),
+    "chat_progress.sse": (CHAT, Tokens(924, 11, 3, 41.133, 1.252), 5),
     "chat_n2.sse": (CHAT, Tokens(28, 27, 12, 0.614, 4.649), 16),
     "chat_n2_usage.sse": (CHAT, Tokens(28, 27, 6, 0.403, 1.88), 12),
     "chat.json": (CHAT, Tokens(28, 27, 6, 0.349, 0.736), 0),
@@ -617,6 +617,34 @@ def test_events_about_progress_are_not_counted_as_content() -> None:
     for text in (progress, content, progress, content):
         counter.feed(text)
     assert (counter.events, counter.finish()) == (2, Tokens(9, 1, 1, estimated=1))  # the first event has the role only
+
+
+@pytest.mark.parametrize("has_timings", [False, True])
+@pytest.mark.parametrize("end", [b'"tokens_evaluated":4}', b'"probs":[]}', b'"content":"a"}'])
+def test_all_events_of_a_native_stream_that_begins_with_progress_are_counted(end: bytes, *, has_timings: bool) -> None:
+    """With `response_fields` its last event alone has other members, and no report."""
+    timings = b'"timings":{"predicted_n":0},' if has_timings else b""
+    progress = b'data: {"index":0,"stop":false,%b"prompt_progress":{"total":9,"cache":1,"processed":9}}\n\n' % timings
+    counter = TokenCounter(NATIVE)
+    for text in (
+        progress,
+        progress,
+        *[b'data: {"index":0,"stop":false,%b\n\n' % end] * 300,
+        b'data: {"content":""}\n\n',
+    ):
+        counter.feed(text)
+    count = counter.count()
+    assert count is not None
+    assert (counter.relayed_tokens, count.reports, count.tokens) == (301, 0, Tokens(9, 1, 301, estimated=301))
+
+
+def test_the_progress_of_a_later_choice_is_none_of_the_first_ones_content() -> None:
+    progress = b'data: {"index":%d,"prompt_progress":{"total":9,"cache":1,"processed":9}}\n\n'
+    content = b'data: {"index":0,"content":"a"}\n\n'
+    counter = TokenCounter(NATIVE)
+    for text in (progress % 0, content * 5, progress % 1 + content, content + progress % 1 + content):
+        counter.feed(text)
+    assert counter.relayed_tokens == 8
 
 
 # --- The last event ---

@@ -13,12 +13,13 @@ from accounting.token_estimates import OVERRUN_TOKENS, TOKENS_PER_BYTE, UNREPORT
 from accounting.usage_reports import Tokens
 from backend.generation_watch import Generated
 from backend.left_stream import Shown, Span
-from policy.token_limits import TokensAsked
+from policy.token_limits import ONE_ANSWER, TokensAsked
 from support.paths import TESTS
 from support.records import ANSWER, CHAT, EVENTS, PING, counted, prepare, record
 
 COMPLETIONS = prepare("POST", "/v1/completions")
 NATIVE = prepare("POST", "/completion")
+FAILURE = b'data: {"error":{"message":"x"}}\n\n'
 EMBEDDINGS = prepare("POST", "/v1/embeddings")
 OTHER = prepare("GET", "/v1/models")
 
@@ -227,12 +228,13 @@ def test_choices_whose_events_each_report_their_own_tokens_are_charged_for_all()
     """With `return_progress` and `timings_per_token` the last event reports what its choice has so far."""
     choice = b'data: {"choices":[{"finish_reason":null,"index":%d,"delta":{}}],'
     progress = choice % 0 + b'"prompt_progress":{"total":9},"timings":{"prompt_n":9,"predicted_n":0}}'
+    role = b'{"choices":[{"finish_reason":null,"index":0,"delta":{"role":"assistant"}}]}'
     each = choice + b'"timings":{"prompt_n":9,"predicted_n":%d}}'
     events = [each % (index, number) for number in range(1, 51) for index in range(4)]
-    pieces = [event + b"\n\n" for event in (progress, *events)]
+    pieces = [event + b"\n\n" for event in (progress, role, *events)]
     tokens = tokens_of(left(usage_source=counted(*pieces), asked=TokensAsked(choices=4), outcome=Outcome.TRUNCATED))
-    assert tokens == Tokens(9, 0, 201, estimated=201)  # events about the prompt look alike
-    alone = tokens_of(left(usage_source=counted(*pieces[:2], *pieces[5::4]), outcome=Outcome.TRUNCATED))
+    assert tokens == Tokens(9, 0, 200, estimated=200)
+    alone = tokens_of(left(usage_source=counted(*pieces[:3], *pieces[6::4]), outcome=Outcome.TRUNCATED))
     assert alone == Tokens(9, 0, 50, estimated=50)
 
 
@@ -282,6 +284,37 @@ def test_a_response_without_report_and_text_is_charged_by_the_time() -> None:
     tokens = tokens_of(record(NATIVE, usage_source=b'{"id_slot":1}', bytes_in=10), taught())
     assert tokens is not None
     assert tokens.completion > 20
+
+
+def test_a_stream_without_report_is_charged_at_least_half_of_what_the_time_makes_likely() -> None:
+    """Half a character makes no event, and `response_fields` leave the report out of the last one."""
+    hidden, shown = counted(*EVENTS), counted(*EVENTS * 40)
+    several = TokensAsked(choices=2)
+    tokens = [
+        tokens_of(record(usage_source=source, asked=asked), taught())
+        for source, asked in ((hidden, ONE_ANSWER), (hidden, several), (shown, ONE_ANSWER))
+    ]
+    assert [(each.completion, each.estimated) for each in tokens if each is not None] == [(25, 28), (50, 53), (79, 82)]
+
+
+def test_until_a_speed_is_learned_a_stream_without_report_is_charged_what_it_was_allowed() -> None:
+    for source, completion in ((counted(*EVENTS), 1000), (counted(*EVENTS, FAILURE), 2)):
+        tokens = tokens_of(record(usage_source=source, asked=TokensAsked(max_tokens=1000)))
+        assert tokens is not None
+        assert tokens.completion == completion
+
+
+def test_a_stream_that_has_failed_is_charged_for_its_events() -> None:
+    for failure in (FAILURE, b'event: error\ndata: {"type":"error","error":{"message":"x"}}\n\n'):
+        tokens = tokens_of(record(usage_source=counted(*EVENTS, failure)), taught())
+        assert tokens is not None
+        assert tokens.completion in (1, 2)  # the error may look like an event with content
+
+
+def test_a_stream_that_was_left_after_its_report_is_charged_what_that_says() -> None:
+    done = b'data: {"choices":[{"finish_reason":"stop","index":0}],"timings":{"prompt_n":4,"predicted_n":2}}\n\n'
+    source = counted(*EVENTS, done)
+    assert tokens_of(left(usage_source=source, worked_until_s=150.0), taught()) == Tokens(4, 0, 2, estimated=0)
 
 
 def test_half_a_report_counts() -> None:
@@ -404,6 +437,29 @@ def test_the_time_of_a_few_tokens_says_nothing_of_the_speed(completion: int, *, 
     estimator = TokenEstimator()
     estimator.learn([record(bytes_in=0)], [Tokens(3, 0, completion, predicted_ms=0.001)])
     assert (tokens_of(left(), estimator) != tokens_of(left())) == teaches
+
+
+def choices_of(key_id: str, estimator: TokenEstimator) -> int:
+    """Return what a key is charged for two choices of 100 bytes, of which the first has a report of 10 tokens."""
+    choices = [{"index": index, "text": "x" * 100, "finish_reason": "stop"} for index in range(2)]
+    source = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 10}}).encode()
+    asked = TokensAsked(choices=2)
+    tokens = estimator.tokens_of(record(COMPLETIONS, usage_source=source, key_id=key_id, asked=asked))
+    assert tokens is not None
+    return tokens.completion
+
+
+@pytest.mark.parametrize(("text_bytes", "teaches"), [(1, False), (31, False), (32, True)])
+def test_no_key_teaches_how_many_tokens_the_text_of_another_has(text_bytes: int, *, teaches: bool) -> None:
+    """Control tokens have no text."""
+    estimator = TokenEstimator()
+    usual = choices_of("alice", TokenEstimator())
+    text = json.dumps({"content": "x" * text_bytes}).encode()
+    seen = record(NATIVE, usage_source=text, key_id="bob", bytes_in=0)
+    estimator.learn([seen], [Tokens(1, 0, 9000)])
+    assert choices_of("alice", estimator) == usual
+    assert (choices_of("bob", estimator) != usual) == teaches
+    assert choices_of("bob", estimator) < 10 + 100  # a token in each byte at most
 
 
 def test_each_model_has_a_speed_of_its_own() -> None:
