@@ -6,14 +6,13 @@ JSON: a quote inside a string is escaped, so the bytes `"usage":` or `"timings":
 It knows no HTTP: from a response with a Content-Encoding it reads no tokens.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from accounting.report_search import ReportSearch
 from accounting.usage_reports import (
-    MAX_TOKENS,
     NO_TOKENS,
     Choice,
     Tokens,
@@ -74,9 +73,9 @@ def _event(text: bytes) -> Mapping[str, Any]:
 _TIMINGS = b'"timings"'
 _USAGE = b'"usage"'
 _ESCAPED = b"\\u00"  # how the escape of an ASCII character begins; a name may be spelt so
-_REPORT = re.compile(rb'"(timings|usage)"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
-_REPORT_BYTES = 4096  # one in a list; they take about 300 bytes
 _TORN_BYTES = 64  # of a name and the colon after it
+# llama-server's own form has the listed tokens after the report, and nothing that the model has formed as JSON.
+_NATIVE = frozenset(("/completion", "/completions", "/infill"))
 _PROGRESS = b'"prompt_progress"'
 # An event with one of these, as llama-server spells them, is not the last of its choice.
 _UNFINISHED = (b'"finish_reason":null', b'"stop":false')
@@ -99,15 +98,16 @@ _UNDECIDED, _STREAM, _OBJECT, _LIST, _UNREADABLE = range(5)
 
 
 @lru_cache(maxsize=64)
-def _stream_format(label: str) -> tuple[bytes, int, bool, bool]:
+def _formats(label: str) -> tuple[bytes, int, bool, bool, bool]:
     """Return the content mark, the number of marked events without a token, and how reports are combined.
 
     In messages the last report counts. In all others each choice ends with its own report, which are added up (third
-    value); in chat and responses the choices share one prompt (fourth value).
+    value); in chat and responses the choices share one prompt (fourth value). Last: whether it is
+    llama-server's own form.
     """
     name = "chat" if label.endswith("chat/completions") else label.rpartition("/")[2]
     mark, empty_events = _CONTENT_MARKS.get(name, _DEFAULT_CONTENT_MARK)
-    return mark, empty_events, name != "messages", name in ("chat", "responses")
+    return mark, empty_events, name != "messages", name in ("chat", "responses"), label in _NATIVE
 
 
 # How an event begins that ends its stream: the last one of OpenAI's, of its /v1/responses, of Anthropic's; an error.
@@ -192,6 +192,7 @@ class TokenCounter:
         "_format",
         "_head",
         "_initial",
+        "_is_native",
         "_last",
         "_last_events",
         "_mark",
@@ -199,15 +200,18 @@ class TokenCounter:
         "_places",
         "_report_name",
         "_reports",
+        "_search",
         "_size",
         "_tail",
         "events",
     )
 
+    _search: ReportSearch  # in JSON
+
     def __init__(self, label: str) -> None:
         self.events = 0
         self._format = _UNDECIDED
-        self._mark, self._empty_events, self._adds_choices, self._one_prompt = _stream_format(label)
+        self._mark, self._empty_events, self._adds_choices, self._one_prompt, self._is_native = _formats(label)
         self._head = b""  # the beginning of JSON, or all of a small list
         self._tail = b""  # the end of JSON, or an incomplete event
         self._size = 0
@@ -298,10 +302,13 @@ class TokenCounter:
             payload = payload.lstrip()
             if payload:
                 self._format = _detect_format(payload[0])
+                if self._format != _STREAM:
+                    self._search = ReportSearch()
         if self._format == _STREAM:
             return self._join(payload)
         if self._format == _OBJECT:
             self._keep(payload)
+            self._find_report(payload)
         elif self._format == _LIST:
             self._scan(payload)
         return b""
@@ -331,31 +338,22 @@ class TokenCounter:
             payload = self._tail + payload
         self._tail = payload[-TAIL_BYTES:]
 
+    def _find_report(self, payload: bytes) -> None:
+        """Look for an object's report, and count the tokens that it lists."""
+        if b'"embedding"' in self._head:
+            return
+        for _, tokens in self._search.feed(payload):
+            if self._is_native:
+                self._final = tokens
+
     def _scan(self, payload: bytes) -> None:
         """Add up the reports in a list, which answers several prompts or has several choices."""
         self._size += len(payload)
         self._head += payload[: HEAD_BYTES + TAIL_BYTES - len(self._head)]
-        text = self._tail + payload
-        done = 0
-        while match := _REPORT.search(text, done):
-            place = match.start()
-            report = self._decode_report(text[match.end() : place + _REPORT_BYTES])
-            if report is None and len(text) < place + _REPORT_BYTES:
-                self._tail = text[place:]
-                return
-            self._report_name = self._report_name or match[1]
-            if report and match[1] == self._report_name:
-                self._add_report(reported({match[1].decode(): report}))
-            done = match.end()
-        self._tail = text[done:][-_TORN_BYTES:]
-
-    @staticmethod
-    def _decode_report(text: bytes) -> Mapping[str, Any] | None:
-        """Return the object with which a text begins; None if there is no whole one."""
-        try:
-            return object_of(json.JSONDecoder().raw_decode(text.decode("latin-1"))[0])
-        except (ValueError, RecursionError):
-            return None
+        for name, tokens in self._search.feed(payload):
+            self._report_name = self._report_name or name
+            if name == self._report_name:
+                self._add_report(tokens)
 
     def _from_list(self) -> Count:
         if self._final is None and self._size == len(self._head):
@@ -364,7 +362,8 @@ class TokenCounter:
         tokens = self._final
         if tokens is None:
             if self._size > len(self._head):
-                return _count_report(None, self._size)
+                listed = self._search.listed
+                return _count_report(None, 0 if listed else self._size, listed)
             responses = parse_json(self._head) or ()
             return _count_report(None, generated_bytes(responses), sum(map(listed_tokens, responses)))
         return Count(tokens, tokens.prompt > 0, tokens.completion > 0, self._reports)
@@ -442,10 +441,15 @@ class TokenCounter:
 
     def _from_ends(self) -> Count:
         """Return the tokens of an object of which only the ends are kept. The text between two indexes is a choice."""
-        count = _count_report(reported(last_members(self._tail) or first_members(self._head)), self._size)
-        places = self._places
+        tokens = reported(last_members(self._tail)) or self._final or reported(first_members(self._head))
+        places, listed = self._places, self._search.listed
+        count = _count_report(tokens, 0 if listed else self._size, listed)
         if len(places) < 2:
             return count
+        if listed and tokens is not None:  # it says how many tokens all choices have
+            share, more = divmod(max(listed - tokens.completion, 0), len(places) - 1)
+            others = [Choice(0, share + (number < more)) for number in range(len(places) - 1)]
+            return count._replace(choices=(Choice(0, tokens.completion), *others))
         sizes = [after - before for before, after in zip(places, [*places[1:], self._size], strict=True)]
         if b'"text"' in self._head.partition(b'"index"')[0]:  # the text of a choice precedes its index
             sizes = [after - before for before, after in zip([0, *places], places, strict=False)]

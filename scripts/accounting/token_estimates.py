@@ -71,8 +71,8 @@ class TokenEstimator:
     """Counts the tokens of requests, and estimates those that no report counts."""
 
     def __init__(self) -> None:
-        # No key changes what another is charged: tokens per byte of the generated text by key, and of the prompt per byte
-        # of the request's body by key and route.
+        # No key changes what another is charged: tokens per byte of the generated text by key, and of the prompt per
+        # byte of the request's body by key and route.
         self._text: defaultdict[str, _Average] = defaultdict(lambda: _Average(TOKENS_PER_BYTE))
         self._prompt: dict[tuple[str, str], _Average] = {}
         self._paces: defaultdict[str, _Pace] = defaultdict(_Pace)  # by model
@@ -177,7 +177,7 @@ class TokenEstimator:
         if count.has_completion:
             return self._of_choices(record, count)
         likely = ceil(count.text_bytes * self._text_of(record).value * UNREPORTED_MARGIN)
-        generated = self._of_unreported(record, max(likely, count.listed), prompt)
+        generated = count.listed or self._of_unreported(record, likely, prompt)
         return generated, generated
 
     def _of_unsent(self, record: RequestRecord, prompt: int) -> int:

@@ -17,6 +17,7 @@ from accounting.token_counter import (
     read_count,
 )
 from accounting.usage_reports import MAX_TOKENS, Choice, Tokens
+from support.feeds import in_pieces
 from support.paths import TESTS
 
 ANSWERS = TESTS / "answers"
@@ -488,6 +489,43 @@ def test_a_large_response_that_was_cut_is_read_by_its_beginning() -> None:
     raw = (ANSWERS / "embeddings.json").read_bytes()
     assert count_tokens(EMBEDDINGS, [raw[:1000]]) == (Tokens(6, 0, 0), 0)
     assert count_tokens(EMBEDDINGS, [raw[:1000] + b"1" * 90000]) == (Tokens(6, 0, 0), 0)
+
+
+TOKEN = {"id": 1, "token": "a", "logprob": -1.0, "top_logprobs": [{"id": 2, "token": "b", "logprob": -2.0}] * 5}
+REPORT = {"cache_n": 1, "prompt_n": 9, "prompt_ms": 1.0, "predicted_n": 200, "predicted_ms": 2.0}
+
+
+@pytest.mark.parametrize("size", [100, 65536, 1 << 22])
+def test_a_report_with_long_lists_of_tokens_behind_it_is_found(size: int) -> None:
+    """llama-server writes the probabilities after all else."""
+    whole = {"content": "x" * 5000, "timings": REPORT, "completion_probabilities": [TOKEN] * 200}
+    raw = json.dumps(whole).encode()
+    assert count_tokens(NATIVE, in_pieces(raw, size))[0] == Tokens(10, 1, 200, 1.0, 2.0)
+    del whole["timings"]  # as with `response_fields`
+    counter = TokenCounter(NATIVE)
+    for piece in in_pieces(json.dumps(whole).encode(), size):
+        counter.feed(piece)
+    count = counter.count()
+    assert count is not None
+    assert (count.reports, count.listed, count.text_bytes) == (0, 200, 0)
+
+
+@pytest.mark.parametrize("size", [100, 65536, 1 << 22])
+def test_the_listed_tokens_of_several_choices_are_no_text(size: int) -> None:
+    choices = [{"text": "x", "index": index, "logprobs": {"content": [TOKEN] * 200}} for index in range(4)]
+    counter = TokenCounter(COMPLETIONS)
+    for piece in in_pieces(json.dumps({"choices": choices, "timings": REPORT}).encode(), size):
+        counter.feed(piece)
+    count = counter.count()
+    assert count is not None
+    assert [choice.tokens for choice in count.choices] == [200] * 4
+    several = json.dumps([{"completion_probabilities": [TOKEN] * 300}] * 3).encode()
+    counter = TokenCounter(NATIVE)
+    for piece in in_pieces(several, size):
+        counter.feed(piece)
+    count = counter.count()
+    assert count is not None
+    assert (count.reports, count.listed, count.text_bytes) == (0, 900, 0)
 
 
 def test_a_list_of_any_length_is_summed() -> None:

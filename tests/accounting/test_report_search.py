@@ -1,0 +1,43 @@
+"""report_search.py: reports anywhere in a large response, and how many tokens it lists."""
+
+import json
+
+import pytest
+
+from accounting.report_search import ReportSearch
+from accounting.usage_reports import Tokens
+from support.feeds import FEEDS, Feed
+
+TIMINGS = {"cache_n": 1, "prompt_n": 2, "prompt_ms": 3.0, "predicted_n": 4, "predicted_ms": 5.0}
+USAGE = {"prompt_tokens": 7, "completion_tokens": 8}
+each_feed = pytest.mark.parametrize("feed", FEEDS.values(), ids=FEEDS)
+
+
+def found(text: bytes, feed: Feed) -> tuple[list[tuple[bytes, Tokens]], int]:
+    search = ReportSearch()
+    reports = [each for piece in feed(text) for each in search.feed(piece)]
+    return reports, search.listed
+
+
+@each_feed
+@pytest.mark.parametrize("separators", [(",", ":"), (" , ", " : ")])
+def test_reports_are_found_wherever_they_are(feed: Feed, separators: tuple[str, str]) -> None:
+    members = [{"a": "x" * 300, "timings": TIMINGS, "b": ["y"] * 300}, {"usage": USAGE}, {"timings": TIMINGS}]
+    text = json.dumps(members, separators=separators).encode()
+    timings = (b"timings", Tokens(3, 1, 4, 3.0, 5.0))
+    assert found(text, feed)[0] == [timings, (b"usage", Tokens(7, 0, 8)), timings]
+
+
+@each_feed
+def test_what_looks_like_a_report_and_is_none_is_passed_over(feed: Feed) -> None:
+    quoted = json.dumps({"content": json.dumps({"timings": TIMINGS, "usage": USAGE})}).encode()
+    for text in (quoted, b'{"timings":5,"usage":{}}', b'{"timings":{"a":', b'{"timings":{"a"' + b"]" * 5000):
+        assert found(text, feed)[0] == []
+
+
+@each_feed
+def test_listed_tokens_are_counted_each_once(feed: Feed) -> None:
+    token = {"id": 1, "token": "a", "logprob": -1.0, "top_logprobs": [{"id": 2, "token": "b", "logprob": -2.0}] * 3}
+    sampled = {"id": 1, "token": "a", "prob": 0.5, "top_probs": []}
+    text = json.dumps({"completion_probabilities": [token] * 20 + [sampled] * 5, "content": '"top_probs"'}).encode()
+    assert found(text, feed)[1] == 25
