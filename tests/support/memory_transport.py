@@ -11,6 +11,7 @@ Time passes only by `link.advance`, or in `run` when nothing else is left to do.
 import asyncio
 import functools
 import inspect
+import math
 import selectors
 import socket
 import struct
@@ -302,7 +303,9 @@ def outcome(waiter: Waiter[Any]) -> Any:
 
 
 class ClockSelector(selectors.SelectSelector):
-    """Sets the clock forward in place of waiting."""
+    """Sets the clock forward in place of waiting, to a whole step: asyncio would call a timer a nanosecond early."""
+
+    _STEPS_PER_S = 1 << 20
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -316,7 +319,8 @@ class ClockSelector(selectors.SelectSelector):
             ready = super().select(20)  # another thread may be at work
             assert ready, "nothing is left to wait for"
         elif not ready and timeout is not None and timeout > 0:
-            self._clock.advance(timeout)
+            due_s = math.ceil((self._clock() + timeout) * self._STEPS_PER_S) / self._STEPS_PER_S
+            self._clock.advance(due_s - self._clock())
         return ready
 
 
