@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,7 @@ from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE,
 from policy.fair_queue import FairQueue, Ticket
 from support.clock import Clock
 from support.gateway import until
-from support.hurry import HurriedLoop, HurriedSelector
-from support.memory_transport import run as run_without_sleep
-from transport import write_batching
-from transport.write_batching import WriteBatcher
+from support.memory_transport import run
 
 Reply = int | Kind | GatewayError | tuple[int, bytes]
 UNREADABLE: list[Reply] = [
@@ -117,10 +113,6 @@ class Cancelled:
         assert self.queue.active == left, "a slot is held that the backend does not work on any more"
 
 
-def run(play: Callable[[], Coroutine[None, None, None]]) -> None:
-    write_batching.run(play(), HurriedLoop(HurriedSelector(WriteBatcher())))
-
-
 def test_slots_are_released_as_the_backend_stops_working_on_them() -> None:
     async def play() -> None:
         backend = Backend(3, 3, 2, 1)
@@ -134,7 +126,7 @@ def test_slots_are_released_as_the_backend_stops_working_on_them() -> None:
         await cancelled.released()
         assert (backend.polls, len(cancelled.reclaimer)) == (4, 0)
 
-    run(play)
+    run(play())
 
 
 def listed(*decoded: int | None) -> Reply:
@@ -163,7 +155,7 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, has_all
         await cancelled.released()
         assert ended[0].has_all_in_events is has_all
 
-    run(play)
+    run(play())
 
 
 def test_a_look_that_is_too_long_ago_says_nothing_if_the_backend_does_not_list_its_slots_any_more() -> None:
@@ -182,7 +174,7 @@ def test_a_look_that_is_too_long_ago_says_nothing_if_the_backend_does_not_list_i
         await until(lambda: cancelled.queue.active == 0)
         assert not ended[0].has_all_in_events
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_the_slots_are_looked_at_as_soon_as_a_stream_is_left() -> None:
@@ -201,7 +193,7 @@ def test_the_slots_are_looked_at_as_soon_as_a_stream_is_left() -> None:
             await asyncio.sleep(5)  # another poll is awaited now
         await cancelled.reclaimer.close()
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
@@ -219,7 +211,7 @@ def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
         await cancelled.released()
         assert ended == [Generated(None, None, False, 1, 7)]
 
-    run(play)
+    run(play())
 
 
 @pytest.mark.parametrize("kind", [BACKEND_TIMEOUT, BACKEND_UNAVAILABLE])
@@ -237,7 +229,7 @@ def test_a_backend_that_is_too_busy_to_respond_is_polled_again(kind: Kind) -> No
         await cancelled.released()
         assert backend.polls == 5
 
-    run(play)
+    run(play())
 
 
 @pytest.mark.parametrize("reply", UNREADABLE)
@@ -255,7 +247,7 @@ def test_a_backend_that_does_not_report_its_slots_is_polled_once(reply: Reply) -
         await cancelled.released()
         assert backend.polls == 2
 
-    run(play)
+    run(play())
 
 
 def test_each_slot_is_released_after_the_timeout() -> None:
@@ -267,11 +259,11 @@ def test_each_slot_is_released_after_the_timeout() -> None:
         await until(lambda: backend.polls == 1)
         second_s, second = clock(), cancelled.cancel()
         await until(lambda: not first.running)
-        assert second.running or clock() - second_s >= 0.5  # a busy machine may come too late to see it
+        assert second.running
         await until(lambda: not second.running)
         assert clock() - second_s >= 0.5
 
-    run(play)
+    run(play())
 
 
 def test_close_releases_all_slots() -> None:
@@ -282,7 +274,7 @@ def test_close_releases_all_slots() -> None:
         await cancelled.reclaimer.close()
         assert cancelled.queue.active == 0
 
-    run(play)
+    run(play())
 
 
 def at_work(task: int, tokens: int, *others: int) -> Reply:
@@ -307,16 +299,14 @@ def test_a_slot_that_is_seen_at_work_is_held_beyond_the_timeout() -> None:
         await until(lambda: not ticket.running)
         assert (backend.polls, clock() - began_s > 2) == (6, True)
 
-    run(play)
-
-
-def thousands(*generated: Generated) -> list[int]:
-    """Return about how many thousands of tokens were generated; the pace is that of a loop that may be late."""
-    return [(each.tokens or 0) // 1000 for each in generated]
+    run(play())
 
 
 def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: GivenUp) -> list[Generated]:
-    """Give these requests up, with these slots listed at the first looks and none later; return what is reported."""
+    """Give these requests up, with these slots listed at the first looks and none later; return what is reported.
+
+    Each slot has 20 tokens more at the second look, and so 105 more are expected of it until it stops.
+    """
     ended: dict[float, Generated] = {}
 
     async def play() -> None:
@@ -330,7 +320,7 @@ def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: Gi
             cancelled.reclaimer.release(ticket, streamed=False, watch=watch)
         await until(lambda: len(ended) == len(given_up))
 
-    run(play)
+    run(play())
     return [ended[request.sent_s] for request in given_up]
 
 
@@ -345,15 +335,16 @@ FIRST, SECOND = GivenUp(1, 1.0, 1.0), GivenUp(1, 2.0, 1.0)
 def test_tasks_are_assigned_in_the_order_in_which_their_requests_were_sent() -> None:
     slots = [busy(9, 4000), busy(5, 1000), busy(7, 2000)]
     first, last = look_twice(slots, [AtWork(2.0, 1)], FIRST, GivenUp(1, 3.0, 1.0))
-    assert thousands(first, last) == [1, 4]
+    assert (first.tokens, last.tokens) == (1125, 4125)
     (two,) = look_twice(slots, [AtWork(2.0, 1)], GivenUp(2, 3.0, 1.0, at_once=2))
-    assert thousands(two) == [2 + 4]
+    assert two.tokens == 2125 + 4125
 
 
 def test_streams_that_have_begun_are_nobody_that_is_waited_for() -> None:
     slots = [busy(4, 7, stream=True), busy(5, 1000), busy(6, 0, stream=True)]
     others = [AtWork(0.0, 1, is_awaited=False), AtWork(2.0, 1)]
-    assert thousands(*look_twice(slots, others, FIRST)) == [1]
+    (ended,) = look_twice(slots, others, FIRST)
+    assert ended.tokens == 1125
 
 
 @pytest.mark.parametrize("at_work", [[AtWork(0.5, 1)], [AtWork(0.5, 2)]], ids=["one has not begun", "two have not"])
@@ -363,7 +354,8 @@ def test_nothing_is_assigned_while_a_request_may_not_have_begun(at_work: list[At
 
 
 def test_what_is_at_work_for_the_only_one_is_its_own_though_a_part_has_ended() -> None:
-    assert thousands(*look_twice([busy(5, 1000)], [], GivenUp(2, 1.0, 1.0, at_once=2))) == [2]
+    (ended,) = look_twice([busy(5, 1000)], [], GivenUp(2, 1.0, 1.0, at_once=2))
+    assert ended.tokens == 1125 + 1000
 
 
 def test_a_task_that_is_known_is_assigned_to_no_other_request() -> None:
@@ -382,12 +374,13 @@ def test_a_task_that_is_known_is_assigned_to_no_other_request() -> None:
         await cancelled.released()
         assert ended == [Generated(1000, 10, True)] * 2
 
-    run(play)
+    run(play())
 
 
 def test_nothing_is_assigned_while_another_program_uses_the_backend() -> None:
     assert look_twice([busy(5, 100), busy(6, 100)], [], FIRST) == [Generated(None, None, False)]
-    assert thousands(*look_twice([busy(5, 1000), busy(6, 2000)], [], FIRST, SECOND)) == [1, 2]
+    first, second = look_twice([busy(5, 1000), busy(6, 2000)], [], FIRST, SECOND)
+    assert (first.tokens, second.tokens) == (1125, 2125)
 
 
 def test_the_one_cancelled_first_is_released_first_while_it_is_not_known_whose_slot_is_busy() -> None:
@@ -401,7 +394,7 @@ def test_the_one_cancelled_first_is_released_first_while_it_is_not_known_whose_s
         await until(lambda: not (first.running and second.running))
         assert second.running
 
-    run(play)
+    run(play())
 
 
 def test_a_stream_with_several_tasks_is_held_for_as_long_as_one_of_them_may_not_have_begun() -> None:
@@ -413,7 +406,7 @@ def test_a_stream_with_several_tasks_is_held_for_as_long_as_one_of_them_may_not_
         await until(lambda: not ticket.running)
         assert clock() - began_s >= 1.2
 
-    run(play)
+    run(play())
 
 
 def test_what_was_only_assigned_is_held_while_a_slot_is_busy_that_may_be_its_own() -> None:
@@ -433,7 +426,7 @@ def test_what_was_only_assigned_is_held_while_a_slot_is_busy_that_may_be_its_own
         assert ticket.running
         await cancelled.released()
 
-    run(play)
+    run(play())
 
 
 def test_a_request_that_is_known_to_have_ended_stands_for_no_other_ones_slot() -> None:
@@ -451,7 +444,7 @@ def test_a_request_that_is_known_to_have_ended_stands_for_no_other_ones_slot() -
         assert other.running
         await cancelled.released()
 
-    run(play)
+    run(play())
 
 
 def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
@@ -464,7 +457,7 @@ def test_what_is_not_seen_any_more_is_held_no_longer() -> None:
         await until(lambda: not ticket.running or backend.polls > 20)
         assert not ticket.running
 
-    run(play)
+    run(play())
 
 
 def test_a_task_of_the_backends_next_process_holds_no_slot() -> None:
@@ -480,7 +473,7 @@ def test_a_task_of_the_backends_next_process_holds_no_slot() -> None:
         await until(lambda: not ticket.running or backend.polls > 20)
         assert not ticket.running
 
-    run(play)
+    run(play())
 
 
 def test_a_slot_stays_held_though_the_backend_may_be_another_process() -> None:
@@ -496,7 +489,7 @@ def test_a_slot_stays_held_though_the_backend_may_be_another_process() -> None:
         assert ticket.running
         await cancelled.released()
 
-    run(play)
+    run(play())
 
 
 def test_the_slots_of_one_request_are_all_counted() -> None:
@@ -506,7 +499,7 @@ def test_the_slots_of_one_request_are_all_counted() -> None:
         cancelled.cancel()
         await cancelled.released()
 
-    run(play)
+    run(play())
 
 
 def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
@@ -523,7 +516,7 @@ def test_the_slot_that_is_at_work_is_held_not_the_oldest() -> None:
         await cancelled.released()
         assert ended == ["alice", "bob"]
 
-    run(play)
+    run(play())
 
 
 def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_is_released() -> None:
@@ -540,7 +533,7 @@ def test_what_is_generated_for_a_cancelled_request_is_reported_before_its_slot_i
         assert generated.tokens is not None
         assert (generated.tokens > 20, held) == (True, 1)
 
-    run(play)
+    run(play())
 
 
 @pytest.mark.parametrize("polls", [0, 1])
@@ -556,7 +549,7 @@ def test_a_backend_that_does_not_report_its_slots_shows_no_tokens(polls: int) ->
         await until(lambda: cancelled.queue.active == 0)
         assert (ended, backend.polls) == ([Generated(None, None, False)], 1)
 
-    run(play)
+    run(play())
 
 
 def test_a_backend_that_is_down_is_not_polled_without_a_pause() -> None:
@@ -567,7 +560,7 @@ def test_a_backend_that_is_down_is_not_polled_without_a_pause() -> None:
         await cancelled.released()
         assert 1 < cancelled.backend.polls <= 2.0 / 0.2 + 2
 
-    run(play)
+    run(play())
 
 
 # --- The connections of cancelled requests ---
@@ -595,7 +588,7 @@ def test_after_a_second_a_stream_that_goes_on_is_looked_for_so_seldom_that_llama
         cancelled.backend = Backend(0)
         await cancelled.reclaimer.close()
 
-    run(play)
+    run(play())
 
 
 @pytest.mark.parametrize("reply", [0, (501, b"[]"), (500, b"[]"), PageTooLong()], ids=str)
@@ -617,7 +610,7 @@ def test_no_slot_is_released_while_its_request_may_still_begin(reply: Reply) -> 
         await cancelled.reclaimer.close()
         assert cancelled.queue.active == 0
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_what_begins_late_is_watched_and_its_slot_held_until_its_end() -> None:
@@ -636,7 +629,7 @@ def test_what_begins_late_is_watched_and_its_slot_held_until_its_end() -> None:
         (seen,) = generated
         assert (seen.tokens or 0) >= 40
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_a_request_that_does_not_begin_is_looked_for_seldom() -> None:
@@ -650,7 +643,7 @@ def test_a_request_that_does_not_begin_is_looked_for_seldom() -> None:
         assert cancelled.backend.polls <= 6 + 60 / 1.2
         await cancelled.reclaimer.close()
 
-    run_without_sleep(play())
+    run(play())
 
 
 @pytest.mark.parametrize("reply", [(500, b"[]"), (503, b"[]"), PageTooLong()], ids=str)
@@ -666,7 +659,7 @@ def test_one_page_that_cannot_be_read_is_not_the_last_one(reply: Reply) -> None:
         await cancelled.released()
         assert backend.polls == 4
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_no_task_is_assigned_while_another_request_may_have_it() -> None:
@@ -685,17 +678,20 @@ def test_no_task_is_assigned_while_another_request_may_have_it() -> None:
         assert watch.tasks == {5}
         await cancelled.reclaimer.close()
 
-    run_without_sleep(play())
+    run(play())
 
 
 def test_a_small_request_overtakes_a_large_one() -> None:
     """llama-server numbers a task once it has read the body: an image takes longer than a word."""
     slots = [busy(5, 1000), busy(6, 2000)]
     large = FIRST._replace(body_bytes=40 << 20)
-    assert thousands(*look_twice(slots, [], large, SECOND)) == [2, 1]
-    assert thousands(*look_twice(slots, [AtWork(FIRST.sent_s, 1, body_bytes=40 << 20)], SECOND)) == [1]
+    first, second = look_twice(slots, [], large, SECOND)
+    assert (first.tokens, second.tokens) == (2125, 1125)
+    (second,) = look_twice(slots, [AtWork(FIRST.sent_s, 1, body_bytes=40 << 20)], SECOND)
+    assert second.tokens == 1125
     later = SECOND._replace(sent_s=FIRST.sent_s + 5)
-    assert thousands(*look_twice(slots, [], large, later)) == [1, 2]
+    first, second = look_twice(slots, [], large, later)
+    assert (first.tokens, second.tokens) == (1125, 2125)
 
 
 def test_a_look_for_one_request_releases_no_other_one_early() -> None:
@@ -712,4 +708,4 @@ def test_a_look_for_one_request_releases_no_other_one_early() -> None:
         assert cancelled.queue.active == 2
         await cancelled.released()
 
-    run_without_sleep(play())
+    run(play())
