@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from backend.fetch import PageTooLong
 from backend.slot_isolation import SlotIsolation, SlotLease, UnfitBackend
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from support.clock import Clock
+from support.memory_transport import memory_test, turns_until
 
 DIGESTS = (b"a",)
 ERASED = (200, b'{"id_slot": 0, "n_erased": 1}')
@@ -60,9 +60,9 @@ class Backend:
 
 
 class Around:
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.backend = Backend()
-        self.clock = Clock()
+        self.clock = clock
         self.gone: list[bool] = []
         self.isolation = SlotIsolation(
             self.backend.fetch, self.backend.post, self.clock, lambda: self.gone.append(True)
@@ -78,12 +78,7 @@ class Around:
         return lease
 
 
-def with_isolation(play: Callable[[Around], Awaitable[None]]) -> Callable[[], None]:
-    async def run() -> None:
-        around = Around()
-        await play(around)
-
-    return lambda: asyncio.run(run())
+with_isolation = memory_test(Around)
 
 
 @with_isolation
@@ -134,8 +129,7 @@ async def test_a_lease_can_be_given_up_while_its_slot_is_emptied(around: Around)
     around.backend.stalls = True
     lease = around.isolation.lease("alice", None)
     waiting = asyncio.ensure_future(lease.acquire())
-    while not around.backend.erased:
-        await asyncio.sleep(0)
+    await turns_until(lambda: around.backend.erased)
     lease.release()
     lease.release()
     waiting.cancel()
@@ -145,19 +139,16 @@ async def test_a_lease_can_be_given_up_while_its_slot_is_emptied(around: Around)
 
 
 @pytest.mark.parametrize("answer", [(501, b"{}"), (200, b"{}")])
-def test_a_slot_that_is_not_emptied_is_an_error(answer: tuple[int, bytes]) -> None:
-    @with_isolation
-    async def play(around: Around) -> None:
-        await around.prepare()
-        around.backend.erase_answer = answer
-        lease = around.isolation.lease("alice", DIGESTS)
-        with pytest.raises(GatewayError) as caught:
-            await lease.acquire()
-        assert caught.value.kind is BACKEND_UNAVAILABLE
-        lease.release()
-        assert around.isolation.table.busy == 0
-
-    play()
+@with_isolation
+async def test_a_slot_that_is_not_emptied_is_an_error(around: Around, answer: tuple[int, bytes]) -> None:
+    await around.prepare()
+    around.backend.erase_answer = answer
+    lease = around.isolation.lease("alice", DIGESTS)
+    with pytest.raises(GatewayError) as caught:
+        await lease.acquire()
+    assert caught.value.kind is BACKEND_UNAVAILABLE
+    lease.release()
+    assert around.isolation.table.busy == 0
 
 
 @with_isolation
@@ -183,21 +174,18 @@ async def test_a_lease_is_not_valid_for_another_process(around: Around) -> None:
 
 
 @pytest.mark.parametrize("floating", [False, True])
-def test_nothing_starts_while_the_backend_may_be_ending(floating: bool) -> None:
-    @with_isolation
-    async def play(around: Around) -> None:
-        await around.prepare()
-        before = await around.lease("alice")
-        around.isolation.pause()
-        assert not before.is_valid
-        before.release()
-        waiting = asyncio.ensure_future(around.lease("alice", floating=floating))
-        await asyncio.sleep(0)
-        assert (waiting.done(), around.backend.erased) == (False, [0])
-        await around.prepare()
-        assert (await waiting).is_valid
-
-    play()
+@with_isolation
+async def test_nothing_starts_while_the_backend_may_be_ending(around: Around, floating: bool) -> None:
+    await around.prepare()
+    before = await around.lease("alice")
+    around.isolation.pause()
+    assert not before.is_valid
+    before.release()
+    waiting = asyncio.ensure_future(around.lease("alice", floating=floating))
+    await asyncio.sleep(0)
+    assert (waiting.done(), around.backend.erased) == (False, [0])
+    await around.prepare()
+    assert (await waiting).is_valid
 
 
 @with_isolation
@@ -230,45 +218,38 @@ async def test_a_backend_that_ends_while_a_slot_is_emptied_is_told(around: Aroun
 @pytest.mark.parametrize(
     "flaw", [{"completion_status": 503}, {"erase_answer": (503, b"{}")}, {"slots": [[{}, {}], [{}]]}], ids=str
 )
-def test_a_backend_that_is_another_one_in_the_middle_of_the_check_is_neither_fit_nor_unfit(
-    flaw: dict[str, Any],
+@with_isolation
+async def test_a_backend_that_is_another_one_in_the_middle_of_the_check_is_neither_fit_nor_unfit(
+    around: Around, flaw: dict[str, Any]
 ) -> None:
-    @with_isolation
-    async def play(around: Around) -> None:
-        if "slots" in flaw:
-            around.backend.listings = flaw["slots"]
-        else:
-            vars(around.backend).update(flaw)
-        with pytest.raises(GatewayError) as caught:
-            await around.isolation.prepare(5)
-        assert caught.value.kind is BACKEND_UNAVAILABLE
-
-    play()
+    if "slots" in flaw:
+        around.backend.listings = flaw["slots"]
+    else:
+        vars(around.backend).update(flaw)
+    with pytest.raises(GatewayError) as caught:
+        await around.isolation.prepare(5)
+    assert caught.value.kind is BACKEND_UNAVAILABLE
 
 
 @pytest.mark.parametrize(("floating", "unknown"), [(False, [0, 1]), (True, [0])])
-def test_a_lease_that_was_begun_with_another_process_says_nothing_about_this_ones_slots(
-    floating: bool, unknown: list[int]
+@with_isolation
+async def test_a_lease_that_was_begun_with_another_process_says_nothing_about_this_ones_slots(
+    around: Around, floating: bool, unknown: list[int]
 ) -> None:
-    @with_isolation
-    async def play(around: Around) -> None:
-        await around.prepare()
-        (await around.lease("bob")).release()
-        around.backend.stalls = True
-        lease = around.isolation.lease("alice", None if floating else DIGESTS)
-        acquiring = asyncio.ensure_future(lease.acquire())
-        while around.backend.erased != [0, 1 - floating]:
-            await asyncio.sleep(0)
-        await around.isolation.prepare(5)
-        around.backend.go_on()
-        await acquiring
-        assert not lease.is_valid
-        lease.release()
-        around.backend.erased.clear()
-        (await around.lease("alice", floating=True)).release()
-        assert around.backend.erased == unknown
-
-    play()
+    await around.prepare()
+    (await around.lease("bob")).release()
+    around.backend.stalls = True
+    lease = around.isolation.lease("alice", None if floating else DIGESTS)
+    acquiring = asyncio.ensure_future(lease.acquire())
+    await turns_until(lambda: around.backend.erased == [0, 1 - floating])
+    await around.isolation.prepare(5)
+    around.backend.go_on()
+    await acquiring
+    assert not lease.is_valid
+    lease.release()
+    around.backend.erased.clear()
+    (await around.lease("alice", floating=True)).release()
+    assert around.backend.erased == unknown
 
 
 @pytest.mark.parametrize(
@@ -279,19 +260,18 @@ def test_a_lease_that_was_begun_with_another_process_says_nothing_about_this_one
         ({"slots": {}}, "--slots"),
     ],
 )
-def test_a_backend_that_cannot_keep_the_promise_is_unfit(flaw: dict[str, object], message: str) -> None:
-    @with_isolation
-    async def play(around: Around) -> None:
-        vars(around.backend).update(flaw)
-        with pytest.raises(UnfitBackend, match=message):
-            await around.isolation.prepare(5)
-        vars(around.backend).update(vars(Backend()))
-        with pytest.raises(UnfitBackend, match=message):  # it is not asked each time
-            await around.isolation.prepare(5)
-        around.clock.advance(6)
-        assert await around.isolation.prepare(5) == 2
-
-    play()
+@with_isolation
+async def test_a_backend_that_cannot_keep_the_promise_is_unfit(
+    around: Around, flaw: dict[str, object], message: str
+) -> None:
+    vars(around.backend).update(flaw)
+    with pytest.raises(UnfitBackend, match=message):
+        await around.isolation.prepare(5)
+    vars(around.backend).update(vars(Backend()))
+    with pytest.raises(UnfitBackend, match=message):  # it is not asked each time
+        await around.isolation.prepare(5)
+    around.clock.advance(6)
+    assert await around.isolation.prepare(5) == 2
 
 
 @with_isolation
@@ -305,5 +285,5 @@ async def test_a_backend_for_embeddings_keeps_no_prompts_elsewhere(around: Aroun
 async def test_a_backend_that_does_not_respond_is_not_unfit(around: Around) -> None:
     around.backend.stalls = True
     with pytest.raises(GatewayError) as caught:
-        await around.isolation.prepare(0.01)
+        await around.isolation.prepare(5)
     assert caught.value.kind is BACKEND_TIMEOUT
