@@ -9,8 +9,9 @@ import pytest
 from backend.fetch import PageTooLong
 from backend.slot_isolation import SlotIsolation, SlotLease, UnfitBackend
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
+from support.caching_backend import Model, ModelSlot
 from support.clock import Clock
-from support.memory_transport import memory_test, turns_until
+from support.memory_transport import memory_test, run, turns_until
 
 DIGESTS = (b"a",)
 ERASED = (200, b'{"id_slot": 0, "n_erased": 1}')
@@ -113,14 +114,39 @@ async def test_leases_are_granted_in_order(around: Around) -> None:
 async def test_a_lease_can_be_given_up_while_it_waits(around: Around) -> None:
     await around.prepare()
     alice = await around.lease("alice")
-    bob = around.isolation.lease("bob", None)
-    waiting = asyncio.ensure_future(bob.acquire())
-    carol = asyncio.ensure_future(around.lease("carol"))
-    await asyncio.sleep(0)
+    bob, carol = around.isolation.lease("bob", None), around.isolation.lease("carol", DIGESTS)
+    waiting, next_one = asyncio.ensure_future(bob.acquire()), asyncio.ensure_future(carol.acquire())
+    await turns_until(lambda: carol.ready)
+    assert not carol.is_valid  # it comes after bob's
     bob.release()
     waiting.cancel()
-    assert (await carol).slot == 1
+    await turns_until(next_one.done)
+    assert (carol.is_valid, carol.slot) == (True, 1)
     alice.release()
+
+
+@with_isolation
+async def test_a_lease_that_is_given_up_before_it_waits_has_taken_nothing(around: Around) -> None:
+    await around.prepare()
+    around.isolation.lease("alice", None).release()
+    assert around.isolation.table.busy == around.isolation.table.floating == 0
+    (await around.lease("bob")).release()
+
+
+@with_isolation
+async def test_the_next_request_of_a_key_starts_as_soon_as_the_slots_are_emptied_for_its_first_one(
+    around: Around,
+) -> None:
+    await around.prepare()
+    around.backend.stalls = True
+    first, second = (asyncio.ensure_future(around.lease("alice", floating=True)) for _ in range(2))
+    await turns_until(lambda: around.backend.erased)
+    assert not second.done()
+    around.backend.go_on()
+    for lease in (await second, await first):
+        assert lease.is_valid
+        lease.release()
+    assert around.backend.erased == [0, 1]
 
 
 @with_isolation
@@ -161,16 +187,19 @@ async def test_slots_whose_list_a_request_has_made_too_long_are_emptied(around: 
         await around.isolation.prepare(5)
 
 
+@pytest.mark.parametrize(("floating", "emptied", "next_emptied"), [(False, [0], [1]), (True, [0, 1], [0, 1])])
 @with_isolation
-async def test_a_lease_is_not_valid_for_another_process(around: Around) -> None:
+async def test_a_lease_is_not_valid_for_another_process(
+    around: Around, floating: bool, emptied: list[int], next_emptied: list[int]
+) -> None:
     await around.prepare()
-    lease = await around.lease("alice")
+    lease = await around.lease("alice", floating=floating)
     await around.isolation.prepare(5)
-    assert around.backend.erased == [0]  # the slot is at work: it is not checked again
+    assert around.backend.erased == emptied  # a request is at work: it is not checked again
     assert not lease.is_valid
     lease.release()
-    assert (await around.lease("alice")).is_valid
-    assert around.backend.erased == [0, 1]
+    assert (await around.lease("alice", floating=floating)).is_valid
+    assert around.backend.erased == [*emptied, *next_emptied]
 
 
 @pytest.mark.parametrize("floating", [False, True])
@@ -256,6 +285,8 @@ async def test_a_lease_that_was_begun_with_another_process_says_nothing_about_th
     ("flaw", "message"),
     [
         ({"erase_answer": (501, b"{}")}, "--slot-save-path"),
+        ({"erase_answer": (200, b"{}")}, "--slot-save-path"),
+        ({"erase_answer": (501, b"{}"), "completion_status": 501}, "--slot-save-path"),  # for embeddings
         ({"cached": 20}, "--cache-ram 0"),
         ({"slots": {}}, "--slots"),
     ],
@@ -287,3 +318,66 @@ async def test_a_backend_that_does_not_respond_is_not_unfit(around: Around) -> N
     with pytest.raises(GatewayError) as caught:
         await around.isolation.prepare(5)
     assert caught.value.kind is BACKEND_TIMEOUT
+
+
+# --- What the check leaves, and what it finds ---
+
+SECRET = "what alice has asked"
+
+
+class CachingBackend:
+    """A backend that has only the slots of a model, and its cache of prompts in host memory."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    async def fetch(self, target: bytes) -> tuple[int, bytes]:
+        assert target == b"/slots"
+        return 200, json.dumps([{} for _ in self._model.slots]).encode()
+
+    async def post(self, target: bytes, body: bytes) -> tuple[int, bytes]:
+        model, given = self._model, json.loads(body)
+        if target.startswith(b"/slots/"):
+            await model.erase(int(target[7:8]))
+            return ERASED
+        slot, cached = await model.take(model.processes, "gateway", target.decode(), given, given["prompt"])
+        await model.free(slot)
+        return 200, json.dumps({"timings": {"cache_n": cached}}).encode()
+
+
+class Stubborn(Model):
+    """Takes an empty slot, else the one that was used last: what is in the others stays there."""
+
+    def choose(self, path: str, body: dict[str, Any], prompt: str) -> ModelSlot | None:
+        own = next((slot for slot in self.slots if slot.text == prompt), None)
+        empty = next((slot for slot in self.slots if not slot.text), None)
+        return own or empty or max(self.slots, key=lambda slot: slot.used)
+
+
+def isolate(model: Model) -> SlotIsolation:
+    backend = CachingBackend(model)
+    return SlotIsolation(backend.fetch, backend.post, Clock(), lambda: None)
+
+
+def test_the_check_finds_prompts_that_are_kept_once_another_one_has_their_slot() -> None:
+    with pytest.raises(UnfitBackend, match="--cache-ram 0"):
+        run(isolate(Model(host_cache=True)).prepare(5))
+
+
+def test_the_check_moves_no_text_of_a_key_out_of_its_slot() -> None:
+    model = Model(host_cache=True)
+    model.slots = [ModelSlot(SECRET, "alice") for _ in model.slots]
+    with pytest.raises(UnfitBackend):
+        run(isolate(model).prepare(5))
+    assert SECRET not in model.kept
+
+
+def test_the_check_takes_no_prompt_that_is_still_in_its_slot_for_one_that_is_kept_elsewhere() -> None:
+    assert run(isolate(Stubborn()).prepare(5)) == 4
+
+
+def test_the_check_leaves_nothing_in_the_slots() -> None:
+    model = Model()
+    run(isolate(model).prepare(5))
+    assert model.seen
+    assert {slot.text for slot in model.slots} == {""}
