@@ -76,7 +76,7 @@ def most_decoded(slots: Sequence[Slot]) -> int:
     return max([decoded_of(slot) for slot in slots if is_busy(slot)], default=0)
 
 
-class _Task:
+class _PossibleTask:
     """One task that may be the stream's: the tokens of its prompt, and those that it has generated."""
 
     __slots__ = ("generated", "has_ended", "prompt")
@@ -106,7 +106,7 @@ class LeftStream:
     def __init__(self, count_events: Callable[[], int], on_end: Callable[[Shown], None]) -> None:
         self._count_events = count_events
         self._on_end = on_end
-        self._tasks: dict[int, _Task] = {}  # one of them is its own
+        self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
@@ -156,7 +156,7 @@ class LeftStream:
         most = inf if has_silent else share + _IN_FLIGHT + share // _PART
         streamed = [slot for slot in slots if is_busy(slot) and is_streamed(slot)]
         own = [task_of(slot) for slot in streamed if share - _EMPTY_EVENTS <= decoded_of(slot) <= most]
-        self._tasks = {task: _Task() for task in own if task is not None}
+        self._tasks = {task: _PossibleTask() for task in own if task is not None}
 
     def note_end(self) -> None:
         """Its connection has ended."""

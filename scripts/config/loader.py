@@ -143,15 +143,15 @@ def _nearly(name: str) -> str | None:
     """
     if name.upper() in _NAMES:
         return name.upper()
-    words = sorted(name.split("_"))
-    if len(words) > 1:
+    parts = sorted(name.split("_"))
+    if len(parts) > 1:
         for other in _NAMES:
-            if sorted(other.split("_")) == words:
+            if sorted(other.split("_")) == parts:
                 return other
-    first_words = {other.partition("_")[0] for other in _NAMES}
-    if len(words) > 1 and not difflib.get_close_matches(name.partition("_")[0], first_words, 1, 0.8):
+    beginnings = {other.partition("_")[0] for other in _NAMES}
+    if len(parts) > 1 and not difflib.get_close_matches(name.partition("_")[0], beginnings, 1, 0.8):
         return None
-    candidates = _NAMES if len(words) > 1 else _LONG_WORDS
+    candidates = _NAMES if len(parts) > 1 else _LONG_WORDS
     return next(iter(difflib.get_close_matches(name, candidates, 1, 0.85)), None)
 
 

@@ -62,9 +62,19 @@ class TokenLimiter:
         tokens = min(max(tokens, 1), limit)
         remaining = limit - window.total - tokens
         if remaining < 0:
-            _refuse(window, limit, tokens, now_s)
+            needs = f"This request needs {tokens} of them to begin, and {max(limit - window.total, 0)} are left now."
+            _refuse(window, limit, tokens, needs, now_s)
         window.add(now_s, tokens)
         return Reservation(self, key_id, tokens, now_s, remaining)
+
+    def check(self, key_id: str, limit: int) -> None:
+        """Raise GatewayError(TOKEN_RATE_EXCEEDED) if more than the limit counts: more was used than was reserved."""
+        now_s = self._clock()
+        window = self._windows.get(key_id)
+        if window is not None:
+            window.expire(now_s)
+            if window.total > limit:
+                _refuse(window, limit, 0, f"Its requests have used {window.total}.", now_s)
 
     def correct(self, key_id: str, reserved_s: float, more: int) -> None:
         """Count `more` tokens of a request, or less if that is negative.
@@ -85,12 +95,11 @@ class TokenLimiter:
         return self._windows.used(key_id, self._clock())
 
 
-def _refuse(window: SlidingWindow, limit: int, tokens: int, now_s: float) -> NoReturn:
+def _refuse(window: SlidingWindow, limit: int, tokens: int, reason: str, now_s: float) -> NoReturn:
     # Rounded to microseconds, so that a floating-point error is not rounded up to a whole second.
     raise GatewayError(
         TOKEN_RATE_EXCEEDED,
-        f"This API key is limited to {limit} tokens per minute. This request needs {tokens} of them to begin, and"
-        f" {max(limit - window.total, 0)} are left now.",
+        f"This API key is limited to {limit} tokens per minute. {reason}",
         fields=token_allowance(limit, limit - window.total, round(window.reset_s(now_s), 6)),
         retry_after_s=math.ceil(round(window.wait_s(limit - tokens + 1, now_s), 6)),
     )

@@ -108,11 +108,15 @@ class IncomingBody:
             self.unread = not framed or self._client.take_body_if_received(framed) is None
         return not self.unread
 
-    def release(self) -> None:
-        """Let go of the body: the backend has it, or will not get it."""
+    def release(self, *, keeps_bytes: int = 0) -> None:
+        """Let go of the body: the backend has it, or will not get it.
+
+        One of at most `keeps_bytes` is kept for `members_if_small`, and counts as part of its connection.
+        """
         if self._held_bytes:
             self._services.memory.release(self._held_bytes)
             self._held_bytes = 0
+        if self.size > keeps_bytes:
             self._pieces = ()
         if self.scan is not None:  # it holds the body too
             self.scan.cancel()

@@ -50,6 +50,7 @@ log = logging.getLogger("gateway")
 
 _MAX_INTERIM_RESPONSES = 16
 _BAD_REQUEST = 400
+_KEPT_BYTES = 4096  # of the body of a stream: what it asks for bounds what its client is charged that leaves
 _MAX_REPEATS = 3  # of a request that its connection's end crossed, or that was at work in a death
 _TIMEOUTS = frozenset((REQUEST_TIMEOUT, QUEUE_TIMEOUT, BACKEND_TIMEOUT))
 
@@ -329,7 +330,7 @@ class Request:
         if services.suspects.active and kind.works and not was_cut:
             await self._admission_of(caller).await_lane(self.suspect())
         if caller.limits_tokens and kind.metered:  # others of the key may have used them up meanwhile
-            services.quotas.check(caller)
+            services.quotas.check_again(caller)
         if services.isolation is not None and kind.slot:
             await self._admission_of(caller).lease_slot(services.isolation, self._body)
 
@@ -453,7 +454,7 @@ class Request:
         if payload is None:
             record.stage = Stage.STREAMING
             self._body.digest()  # it is needed when the body is gone
-            self._body.release()
+            self._body.release(keeps_bytes=_KEPT_BYTES)
         if services.lifecycle.draining:
             self._response.keep_alive = False
 
@@ -592,7 +593,7 @@ class Request:
             services.suspects.abandon(self.suspect(), record.model)
         streamed = self._response.is_event_stream
         is_watched = has_left and not streamed and self._prepared.route.generates
-        if is_watched and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
+        if has_left and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
             record.asked = tokens_asked(self._prepared.route, members)
         stream = self._follow_stream()
         if stream is None and not is_watched:

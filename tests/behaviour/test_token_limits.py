@@ -301,6 +301,23 @@ async def test_a_whole_answer_that_comes_after_its_client_has_left_is_charged_as
 
 
 @scenario()
+async def test_a_stream_that_was_left_is_charged_no_more_than_it_asked_for(stack: Stack) -> None:
+    """No key's limit made the gateway read the body, and the slots show nothing: its time is that of 40,000 tokens."""
+    timings = b'{"timings":{"cache_n":3,"prompt_n":7,"prompt_ms":1.0,"predicted_n":200,"predicted_ms":1000.0}}'
+    stack.backend.script(send(answer(timings)))
+    assert (await stack.ask(post(body=body()))).status == 200
+    stack.backend.script(send(STREAM_HEAD + CONTENT), stall())
+    client = await stack.client()
+    client.send(post(COMPLETIONS, body(prompt="a", stream=True, max_tokens=7)))
+    await until(lambda: stack.requests and stack.requests[0].stage == "streaming")
+    stack.advance(200)
+    client.close()
+    await until(lambda: stack.counted("cancelled", "streaming") == 1)
+    await stack.stop()
+    assert stack.lines[-1]["completion_tokens"] == 7
+
+
+@scenario()
 async def test_a_stream_that_was_left_is_recorded_if_the_gateway_ends_first(stack: Stack) -> None:
     client = await left_stream(stack)
     connection = stack.backend.calls[0].connection

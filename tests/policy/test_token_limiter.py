@@ -91,6 +91,28 @@ def test_what_was_used_besides_counts_from_the_end_on() -> None:
     assert own.limiter.used("alice") == (800, 59.0)
 
 
+def test_what_waits_is_refused_if_others_have_used_more_than_they_had_reserved() -> None:
+    own = Limited()
+    own.limiter.check("alice", LIMIT)
+    first = own.limiter.reserve("alice", LIMIT, 10)
+    own.clock.advance(5)
+    own.limiter.reserve("alice", LIMIT, 10)  # it waits
+    own.limiter.check("alice", LIMIT)
+    first.settle(LIMIT - 10)
+    own.limiter.check("alice", LIMIT)
+    first.settle(LIMIT - 9)
+    own.clock.advance(5)
+    with pytest.raises(GatewayError) as refused:
+        own.limiter.check("alice", LIMIT)
+    assert refused.value.kind is TOKEN_RATE_EXCEEDED
+    assert refused.value.message == "This API key is limited to 1000 tokens per minute. Its requests have used 1001."
+    assert refused.value.retry_after_s == 50
+    assert (b"x-ratelimit-remaining-tokens", b"0") in dict(refused.value.fields).items()
+    own.limiter.check("bob", LIMIT)
+    own.clock.advance(50)
+    own.limiter.check("alice", LIMIT)
+
+
 def test_what_does_not_count_any_more_is_not_returned() -> None:
     own = Limited()
     first = own.limiter.reserve("alice", LIMIT, 900)
