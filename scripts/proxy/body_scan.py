@@ -33,6 +33,7 @@ class BodyScan:
         "_reader",
         "_screen",
         "is_queued",
+        "key_id",
         "waiter",
     )
 
@@ -44,11 +45,13 @@ class BodyScan:
         is_complete: bool,
         max_depth: int | None = None,
         boundary: bytes = b"",
+        key_id: str = "",
     ) -> None:
         """Without a screen every body is read. `pieces` may get longer until the body is complete.
 
         A body that is nested deeper than `max_depth` is not read to its end. `boundary` separates the parts of a form;
-        without one the body is JSON, if anything.
+        without one the body is JSON, if anything. `key_id` is of the key that sent it: those without one share their
+        turns.
         """
         self._pieces = pieces
         self._screen = screen
@@ -59,6 +62,7 @@ class BodyScan:
         self._is_complete = is_complete
         self._index = self._at = 0  # what comes next
         self._last = b""  # the end of what was screened
+        self.key_id = key_id
         self.is_queued = False
         self.waiter: Waiter[Members | None] = Waiter()
 
@@ -118,20 +122,25 @@ class BodyScan:
 
 
 class BodyScans:
-    """All bodies that are being read: they take turns, and together a bounded time in each turn of the loop."""
+    """All bodies that are being read: they take turns, and together a bounded time in each turn of the loop.
+
+    The next step goes to the key whose steps have taken the least time. So each key gets an equal share of the time,
+    however many bodies it has, and however long their steps take. The bodies of one key are read round robin.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` returns seconds, exact to microseconds."""
         self._clock = clock
-        self._scans: deque[BodyScan] = deque()
+        self._scans: dict[str, deque[BodyScan]] = {}  # by key, those that have more to read
+        self._used_s: dict[str, float] = {}  # by key, what its steps took since there was last nothing to read
+        self._least_used_s = 0.0  # what the key of the last step had used before it
         self._is_scheduled = False
         self._turn_ends_s = 0.0
 
     def read_on(self, scan: BodyScan) -> None:
         """Read more of a body, at once if this turn has time left; the rest in later turns."""
         if not scan.is_queued:
-            scan.is_queued = True
-            self._scans.append(scan)
+            self._enqueue(scan)
         if self._is_scheduled:
             self._take_steps()
         else:
@@ -142,12 +151,39 @@ class BodyScans:
         self._is_scheduled = bool(self._scans)
         if self._scans:
             asyncio.get_running_loop().call_soon(self._begin_turn)
-        self._take_steps()
+            self._take_steps()
+        else:
+            self._used_s.clear()
 
     def _take_steps(self) -> None:
-        while self._scans and self._clock() < self._turn_ends_s:
-            scan = self._scans.popleft()
-            scan.is_queued = False
-            if scan.step():
-                scan.is_queued = True
-                self._scans.append(scan)
+        now_s = self._clock()
+        while self._scans and now_s < self._turn_ends_s:
+            scan, began_s = self._dequeue(), now_s
+            has_more = scan.step()
+            now_s = self._clock()
+            self._used_s[scan.key_id] += now_s - began_s
+            if has_more:
+                self._enqueue(scan)
+
+    def _enqueue(self, scan: BodyScan) -> None:
+        """Put a body behind the others of its key.
+
+        A key that had none has no credit for the time before, and what it has used above its share still counts.
+        """
+        scan.is_queued = True
+        key_id = scan.key_id
+        if key_id not in self._scans:
+            self._scans[key_id] = deque()
+            self._used_s[key_id] = max(self._used_s.get(key_id, 0.0), self._least_used_s)
+        self._scans[key_id].append(scan)
+
+    def _dequeue(self) -> BodyScan:
+        """Return the next body. Of keys that have used the same time, the one that has waited longest is next."""
+        key_id = min(self._scans, key=self._used_s.__getitem__)
+        self._least_used_s = self._used_s[key_id]
+        scans = self._scans.pop(key_id)
+        scan = scans.popleft()
+        scan.is_queued = False
+        if scans:
+            self._scans[key_id] = scans
+        return scan

@@ -22,7 +22,8 @@ class IncomingBody:
     """The body of one request.
 
     `length` is what its head says, in bytes, and `size` what was received. `unread`: more bytes may come. `scan` is the
-    search for its members, and `members` what that found; None if nothing depends on them yet.
+    search for its members, and `members` what that found; None if nothing depends on them yet. `key_id` is of the key
+    with which it takes turns in that, once the caller is known.
     """
 
     __slots__ = (
@@ -34,6 +35,7 @@ class IncomingBody:
         "_services",
         "added",
         "added_field",
+        "key_id",
         "length",
         "members",
         "scan",
@@ -54,6 +56,7 @@ class IncomingBody:
         self._digest: bytes | None = None  # of route and body, if it was needed
         self.size = 0
         self.unread = length != 0 or prepared.error is not None
+        self.key_id = ""
         self.scan: BodyScan | None = None  # the search for its members
         self.members: Members | None = None
         self.added: dict[str, int | str] | None = None
@@ -156,9 +159,14 @@ class IncomingBody:
 
     def new_scan(self, screen: MemberScreen | None, *, is_complete: bool = False) -> BodyScan:
         """Return a search in the body. Without a screen it is read to its end."""
-        max_depth = self._services.body_rules.max_depth
-        boundary = self._prepared.boundary
-        return BodyScan(self._pieces, screen, is_complete=is_complete, max_depth=max_depth, boundary=boundary)
+        return BodyScan(
+            self._pieces,
+            screen,
+            is_complete=is_complete,
+            max_depth=self._services.body_rules.max_depth,
+            boundary=self._prepared.boundary,
+            key_id=self.key_id,
+        )
 
     @property
     def pieces(self) -> Sequence[bytes | bytearray]:

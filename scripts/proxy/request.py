@@ -178,7 +178,7 @@ class Request:
             raise self._error
         caller = self._caller = services.access.authenticate(prepared, self._addresses)
         if caller is not None:
-            self.record.key_id = caller.key_id
+            self.record.key_id = self._body.key_id = caller.key_id
             self._client.authenticated = True
         draining = services.lifecycle.draining
         if prepared.needs_authorization or draining:

@@ -1,7 +1,7 @@
 """body_scan.py: bodies are read as they come, a little in each turn of the loop."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 
 from http1.json_members import Members
 from http1.member_screen import MemberScreen
@@ -156,3 +156,111 @@ def test_a_form_is_read_by_its_boundary() -> None:
     while scan.step():
         pass
     assert n_of(scan.waiter.result()) == "3"
+
+
+class Steps:
+    """The steps that are taken in bodies. Time passes in steps only."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.taken: list[str] = []  # whose steps
+        self.scans = BodyScans(lambda: self.now_s)
+
+    def begin(self, name: str, count: int, cost_s: float = 0.002, then: Callable[[], None] | None = None) -> None:
+        """Read a body in so many steps. Its key is the first letter of its name."""
+        scan = SteppedScan(self, name, count, cost_s)
+        scan.waiter.on_done = then
+        self.scans.read_on(scan)
+
+    async def first(self, count: int) -> None:
+        """Wait until so many steps were taken."""
+        while len(self.taken) < count:
+            await asyncio.sleep(0)
+
+    async def all(self) -> str:
+        """Return the names of the bodies whose steps were taken, once nothing is to be read, and begin anew."""
+        for _ in range(200):
+            await asyncio.sleep(0)
+        taken, self.taken = " ".join(self.taken), []
+        return taken
+
+
+class SteppedScan(BodyScan):
+    """A body that takes a number of steps of the same length."""
+
+    def __init__(self, steps: Steps, name: str, count: int, cost_s: float) -> None:
+        super().__init__([], None, is_complete=True, key_id=name[0])
+        self.steps, self.name, self.count, self.cost_s = steps, name, count, cost_s
+
+    def step(self) -> bool:
+        self.steps.taken.append(self.name)
+        self.steps.now_s += self.cost_s
+        self.count -= 1
+        if not self.count:
+            self.waiter.set_result(None)
+        return self.count > 0
+
+
+def played(play: Callable[[Steps], Coroutine[None, None, str]]) -> str:
+    return asyncio.run(play(Steps()))
+
+
+def test_keys_take_turns_and_then_the_bodies_of_a_key() -> None:
+    async def play(steps: Steps) -> str:
+        for name in ("b1", "b2", "b3", "a1", "c1", "c2"):
+            steps.begin(name, 3)
+        return await steps.all()
+
+    assert played(play) == "b1 a1 c1 b1 a1 c2 b2 a1 c1 b3 c2 b1 c1 b2 c2 b3 b2 b3"
+
+
+def test_keys_get_the_same_time_however_long_their_steps_take() -> None:
+    async def play(steps: Steps) -> str:
+        steps.begin("b1", 3, cost_s=0.008)
+        steps.begin("a1", 8, cost_s=0.002)
+        return await steps.all()
+
+    assert played(play) == "b1 a1 a1 a1 a1 b1 a1 a1 a1 a1 b1"
+
+
+def test_a_key_that_comes_has_no_credit_for_the_time_before() -> None:
+    async def play(steps: Steps) -> str:
+        steps.begin("b1", 9)
+        await steps.first(5)
+        steps.begin("a1", 9)
+        return await steps.all()
+
+    assert played(play) == "b1 b1 b1 b1 b1 " + "a1 b1 " * 4 + "a1 a1 a1 a1 a1"
+
+
+def test_a_key_that_comes_back_has_not_got_rid_of_the_time_that_it_used() -> None:
+    async def play(steps: Steps) -> str:
+        steps.begin("b1", 2, cost_s=0.008)
+        steps.begin("a1", 9)
+        await steps.first(6)
+        steps.begin("b2", 1)
+        return await steps.all()
+
+    assert played(play) == "b1 a1 a1 a1 a1 b1 a1 a1 a1 a1 b2 a1"
+
+
+def test_what_a_key_used_is_forgotten_once_nothing_is_to_be_read() -> None:
+    async def play(steps: Steps) -> str:
+        steps.begin("b1", 3, cost_s=0.008)
+        await steps.all()
+        steps.begin("a1", 3)
+        steps.begin("b2", 2)
+        return await steps.all()
+
+    assert played(play) == "a1 b2 a1 b2 a1"
+
+
+def test_a_body_that_is_begun_while_another_ends_keeps_its_place() -> None:
+    """The handler of a request may begin to read the next one at once."""
+
+    async def play(steps: Steps) -> str:
+        steps.begin("b1", 2, then=lambda: steps.begin("b2", 2))
+        steps.begin("a1", 4)
+        return await steps.all()
+
+    assert played(play) == "b1 a1 b1 a1 b2 a1 b2 a1"

@@ -1,5 +1,6 @@
 """incoming_body.py: the body is read whole, within its limits, and let go as soon as it is not needed."""
 
+from itertools import count
 from random import Random
 
 import pytest
@@ -13,7 +14,7 @@ from core.errors import (
 from http1.grammar import CONTINUE
 from proxy.incoming_body import digest_of
 from support.backend import STREAM_HEAD
-from support.gateway import CHAT, post, request
+from support.gateway import CHAT, OPERATOR_KEY, post, request
 from support.memory_gateway import MemoryGateway, in_memory
 
 
@@ -35,6 +36,21 @@ async def test_a_chunked_body_is_sent_with_its_length(gateway: MemoryGateway) ->
     served = gateway.serve(raw + b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n")
     assert (await gateway.asked()).take().endswith(b"\r\nContent-Length: 5\r\n\r\nhello")
     assert served.request.unanswered_bytes == 5
+
+
+def dense(name: bytes) -> bytes:
+    """A body that takes many steps to be read."""
+    return b'{"n": 1, "%b": [%b0]}' % (name, b"{}," * 70)
+
+
+@in_memory(scan_clock=count(0, 0.0005).__next__)
+async def test_bodies_are_read_in_turns_by_key(gateway: MemoryGateway) -> None:
+    for name in (b"first", b"second", b"third"):
+        gateway.serve(post(CHAT, dense(name)))
+    gateway.serve(post(CHAT, dense(b"other"), key=OPERATOR_KEY))
+    await gateway.asked(2)
+    sent = [backend.take() for backend in gateway.backends.transports]
+    assert (dense(b"first") in sent[0], dense(b"other") in sent[1]) == (True, True)
 
 
 EXPECTING = post(CHAT, b"hello", b"Expect: 100-continue")

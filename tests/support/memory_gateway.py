@@ -213,9 +213,13 @@ class MemoryGateway:
         alice: Any = None,
         isolates: bool = False,
         settings: SessionSettings = SETTINGS,
+        scan_clock: Callable[[], float] = lambda: 0.0,
         **changes: Any,
     ) -> None:
-        """`alice` are fields of the key's caller, `isolates`: each key has slots of its own, `changes` are timeouts."""
+        """`alice` are fields of the key's caller, `isolates`: each key has slots of its own, `changes` are timeouts.
+
+        Bodies are read by `scan_clock`; by default at once.
+        """
         self.link = Link(clock)
         self.backends = Connector()
         self.clients: list[ClientProtocol] = []  # without those of sessions
@@ -256,7 +260,7 @@ class MemoryGateway:
             isolation=self.isolation if isolates else None,
             reads_members=isolates,
             models=None,
-            body_scans=BodyScans(lambda: 0.0),
+            body_scans=BodyScans(scan_clock),
             body_rules=BodyRules(),
             suspects=self.suspects,
             suspects_lane=FairQueue(1, 0, clock),
