@@ -283,6 +283,16 @@ def test_a_step_passes_a_bounded_part_of_any_body(unit: bytes) -> None:
     assert steps >= 8
 
 
+def test_a_name_with_its_colon_and_an_empty_list_take_a_move_each() -> None:
+    reader = MemberReader(TABLE)
+    units, moves, cost = 10_000, 5, 64  # the name, two brackets, an empty list, and a comma
+    reader.feed(b"{" + b'"a":[[]],' * units)
+    steps = 0
+    while reader.step():
+        steps += 1
+    assert steps <= units * (moves * cost + len(b'"a":[[]],')) / 8192
+
+
 def test_bytes_after_the_end_change_nothing() -> None:
     assert found(b'{"n": 4}\0{"n": 5}') == {"n": 4}
     reader = MemberReader(TABLE)
