@@ -50,18 +50,18 @@ class MemberScreen:
 
         Of more than `most_brackets` not all are counted. Brackets in strings count, but for the middle of a long one.
         """
-        text = _shortened(text)
+        text = shortened(text)
         return None if self._matches(text) else _brackets(text, self.most_brackets)
 
     def may_have(self, text: bytes | bytearray) -> bool:
         """Whether such a member or address may begin in a text."""
-        return self._matches(_shortened(text))
+        return self._matches(shortened(text))
 
     def is_suspect(self, text: bytes | bytearray) -> bool:
         """Whether a whole body may have such a member or address, or be nested too deeply."""
         most = self.most_brackets
         if len(text) > _SHORT_BYTES:  # most are not: a call less
-            text = _shortened(text)
+            text = shortened(text)
         return self._matches(text) or (len(text) > most and _brackets(text, most) > most)
 
     def _matches(self, text: bytes | bytearray) -> bool:
@@ -69,10 +69,11 @@ class MemberScreen:
         return self._search(text) is not None or (text.find(b"\\") >= 0 and self._search_escape(text) is not None)
 
 
-def _shortened(text: bytes | bytearray) -> bytes | bytearray:
+def shortened(text: bytes | bytearray) -> bytes | bytearray:
     """Return a long text without the middle of its long strings, in which is no name and no bracket that nests.
 
-    To find the next quote takes a fiftieth of the time that it takes to look at each sign.
+    The pieces of a text may be shortened one by one: what is left of them makes the whole one's names and brackets. To
+    find the next quote takes a fiftieth of the time that it takes to look at each sign.
     """
     find, size = text.find, len(text)
     parts: list[bytes | bytearray] = []

@@ -8,7 +8,7 @@ from http1.added_members import with_members
 from http1.bodies import RequestBody
 from http1.grammar import CONTINUE, CRLF
 from http1.json_members import Members
-from http1.member_screen import MemberScreen
+from http1.member_screen import MemberScreen, shortened
 from policy.prepared_request import PreparedRequest
 from proxy.body_scan import BodyScan
 from proxy.request_services import RequestServices
@@ -133,8 +133,8 @@ class IncomingBody:
             return True
         if self._prepared.boundary:  # a form spells the names of its fields in more ways than the screen knows
             return False
-        # It is small, and mostly one piece.
-        return not screen.is_suspect(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        # To shorten the pieces first saves a copy of the body.
+        return not screen.is_suspect(pieces[0] if len(pieces) == 1 else b"".join(map(shortened, pieces)))
 
     async def find_members(self) -> Members | None:
         """Read the body for its members, all of which has been received. None if the screen has cleared it."""

@@ -1,11 +1,13 @@
 """A screen that says that no member is there is never wrong, and it clears usual bodies."""
 
+import itertools
 import json
 import random
+import re
 
 import pytest
 
-from http1.member_screen import OVERLAP_BYTES, MemberScreen
+from http1.member_screen import OVERLAP_BYTES, MemberScreen, shortened
 
 NAMES, LISTS = ("n", "n_cmpl"), ("prompt", "input")
 SCREEN = MemberScreen(NAMES, LISTS)
@@ -38,6 +40,14 @@ def body(rng: random.Random) -> bytes:
     return ("{" + ",".join(members) + "}").encode()
 
 
+def torn(rng: random.Random, text: bytes) -> list[bytes]:
+    """Return a text in up to five pieces, mostly torn near a quote."""
+    near = [match.start() for match in re.finditer(b'"', text)] or [0]
+    places = [rng.choice(near) + rng.randrange(-40, 60) for _ in range(4)]
+    cuts = sorted(min(max(place, 0), len(text)) for place in places)
+    return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_what_is_cleared_has_no_such_member(seed: int) -> None:
     rng = random.Random(seed)
@@ -49,6 +59,8 @@ def test_what_is_cleared_has_no_such_member(seed: int) -> None:
             first, second = whole[:at], whole[at:]
             junction = first[-OVERLAP_BYTES:] + second[:OVERLAP_BYTES]
             assert may_have(first) or may_have(second) or may_have(junction), (first, second)
+            pieces = torn(rng, whole)
+            assert may_have(b"".join(map(shortened, pieces))), pieces
 
 
 @pytest.mark.parametrize(
