@@ -344,6 +344,9 @@ ERRORS: dict[str, Remedy] = {
         "The client sent its head or body too slowly: `CLIENT_HEADER_TIMEOUT`, `CLIENT_BODY_TIMEOUT`,"
         " `CLIENT_BODY_MIN_RATE`.",
         "The client's link is slow, or it declared more bytes than it sent. Raise that limit."),
+    "coding_not_supported": Remedy(
+        "A body with a `Content-Encoding`, such as gzip: what it asks for could not be bounded.",
+        "Send the body as it is."),
     "form_not_supported": Remedy(
         "A `Content-Type: multipart/…` on a route other than `/v1/audio/transcriptions`, or one in which the"
         " boundary of the form is missing or stands twice.",

@@ -128,6 +128,9 @@ PAYLOAD_TOO_LARGE = Kind(
 URI_TOO_LONG = Kind(
     414, "uri_too_long", "invalid_request_error", "The request line is too long.", closes=True, final=True
 )
+CODING_NOT_SUPPORTED = Kind(
+    415, "coding_not_supported", "invalid_request_error", "The body may have no Content-Encoding.", final=True
+)
 FORM_NOT_SUPPORTED = Kind(
     415, "form_not_supported", "invalid_request_error", "The route takes JSON, not a form.", final=True
 )

@@ -254,6 +254,9 @@ class RequestCache:
         boundary = form_boundary(b", ".join(types))
         if not boundary and route.screen is not None and any(map(_FORM.match, types)):
             route = route.without_unclear_form()
+        codings = b",".join(head.known.get(b"content-encoding", ())).lower().split(b",")
+        if any(coding.strip() not in (b"", b"identity") for coding in codings):
+            route = route.without_codings()
         framing, expects, error = NO_BODY, False, None
         try:
             framing = request_framing(head, self._limits)

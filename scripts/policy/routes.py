@@ -12,7 +12,15 @@ from fnmatch import fnmatchcase
 from urllib.parse import unquote_to_bytes
 
 from core.dialects import ANTHROPIC, OPENAI, RESPONSES, Dialect
-from core.errors import FORM_NOT_SUPPORTED, METHOD_NOT_ALLOWED, ROUTE_NOT_ALLOWED, ROUTE_NOT_FOUND, GatewayError, Kind
+from core.errors import (
+    CODING_NOT_SUPPORTED,
+    FORM_NOT_SUPPORTED,
+    METHOD_NOT_ALLOWED,
+    ROUTE_NOT_ALLOWED,
+    ROUTE_NOT_FOUND,
+    GatewayError,
+    Kind,
+)
 from http1.member_screen import MemberScreen
 from policy.body_rules import BodyRules
 from policy.slot_demand import ANY_MEMBER, RULES, DemandRule
@@ -111,6 +119,12 @@ class Route:
         if self.refusal is not None:
             return self
         return replace(self, refusal=FORM_NOT_SUPPORTED, detail=_UNCLEAR_FORM)
+
+    def without_codings(self) -> "Route":
+        """Return the route of a request whose body is coded: refused if the gateway must be able to read the body."""
+        if self.screen is None or self.refusal is not None:
+            return self
+        return replace(self, refusal=CODING_NOT_SUPPORTED)
 
     def error(self) -> GatewayError:
         """Make the error of a route that has a refusal."""

@@ -67,6 +67,29 @@ async def test_a_body_that_comes_in_pieces_is_checked_as_well(stack: Stack) -> N
     assert (await client.response()).status == 400
 
 
+@pytest.mark.parametrize(
+    ("path", "lines", "status"),
+    [
+        (CHAT, [b"Content-Encoding: gzip"], 415),
+        (CHAT, [b"Content-Encoding: identity", b"content-encoding: GZIP"], 415),
+        (CHAT, [b"Content-Encoding: identity, deflate"], 415),
+        (CHAT, [b"Content-Encoding: Identity"], 200),
+        (b"/v1/embeddings", [b"Content-Encoding: br"], 415),
+        (b"/new", [b"Content-Encoding: gzip"], 415),
+    ],
+)
+@scenario(ALLOW_PATHS="/new")
+async def test_a_body_that_cannot_be_read_is_refused(
+    stack: Stack, path: bytes, lines: list[bytes], status: int
+) -> None:
+    """A llama-server that is built with zlib decodes it, with all that it asks for."""
+    stack.backend.script(send(answer()))
+    response = await stack.ask(post(path, b"{}", *lines))
+    assert response.status == status
+    assert status == 200 or response.code == "coding_not_supported"
+    assert len(stack.backend.calls) == (status == 200)
+
+
 def form(head: bytes, value: bytes) -> bytes:
     return b"--x\r\nContent-Disposition: form-data; " + head + b"\r\n\r\n" + value + b"\r\n--x--\r\n"
 

@@ -25,6 +25,7 @@ EXPECTED = """400 bad_request invalid_request_error closes - final
 411 length_required invalid_request_error stays - final
 413 payload_too_large invalid_request_error closes - final
 414 uri_too_long invalid_request_error closes - final
+415 coding_not_supported invalid_request_error stays - final
 415 form_not_supported invalid_request_error stays - final
 417 expectation_failed invalid_request_error closes - final
 429 rate_limit_exceeded rate_limit_error stays - -
