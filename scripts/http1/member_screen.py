@@ -48,7 +48,7 @@ class MemberScreen:
     def brackets(self, text: bytes | bytearray) -> int | None:
         """Return how many lists and objects may begin in a text; None if a member or an address may begin in it.
 
-        Of more than `most_brackets` not all are counted. Brackets in strings count, but for the middle of a long one.
+        Of more than `most_brackets` not all are counted. Those in strings count too, except in a long one's middle.
         """
         text = shortened(text)
         return None if self._matches(text) else _brackets(text, self.most_brackets)

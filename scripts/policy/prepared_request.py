@@ -153,7 +153,7 @@ def fallback_request(cors: Cors) -> PreparedRequest:
 
 
 class LastHead:
-    """What the last request of a connection had in its head, but for the number in Content-Length.
+    """What the last request of a connection had in its head, except the number in Content-Length.
 
     The next request mostly has the same: to compare takes half of the time that the digest does. This holds the
     client's secret for as long as the connection is open.

@@ -2,8 +2,8 @@
 
 A death has as suspects all requests that were at work. The only one, and one that was at work in two deaths, is held
 back for an hour. The others run one at a time, so that they are not at work in one more death together. A request that
-is answered is cleared, and so are those at work beside one that was found out. A key whose suspects are left in most
-deaths of the last minutes gets one request at a time, then none for a while.
+is answered is cleared, and so are those that were at work with one that was found out. A key whose suspects are left in
+most deaths of the last minutes gets one request at a time, then none for a while.
 """
 
 import logging
@@ -104,7 +104,7 @@ class Suspects:
         self.active = True
         alone = len(death.suspects) == 1
         culprits = [suspect for suspect in death.suspects if alone or suspect.digest in self._suspected]
-        # Suspects run one at a time: what runs beside one whose client has left was sent when the backend hung already.
+        # Suspects run one at a time: what runs with one whose client has left was sent when the backend hung already.
         culprits = [suspect for suspect in culprits if suspect in death.left] or culprits
         for suspect in death.suspects:
             self._keep(self._suspected, suspect)

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from math import inf
 from typing import Protocol
 
 from accounting.token_counter import TokenCounter
@@ -35,7 +34,7 @@ _STALLED = replace(BACKEND_TIMEOUT, message="The answer did not go on within STR
 
 @dataclass(frozen=True, slots=True)
 class UpstreamTimeouts:
-    """How long each step may take, in seconds; 0 is no limit."""
+    """How long each step may take, in seconds."""
 
     connect_s: float
     request_s: float
@@ -158,7 +157,7 @@ class Relay:
         counter = self._counter
         if backend.ended or not isinstance(counter, TokenCounter) or not self._response.is_event_stream:
             return None
-        return Remainder(backend, self._body, counter, self._timeouts.request_s or inf)
+        return Remainder(backend, self._body, counter, self._timeouts.request_s)
 
     def _take(self, data: bytes) -> bytes:
         """Count the backend's bytes; return what the client gets for them. Raises BACKEND_MALFORMED."""

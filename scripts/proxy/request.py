@@ -3,7 +3,6 @@
 import logging
 from functools import partial
 from http import HTTPStatus
-from math import inf
 
 from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
@@ -318,7 +317,7 @@ class Request:
             finally:
                 if self._sent:  # the backend may be at work on it, until it closes the connection
                     self._left = backend
-                    backend.give_up(services.upstream_timeouts.request_s or inf)
+                    backend.give_up(services.upstream_timeouts.request_s)
                 # Of other routes it is not certain that every llama-server reads a body before it answers.
                 services.pool.release(backend, reusable and (self._prepared.route.needs_body or not body.size))
             self._sent = False
@@ -606,16 +605,16 @@ class Request:
     def _follow_stream(self) -> LeftStream | None:
         """Let a stream whose client has left be recorded once it has ended; None if it is no such stream."""
         remainder, left = self._remainder, self._left
+        has_left = self.record.outcome is Outcome.CANCELLED and self._response.is_event_stream
+        if remainder is None and not (has_left and left is not None and left.leaving and not left.ended):
+            return None
         stream = LeftStream(lambda: self.stream_events or 0, partial(_record_stream, self._services, self.record))
         note_end = partial(_note_end, self._services, self.record, stream)
         if remainder is not None:
             remainder.when_counted(note_end)
-            return stream
-        if self.record.outcome is not Outcome.CANCELLED or not self._response.is_event_stream:
-            return None
-        if left is None or not left.leaving or left.ended:
-            return None
-        left.on_end = lambda _: note_end(is_behind=False)
+        else:
+            assert left is not None  # see above
+            left.on_end = lambda _: note_end(is_behind=False)
         return stream
 
     def close(self) -> None:

@@ -212,7 +212,7 @@ class BackendProtocol(PeerProtocol):
             self.transport.abort()
 
     def give_up(self, seconds: float) -> None:
-        """Tell the backend that nobody waits for the response that is awaited. It closes the connection in the end.
+        """Tell the backend that no one waits for the response that is awaited. It closes the connection in the end.
 
         Only then is it certain that it will not begin: after a reset nothing more would be heard of it. `late_end` has
         the end of what it sends all the same. The connection is reset after `seconds`; at once if the request has not
