@@ -76,7 +76,8 @@ _ESCAPED = b"\\u00"  # how the escape of an ASCII character begins; a name may b
 _TORN_BYTES = 64  # of a name and the colon after it
 # llama-server's own form has the listed tokens after the report, and nothing that the model has formed as JSON.
 _NATIVE = frozenset(("/completion", "/completions", "/infill"))
-_PROGRESS = b'"prompt_progress"'
+_CHOICES = b'"choices"'
+_PROGRESS = b'"prompt_progress":'
 # An event with one of these, as llama-server spells them, is not the last of its choice.
 _UNFINISHED = (b'"finish_reason":null', b'"stop":false')
 _INDEX = re.compile(rb'"index"[ \t\r\n]*:[ \t\r\n]*[0-9]+')
@@ -208,10 +209,12 @@ class TokenCounter:
 
     _search: ReportSearch  # in JSON
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, prompts: int = 0) -> None:
+        """`prompts` is how many the request has, 0 if that is not known: choices of one prompt report it each."""
         self.events = 0
         self._format = _UNDECIDED
         self._mark, self._empty_events, self._adds_choices, self._one_prompt, self._is_native = _formats(label)
+        self._one_prompt = self._one_prompt or prompts == 1
         self._head = b""  # the beginning of JSON, or all of a small list
         self._tail = b""  # the end of JSON, or an incomplete event
         self._size = 0
@@ -324,8 +327,9 @@ class TokenCounter:
 
     def _keep(self, payload: bytes) -> None:
         """Keep an object's beginning and end, and note where its choices are."""
-        if len(self._places) < _MAX_CHOICES and (self._has_choices or b'"choices"' in payload[:HEAD_BYTES]):
-            before = self._tail[-_TORN_BYTES:]
+        may_have_places = self._adds_choices and len(self._places) < _MAX_CHOICES
+        if may_have_places and (self._has_choices or _CHOICES in self._head[-_TORN_BYTES:] + payload[:HEAD_BYTES]):
+            before = (self._head[-_TORN_BYTES:] + self._tail)[-_TORN_BYTES:]
             start = self._size - len(before)
             found = [start + match.start() for match in _INDEX.finditer(before + payload)]
             last = self._places[-1] if self._places else -1
@@ -340,7 +344,7 @@ class TokenCounter:
 
     def _find_report(self, payload: bytes) -> None:
         """Look for an object's report, and count the tokens that it lists."""
-        if b'"embedding"' in self._head:
+        if b'"embedding":' in self._head:
             return
         for _, tokens in self._search.feed(payload):
             if self._is_native:
@@ -457,7 +461,7 @@ class TokenCounter:
 
     @property
     def _has_choices(self) -> bool:
-        return b'"choices"' in self._head
+        return _CHOICES in self._head
 
 
 def _count_whole(response: Mapping[str, Any]) -> Count:
@@ -483,19 +487,19 @@ def _count_report(tokens: Tokens | None, text_bytes: int, listed: int = 0) -> Co
     return Count(tokens, tokens.prompt > 0, tokens.completion > 0, 1, text_bytes=text_bytes, listed=listed)
 
 
-def buffer_if_small(label: str, response: bytes) -> TokenCounter | bytes:
+def buffer_if_small(label: str, response: bytes, prompts: int = 0) -> TokenCounter | bytes:
     """Return what to keep of a complete response until it is read: itself if it is small, else a TokenCounter."""
     if len(response) <= HEAD_BYTES + TAIL_BYTES:
         return response
-    counter = TokenCounter(label)
+    counter = TokenCounter(label, prompts)
     counter.feed(response)
     return counter
 
 
-def read_count(label: str, response: TokenCounter | bytes | None) -> Count | None:
+def read_count(label: str, response: TokenCounter | bytes | None, prompts: int = 0) -> Count | None:
     """Return the count of a response: one that was fed while it was relayed, one that was kept, or none."""
     if not isinstance(response, bytes):
         return None if response is None else response.count()
-    counter = TokenCounter(label)
+    counter = TokenCounter(label, prompts)
     counter.feed(response)
     return counter.count()

@@ -26,6 +26,8 @@ UNREPORTED_MARGIN = 1.25  # for a response whose client asked for no report
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
 OVERRUN_TOKENS = 3
+_MOST_PER_BYTE = 2  # times as many tokens as usual that a text may have
+_ENDING_TOKENS = 8  # of a usual stop word, and at the end
 _SLOWEST = 4  # how many times as slow as usual a stream may be
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
@@ -88,7 +90,7 @@ class TokenEstimator:
                 return tokens
         if source is None and not record.is_unfinished:
             return None
-        count = read_count(record.prepared.route.label, source)
+        count = read_count(record.prepared.route.label, source, record.asked.prompts)
         if record.prepared.route.kind is not INFERENCE or (record.is_unfinished and record.outcome not in _WORKED):
             return None if count is None or not count.is_reported else count.tokens
         if count is None and not record.is_unfinished:
@@ -150,11 +152,11 @@ class TokenEstimator:
             return record.generated.prompt
         label = record.prepared.route.label
         by_body = self.prompt_tokens(record.key_id, label, record.bytes_in)
+        # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
+        by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
         if record.shown is not None and record.shown.prompt is not None:
             prompts = record.asked.prompts
             by_body = record.shown.prompt.nearest(by_body // prompts) * prompts
-        if not record.is_unfinished:  # its client asked for no report, and its body may have had more than a prompt
-            by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
         return max(count.tokens.prompt, by_body)
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
@@ -177,7 +179,10 @@ class TokenEstimator:
         if count.has_completion:
             return self._of_choices(record, count)
         likely = ceil(count.text_bytes * self._text_of(record).value * UNREPORTED_MARGIN)
-        generated = count.listed or self._of_unreported(record, likely, prompt)
+        if count.listed and not record.asked.has_stop:  # llama-server takes the tokens of a stop word out of the list
+            generated = count.listed
+        else:
+            generated = self._of_unreported(record, max(count.listed, likely), prompt)
         return generated, generated
 
     def _of_unsent(self, record: RequestRecord, prompt: int) -> int:
@@ -266,18 +271,34 @@ class TokenEstimator:
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:
         """Return the tokens of the first choice, which is reported, and of the others, by their text."""
         completion, estimated = count.tokens.completion, 0
-        if len(count.choices) > 1:
+        if len(count.choices) > 1 and record.asked.answers > 1:
             first, *others = count.choices
             prior = self._text_of(record).value
+            hidden = _hidden_in(count, prior) if record.asked.has_stop else 0
             rate = (completion + prior * _PRIOR_BYTES) / (first.text_bytes + _PRIOR_BYTES)
             # A limit that ended the first choice ends all choices after as many tokens, if they share its prompt.
             limits = (record.asked.max_tokens, completion * record.asked.prompts)
             shared = completion if first.limited and completion in limits else 0
             for choice in others:
                 number, is_exact = _tokens_of_choice(choice, rate, shared, record.asked.max_tokens)
+                if hidden and not choice.limited:
+                    number, is_exact = min(number + hidden, record.asked.max_tokens or number + hidden), False
                 completion += number
                 estimated += 0 if is_exact else number
         return completion, estimated
+
+
+def _hidden_in(count: Count, per_byte: float) -> int:
+    """Return how many tokens of the first choice neither its text nor its list shows: those of a stop word.
+
+    Each choice that has ended with one has about as many.
+    """
+    first, reported = count.choices[0], count.tokens.completion
+    if count.listed:
+        shown = count.listed // len(count.choices)
+    else:
+        shown = first.tokens or ceil(_MOST_PER_BYTE * per_byte * first.text_bytes) + _ENDING_TOKENS
+    return max(reported - shown, 0)
 
 
 def _tokens_of_choice(choice: Choice, rate: float, shared: int, max_tokens: int | None) -> tuple[int, bool]:
@@ -295,10 +316,12 @@ def _tokens_of_choice(choice: Choice, rate: float, shared: int, max_tokens: int 
 
 def _as_shown(record: RequestRecord, tokens: int) -> int:
     """Return an estimate of what was generated of a stream that was left, within what its slot has shown."""
-    shown = record.shown
-    if shown is None or shown.generated is None or record.asked.answers > 1:
+    shown, answers = record.shown, record.asked.answers
+    if shown is None:
         return tokens
-    return shown.generated.nearest(tokens)
+    if shown.most is not None:
+        tokens = min(tokens, (shown.most + OVERRUN_TOKENS) * answers)
+    return tokens if shown.generated is None or answers > 1 else shown.generated.nearest(tokens)
 
 
 def limit_of(record: RequestRecord) -> int | None:

@@ -47,12 +47,14 @@ class Span(NamedTuple):
 class Shown(NamedTuple):
     """What the slots have shown of a stream: whether it surely had no token without an event, and its tokens.
 
-    `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few.
+    `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
+    shown more than `most` tokens; None if none was seen.
     """
 
     has_all_in_events: bool
     prompt: Span | None = None
     generated: Span | None = None
+    most: int | None = None
 
 
 def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -107,6 +109,7 @@ class LeftStream:
         self._count_events = count_events
         self._on_end = on_end
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
+        self._most: int | None = None  # tokens that any slot has shown
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
@@ -136,6 +139,8 @@ class LeftStream:
     def look(self, slots: Sequence[Slot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
         """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
         self._looks += 1
+        if slots:
+            self._most = max([self._most or 0, *map(_shown_by, slots)])
         if not self._has_come:
             self._note_silent(has_silent, now_s)
             if has_silent is not None and not self._tasks:
@@ -170,7 +175,7 @@ class LeftStream:
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            self._on_end(Shown(self._has_silent is False, *self._spans()))
+            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""
@@ -180,3 +185,8 @@ class LeftStream:
         prompts, generated = [task.prompt for task in tasks], [task.generated for task in tasks]
         most = max(generated) if all(task.has_ended for task in tasks) else inf
         return Span(min(prompts), max(prompts)), Span(min(generated), most)
+
+
+def _shown_by(slot: Slot) -> int:
+    """Return how many tokens the task of a slot may have generated: an idle slot does not say what was its prompt."""
+    return decoded_of(slot) if is_busy(slot) else kept_in(slot) + 1

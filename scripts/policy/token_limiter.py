@@ -19,20 +19,20 @@ def token_allowance(limit: int, remaining: int, reset_s: float) -> Fields:
 
 
 class Reservation:
-    """The tokens that one request may use, as far as is known. `remaining` is what was left besides."""
+    """The `tokens` that one request may use, as far as is known. `remaining` is what was left besides."""
 
-    __slots__ = ("_key_id", "_limiter", "_reserved", "_reserved_s", "remaining")
+    __slots__ = ("_key_id", "_limiter", "_reserved_s", "remaining", "tokens")
 
     def __init__(self, limiter: "TokenLimiter", key_id: str, reserved: int, reserved_s: float, remaining: int) -> None:
         self._limiter = limiter
         self._key_id = key_id
-        self._reserved = reserved
+        self.tokens = reserved
         self._reserved_s = reserved_s
         self.remaining = remaining
 
     def settle(self, used: int) -> None:
         """Let the request count with the tokens that it has used in place of those that it has reserved."""
-        reserved, self._reserved = self._reserved, used
+        reserved, self.tokens = self.tokens, used
         self._limiter.correct(self._key_id, self._reserved_s, used - reserved)
 
 
@@ -67,14 +67,17 @@ class TokenLimiter:
         window.add(now_s, tokens)
         return Reservation(self, key_id, tokens, now_s, remaining)
 
-    def check(self, key_id: str, limit: int) -> None:
-        """Raise GatewayError(TOKEN_RATE_EXCEEDED) if more than the limit counts: more was used than was reserved."""
+    def check(self, key_id: str, limit: int, reserved: int) -> None:
+        """Raise GatewayError(TOKEN_RATE_EXCEEDED) if other requests than that which has `reserved` use up the limit.
+
+        They have used more than they had reserved then.
+        """
         now_s = self._clock()
         window = self._windows.get(key_id)
         if window is not None:
             window.expire(now_s)
-            if window.total > limit:
-                _refuse(window, limit, 0, f"Its requests have used {window.total}.", now_s)
+            if window.total - reserved >= limit:
+                _refuse(window, limit, 0, f"Its requests have used {window.total - reserved}.", now_s)
 
     def correct(self, key_id: str, reserved_s: float, more: int) -> None:
         """Count `more` tokens of a request, or less if that is negative.

@@ -11,6 +11,7 @@ from policy.slot_demand import choices_of, length_of
 _MAX_NUMBER = 1 << 40  # so that any number can be counted
 # In /v1/responses llama-server looks for this after the API's own member.
 _FALLBACK = "max_tokens"
+_STOPS = frozenset(("stop", "stop_sequences"))
 
 
 class TokensAsked(NamedTuple):
@@ -18,7 +19,8 @@ class TokensAsked(NamedTuple):
 
     `max_tokens` is None without a limit. `member` is the member with the limit (`is_named`), or the one in which the
     gateway would add its own; it is empty if the route has none, or if the backend will refuse the value.
-    `prompt_bytes` is the size of the prompts as they are spelt, 0 if they are not in one member.
+    `prompt_bytes` is the size of the prompts as they are spelt, 0 if they are not in one member. `has_stop`: it names
+    stop words.
     """
 
     choices: int = 1
@@ -27,6 +29,7 @@ class TokensAsked(NamedTuple):
     member: str = ""
     is_named: bool = False
     prompt_bytes: int = 0
+    has_stop: bool = False
 
     @property
     def answers(self) -> int:
@@ -42,11 +45,17 @@ def tokens_asked(route: Route, members: Members) -> TokensAsked:
     if not route.generates:
         return ONE_ANSWER
     choices = choices_of(found) if rule is not None else 1
+    has_stop = not _STOPS.isdisjoint(found)
     if rule is None or "prompt" not in rule.lists:
-        return TokensAsked(choices, 1, *_limit_asked(route, found))
+        return TokensAsked(choices, 1, *_limit_asked(route, found), has_stop=has_stop)
     prompt = found.get("prompt")
-    size_bytes = 0 if prompt is None else prompt.size_bytes
-    return TokensAsked(choices, length_of(found, "prompt"), *_limit_asked(route, found), prompt_bytes=size_bytes)
+    return TokensAsked(
+        choices,
+        length_of(found, "prompt"),
+        *_limit_asked(route, found),
+        prompt_bytes=0 if prompt is None else prompt.size_bytes,
+        has_stop=has_stop,
+    )
 
 
 def _limit_asked(route: Route, found: Mapping[str, Member]) -> tuple[int | None, str, bool]:

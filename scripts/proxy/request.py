@@ -329,7 +329,7 @@ class Request:
         if services.suspects.active and kind.works and not was_cut:
             await self._admission_of(caller).await_lane(self.suspect())
         if caller.limits_tokens and kind.metered:  # others of the key may have used them up meanwhile
-            services.quotas.check_again(caller)
+            services.quotas.check_again(caller, self.record.reservation)
         if services.isolation is not None and kind.slot:
             await self._admission_of(caller).lease_slot(services.isolation, self._body)
 
@@ -446,7 +446,9 @@ class Request:
         record.first_byte_s = services.clock()
         if info.has_usage and route.kind.metered:
             record.usage_source = (
-                TokenCounter(route.label) if payload is None else buffer_if_small(route.label, payload)
+                TokenCounter(route.label, record.asked.prompts)
+                if payload is None
+                else buffer_if_small(route.label, payload, record.asked.prompts)
             )
         elif route.kind.kept and payload is not None:
             services.last_responses.keep(self._prepared, info, payload)

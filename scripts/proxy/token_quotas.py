@@ -41,15 +41,15 @@ class TokenQuotas:
         if day is not None and ledger.spent_today(key_id) >= day:
             raise _used_up(day, "a day, and today's", ledger.resets_in_s())
 
-    def check_again(self, caller: Caller) -> None:
+    def check_again(self, caller: Caller, reservation: Reservation | None) -> None:
         """Do what `check` does for a request that has waited, and raise TOKEN_RATE_EXCEEDED if others have used more.
 
         What a request has reserved may be far below what it uses: how long its prompt is, is only an estimate.
         """
         self.check(caller)
-        if caller.tokens_per_minute is not None:
+        if caller.tokens_per_minute is not None and reservation is not None:
             self._flush_accounts()
-            self._limiter.check(caller.key_id, caller.tokens_per_minute)
+            self._limiter.check(caller.key_id, caller.tokens_per_minute, reservation.tokens)
 
     def reserve(self, caller: Caller, route: Route, body_bytes: int, asked: TokensAsked) -> Reservation | None:
         """Reserve what a request may use within a minute. Raises TOKEN_RATE_EXCEEDED."""

@@ -676,6 +676,37 @@ def test_all_events_of_a_native_stream_that_begins_with_progress_are_counted(end
     assert (counter.relayed_tokens, count.reports, count.tokens) == (301, 0, Tokens(9, 1, 301, estimated=301))
 
 
+def test_choices_of_one_prompt_have_read_it_once() -> None:
+    done = b'data: {"index":%d,"stop":true,"timings":{"cache_n":%d,"prompt_n":%d,"predicted_n":5}}\n\n'
+    for prompts, expected in ((1, 1300), (2, 2600), (0, 2600)):
+        counter = TokenCounter(NATIVE, prompts)
+        for text in (done % (0, 0, 1300), done % (1, 1299, 1)):
+            counter.feed(text)
+        tokens = counter.finish()
+        assert tokens is not None
+        assert (tokens.prompt, tokens.completion) == (expected, 10)
+
+
+def test_a_text_that_is_called_as_a_member_is_content() -> None:
+    progress = b'data: {"index":0,"prompt_progress":{"total":9,"cache":1,"processed":9}}\n\n'
+    counter = TokenCounter(NATIVE)
+    for text in (progress, b'data: {"index":0,"content":"prompt_progress"}\n\n' * 3):
+        counter.feed(text)
+    assert counter.relayed_tokens == 3
+
+
+@pytest.mark.parametrize("size", [1, 50, 200, 4095])
+def test_choices_are_found_however_the_beginning_is_torn(size: int) -> None:
+    choices = [{"text": "x" * 2000, "index": index} for index in range(12)]
+    raw = json.dumps({"choices": choices, "timings": REPORT}).encode()
+    counter = TokenCounter(COMPLETIONS)
+    for piece in in_pieces(raw, size):
+        counter.feed(piece)
+    count = counter.count()
+    assert count is not None
+    assert len(count.choices) == 12
+
+
 def test_the_progress_of_a_later_choice_is_none_of_the_first_ones_content() -> None:
     progress = b'data: {"index":%d,"prompt_progress":{"total":9,"cache":1,"processed":9}}\n\n'
     content = b'data: {"index":0,"content":"a"}\n\n'

@@ -195,6 +195,28 @@ def test_a_stream_whose_slot_is_one_of_a_few_is_charged_no_less_and_no_more_than
     assert tokens_of(left(usage_source=source, shown=few), taught()) == Tokens(9, 0, 3, estimated=12)
 
 
+def test_a_stream_whose_slot_is_not_known_is_charged_no_more_than_any_slot_shows() -> None:
+    """Its time may be that of others."""
+    none, some = TokenCounter(CHAT.route.label), counted(*EVENTS)
+    for source in (none, some):
+        tokens = tokens_of(left(usage_source=source, shown=Shown(False, most=40), worked_until_s=9000.0), taught())
+        assert tokens is not None
+        assert tokens.completion == 40 + OVERRUN_TOKENS
+    several = left(usage_source=some, shown=Shown(False, most=40), worked_until_s=9000.0, asked=TokensAsked(choices=2))
+    tokens = tokens_of(several, taught())
+    assert tokens is not None
+    assert tokens.completion == 2 * (40 + OVERRUN_TOKENS)
+
+
+def test_a_prompt_that_is_known_to_be_long_is_charged_although_the_key_has_padded_bodies() -> None:
+    estimator = TokenEstimator()
+    estimator.learn([record(bytes_in=900_000)], [Tokens(9, 0, 1)])
+    left_at_once = left(usage_source=counted(EVENTS[0]), bytes_in=2000, asked=TokensAsked(prompt_bytes=1900))
+    tokens = tokens_of(left_at_once, estimator)
+    assert tokens is not None
+    assert tokens.prompt == 570
+
+
 def test_of_a_stream_with_several_answers_a_slot_shows_the_prompt_of_one() -> None:
     shown, source = Shown(True, Span(300, 300), Span(2, 2)), counted(*EVENTS, *EVENTS)
     several = [
@@ -315,6 +337,40 @@ def test_a_stream_that_was_left_after_its_report_is_charged_what_that_says() -> 
     done = b'data: {"choices":[{"finish_reason":"stop","index":0}],"timings":{"prompt_n":4,"predicted_n":2}}\n\n'
     source = counted(*EVENTS, done)
     assert tokens_of(left(usage_source=source, worked_until_s=150.0), taught()) == Tokens(4, 0, 2, estimated=0)
+
+
+def test_the_tokens_of_a_stop_word_are_in_no_list() -> None:
+    """llama-server takes them out of what it lists, and out of the text."""
+    raw = json.dumps({"completion_probabilities": [1] * 7}).encode()
+    listed = [
+        tokens_of(record(NATIVE, usage_source=raw, asked=TokensAsked(has_stop=has_stop)), taught())
+        for has_stop in (False, True)
+    ]
+    assert [each.completion for each in listed if each is not None] == [7, 25]  # half of what the time makes likely
+
+
+@pytest.mark.parametrize("has_list", [False, True])
+def test_further_choices_have_as_many_tokens_of_a_stop_word_as_the_first(*, has_list: bool) -> None:
+    logprobs = {"logprobs": {"content": [{"token": "x"}] * 5}} if has_list else {}
+    choices = [{"index": index, "text": "xxxxx", "finish_reason": "stop", **logprobs} for index in range(4)]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 305}}).encode()
+    asked = [TokensAsked(choices=4), TokensAsked(choices=4, has_stop=True), TokensAsked(4, 1, 310, has_stop=True)]
+    usual, with_stop, limited = [tokens_of(record(COMPLETIONS, usage_source=raw, asked=each)) for each in asked]
+    assert usual is not None
+    assert with_stop is not None
+    assert limited is not None
+    assert usual.completion < 400
+    assert with_stop.completion in range(1200, 1300)
+    assert limited.completion in range(1200, 1236)
+
+
+def test_an_answer_that_was_asked_for_alone_has_no_further_choices() -> None:
+    """What looks like some may be arguments of a tool."""
+    choices = [{"index": index, "text": "x" * 400} for index in range(3)]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 6}, "": 1}).encode()
+    tokens = tokens_of(record(COMPLETIONS, usage_source=raw))
+    assert tokens is not None
+    assert tokens.completion == 6
 
 
 def test_half_a_report_counts() -> None:

@@ -116,7 +116,11 @@ def test_what_a_look_has_shown_is_good_for_a_moment_if_the_slots_cannot_be_seen_
 
 
 def shown(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
-    """Return what a stream that was left reports after these looks at the slots."""
+    """Return what a stream that was left reports after these looks at the slots, except the most of any slot."""
+    return whole(*looks, events=events)._replace(most=None)
+
+
+def whole(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
     ended: list[Shown] = []
     stream = LeftStream(lambda: events.events, ended.append)
     for slots, hidden in looks:
@@ -162,6 +166,16 @@ def test_if_several_slots_may_be_its_own_the_tokens_lie_between_theirs() -> None
     assert shown(([OTHER, like, OWN], False)) == Shown(True, Span(80, 400), Span(7, inf))
     ended = shown(([OTHER, like, OWN], False), ([OTHER, idle(6, 90), idle(4, 420)], None))
     assert ended.generated == Span(11, 21)
+
+
+def test_what_a_stream_has_had_is_no_more_than_any_slot_has_shown_meanwhile() -> None:
+    """An idle slot keeps the tokens of its last task, with the prompt."""
+    assert whole(([OTHER, OWN], None)).most == 900
+    assert whole(([slot(40), idle(3, 0)], None)).most == 40
+    assert whole(([slot(40), idle(3, 99)], None), ([slot(50)], None)).most == 100
+    assert whole(([slot(40)], None), ([slot(120)], None)).most == 120
+    assert whole().most is None
+    assert whole(([], None)).most is None
 
 
 def test_a_stream_may_be_that_which_hides_tokens() -> None:

@@ -93,24 +93,24 @@ def test_what_was_used_besides_counts_from_the_end_on() -> None:
 
 def test_what_waits_is_refused_if_others_have_used_more_than_they_had_reserved() -> None:
     own = Limited()
-    own.limiter.check("alice", LIMIT)
-    first = own.limiter.reserve("alice", LIMIT, 10)
+    own.limiter.check("alice", LIMIT, 10)
+    first = own.limiter.reserve("alice", LIMIT, 400)
     own.clock.advance(5)
-    own.limiter.reserve("alice", LIMIT, 10)  # it waits
-    own.limiter.check("alice", LIMIT)
-    first.settle(LIMIT - 10)
-    own.limiter.check("alice", LIMIT)
-    first.settle(LIMIT - 9)
+    waits = own.limiter.reserve("alice", LIMIT, 600)
+    own.limiter.check("alice", LIMIT, waits.tokens)
+    first.settle(LIMIT - 1)  # what it was promised holds, though both are too much
+    own.limiter.check("alice", LIMIT, waits.tokens)
+    first.settle(LIMIT)
     own.clock.advance(5)
     with pytest.raises(GatewayError) as refused:
-        own.limiter.check("alice", LIMIT)
+        own.limiter.check("alice", LIMIT, waits.tokens)
     assert refused.value.kind is TOKEN_RATE_EXCEEDED
-    assert refused.value.message == "This API key is limited to 1000 tokens per minute. Its requests have used 1001."
-    assert refused.value.retry_after_s == 50
+    assert refused.value.message == "This API key is limited to 1000 tokens per minute. Its requests have used 1000."
+    assert refused.value.retry_after_s == 55
     assert (b"x-ratelimit-remaining-tokens", b"0") in dict(refused.value.fields).items()
-    own.limiter.check("bob", LIMIT)
-    own.clock.advance(50)
-    own.limiter.check("alice", LIMIT)
+    own.limiter.check("bob", LIMIT, 10)
+    own.clock.advance(55)
+    own.limiter.check("alice", LIMIT, waits.tokens)
 
 
 def test_what_does_not_count_any_more_is_not_returned() -> None:

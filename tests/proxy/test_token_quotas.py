@@ -85,16 +85,16 @@ def test_a_request_reserves_its_prompt_and_what_it_may_generate() -> None:
 def test_a_request_that_has_waited_is_refused_if_others_have_used_more_than_they_had_reserved() -> None:
     own = Quotas()
     caller = alice(tokens_per_minute=1000)
-    first, _ = [own.quotas.reserve(caller, CHAT, 10, TokensAsked()) for _ in range(2)]
+    first, second = [own.quotas.reserve(caller, CHAT, 10, TokensAsked()) for _ in range(2)]
     assert first is not None
-    own.quotas.check_again(caller)
+    own.quotas.check_again(caller, second)
     first.settle(1000)
     flushes = own.flushes
     with pytest.raises(GatewayError) as refused:
-        own.quotas.check_again(caller)
+        own.quotas.check_again(caller, second)
     assert refused.value.kind is TOKEN_RATE_EXCEEDED
     assert own.flushes == flushes + 1
-    own.quotas.check_again(alice())
+    own.quotas.check_again(alice(), None)
 
 
 def test_without_a_limit_on_the_minute_nothing_counts_within_it() -> None:
