@@ -43,6 +43,7 @@ _LENGTH_LINE = b"\r\nContent-Length: "
 _LENGTH_LINE_LOWER = _LENGTH_LINE.lower()
 _MAX_DIGITS = 19
 _WITHOUT_BODY = (b"GET", b"HEAD")
+_NO_CODINGS = frozenset((b"", b"identity", b"utf-8"))  # the last one is no coding, but clients send it
 _GZIP = re.compile(rb"(?:^|[,\s])(?:x-)?gzip\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,|$)))", re.IGNORECASE)
 _SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._~+/=:@-]{0,127}")
 
@@ -255,7 +256,7 @@ class RequestCache:
         if not boundary and route.screen is not None and any(map(_FORM.match, types)):
             route = route.without_unclear_form()
         codings = b",".join(head.known.get(b"content-encoding", ())).lower().split(b",")
-        if any(coding.strip() not in (b"", b"identity") for coding in codings):
+        if not _NO_CODINGS.issuperset(map(bytes.strip, codings)):
             route = route.without_codings()
         framing, expects, error = NO_BODY, False, None
         try:

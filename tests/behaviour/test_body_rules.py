@@ -74,6 +74,7 @@ async def test_a_body_that_comes_in_pieces_is_checked_as_well(stack: Stack) -> N
         (CHAT, [b"Content-Encoding: identity", b"content-encoding: GZIP"], 415),
         (CHAT, [b"Content-Encoding: identity, deflate"], 415),
         (CHAT, [b"Content-Encoding: Identity"], 200),
+        (CHAT, [b"Content-Encoding: UTF-8"], 200),
         (b"/v1/embeddings", [b"Content-Encoding: br"], 415),
         (b"/new", [b"Content-Encoding: gzip"], 415),
     ],
