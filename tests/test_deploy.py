@@ -470,7 +470,8 @@ def test_the_documented_check_reads_the_settings_as_the_unit_does() -> None:
     argv = shlex.split(command)
     properties = [argv[at + 1] for at, argument in enumerate(argv) if argument == "-p"]
     assert set(properties) <= set(UNIT.splitlines())
-    kept = re.findall(r"(?m)^(?:User|Group|Environment|EnvironmentFile|WorkingDirectory)=.*$", UNIT)
+    names = "User|Group|Environment|EnvironmentFile|WorkingDirectory|ProtectHome|PrivateTmp"
+    kept = re.findall(rf"(?m)^(?:{names})=.*$", UNIT)
     assert set(kept) == set(properties)
     assert "set -a" not in DEPLOYMENT
 
