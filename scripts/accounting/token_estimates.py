@@ -320,7 +320,7 @@ def _as_shown(record: RequestRecord, tokens: int) -> int:
     if shown is None:
         return tokens
     if shown.most is not None:
-        tokens = min(tokens, (shown.most + OVERRUN_TOKENS) * answers)
+        tokens = int(min(tokens, (shown.most + OVERRUN_TOKENS) * answers))
     return tokens if shown.generated is None or answers > 1 else shown.generated.nearest(tokens)
 
 

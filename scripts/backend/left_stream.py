@@ -48,13 +48,13 @@ class Shown(NamedTuple):
     """What the slots have shown of a stream: whether it surely had no token without an event, and its tokens.
 
     `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
-    shown more than `most` tokens; None if none was seen.
+    shown more than `most` tokens, which may be infinite; None if none was seen.
     """
 
     has_all_in_events: bool
     prompt: Span | None = None
     generated: Span | None = None
-    most: int | None = None
+    most: float | None = None
 
 
 def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -109,7 +109,7 @@ class LeftStream:
         self._count_events = count_events
         self._on_end = on_end
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
-        self._most: int | None = None  # tokens that any slot has shown
+        self._most: float | None = None  # tokens that any slot has shown
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
@@ -187,6 +187,11 @@ class LeftStream:
         return Span(min(prompts), max(prompts)), Span(min(generated), most)
 
 
-def _shown_by(slot: Slot) -> int:
-    """Return how many tokens the task of a slot may have generated: an idle slot does not say what was its prompt."""
-    return decoded_of(slot) if is_busy(slot) else kept_in(slot) + 1
+def _shown_by(slot: Slot) -> float:
+    """Return how many tokens the task of a slot may have generated: an idle slot does not say what was its prompt.
+
+    One that has had a task and keeps nothing was emptied, or its version does not say what it keeps.
+    """
+    if is_busy(slot):
+        return decoded_of(slot)
+    return kept_in(slot) + 1 if kept_in(slot) or "params" not in slot else inf

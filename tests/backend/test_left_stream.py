@@ -171,7 +171,8 @@ def test_if_several_slots_may_be_its_own_the_tokens_lie_between_theirs() -> None
 def test_what_a_stream_has_had_is_no_more_than_any_slot_has_shown_meanwhile() -> None:
     """An idle slot keeps the tokens of its last task, with the prompt."""
     assert whole(([OTHER, OWN], None)).most == 900
-    assert whole(([slot(40), idle(3, 0)], None)).most == 40
+    assert whole(([slot(40), {"id": 1, "is_processing": False}], None)).most == 40  # it has had no task
+    assert whole(([slot(40), idle(3, 0)], None)).most == inf
     assert whole(([slot(40), idle(3, 99)], None), ([slot(50)], None)).most == 100
     assert whole(([slot(40)], None), ([slot(120)], None)).most == 120
     assert whole().most is None
