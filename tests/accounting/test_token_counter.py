@@ -794,3 +794,17 @@ def test_numbers_of_any_size_are_read_fast(number: int) -> None:
         f'"predicted_per_second":1}}}}'
     )
     assert fast_tokens(timings.encode()) == Tokens(number + 1, number, number, 2.5, 3.0)
+
+
+def test_a_list_with_both_kinds_of_reports_is_counted_once() -> None:
+    usage = {"prompt_tokens": 10, "completion_tokens": 200}
+    tokens, _ = count_tokens(NATIVE, [json.dumps([{"timings": REPORT, "usage": usage}] * 2).encode()])
+    assert tokens is not None
+    assert tokens.completion == 400
+
+
+def test_an_event_that_does_not_end_as_an_object_is_no_content() -> None:
+    counter = TokenCounter(CHAT)
+    for end in (b"}]}", b"}]", b"}]}"):
+        counter.feed(b'data: {"choices":[{"finish_reason":null' + end + b"\n\n")
+    assert counter.events == 2

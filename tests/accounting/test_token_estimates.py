@@ -558,3 +558,13 @@ def test_a_request_that_teaches_nothing_delays_no_lesson() -> None:
 def test_the_limit_is_that_of_all_choices() -> None:
     assert limit_of(record()) is None
     assert limit_of(record(asked=TokensAsked(max_tokens=5, choices=2, prompts=3))) == 30
+
+
+def test_of_a_long_list_each_choice_has_its_part_and_the_stop_word_besides() -> None:
+    token = {"token": "x", "top_logprobs": [{"token": "y" * 200}] * 9}
+    choices = [{"index": index, "text": "x", "logprobs": {"content": [token] * 5}} for index in range(4)]
+    source = TokenCounter(COMPLETIONS.route.label)
+    source.feed(json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 305}}).encode())
+    tokens = tokens_of(record(COMPLETIONS, usage_source=source, asked=TokensAsked(4, has_stop=True)))
+    assert tokens is not None
+    assert tokens.completion >= 4 * 300

@@ -317,3 +317,13 @@ def test_two_that_die_together_twice_are_both_held_back(names: tuple[str, str]) 
     world.die(*names)
     world.die(*names)
     assert [world.fate(name) for name in names] == ["held", "held"]
+
+
+def test_what_is_cut_a_moment_later_is_of_the_same_death() -> None:
+    world = World()
+    world.at_work = [suspect("a1")]
+    world.suspects.note_cut()
+    world.at_work = [suspect("b1")]
+    world.suspects.note_cut()
+    world.suspects.note_down()
+    assert [world.fate(name) for name in ("a1", "b1")] == ["held", "free"]
