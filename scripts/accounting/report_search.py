@@ -11,11 +11,11 @@ from typing import Any
 
 from accounting.usage_reports import Tokens, object_of, reported
 
-_TIMINGS = b'"timings"'
-_USAGE = b'"usage"'
+TIMINGS = b'"timings"'
+USAGE = b'"usage"'
+TORN_BYTES = 64  # of a name and the colon after it
 _REPORT = re.compile(rb'"(timings|usage)"[ \t\r\n]*:[ \t\r\n]*(?=\{)')
 _REPORT_BYTES = 4096  # they take about 300 bytes
-_TORN_BYTES = 64  # of a name and the colon after it
 # Each listed token has one of these: with `logprobs` or `n_probs`, and with `post_sampling_probs`.
 _LISTED = (b'"top_logprobs"', b'"top_probs"')
 _LONGEST = max(map(len, _LISTED))
@@ -46,12 +46,12 @@ class ReportSearch:
             if tokens is not None:
                 yield match[1], tokens
             done = match.end()
-        self._rest = text[done:][-_TORN_BYTES:]
+        self._rest = text[done:][-TORN_BYTES:]
 
     @staticmethod
     def _next_report(text: bytes, start: int) -> "re.Match[bytes] | None":
         """Return the next name of a report. Without one, to look for the names first takes much less time."""
-        places = [place for name in (_TIMINGS, _USAGE) if (place := text.find(name, start)) >= 0]
+        places = [place for name in (TIMINGS, USAGE) if (place := text.find(name, start)) >= 0]
         return _REPORT.search(text, min(places)) if places else None
 
     def _count_listed(self, payload: bytes) -> None:

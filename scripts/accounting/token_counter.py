@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from accounting.report_search import ReportSearch
+from accounting.report_search import TIMINGS, TORN_BYTES, USAGE, ReportSearch
 from accounting.usage_reports import (
     NO_TOKENS,
     Choice,
@@ -70,10 +70,7 @@ def _event(text: bytes) -> Mapping[str, Any]:
     return found or last_members(text[-TAIL_BYTES:])
 
 
-_TIMINGS = b'"timings"'
-_USAGE = b'"usage"'
 _ESCAPED = b"\\u00"  # how the escape of an ASCII character begins; a name may be spelt so
-_TORN_BYTES = 64  # of a name and the colon after it
 # llama-server's own form has the listed tokens after the report, and nothing that the model has formed as JSON.
 _NATIVE = frozenset(("/completion", "/completions", "/infill"))
 _CHOICES = b'"choices"'
@@ -159,14 +156,14 @@ def fast_tokens(text: bytes) -> Tokens | None:
 
     They are those of the first choice: a response with several must be parsed.
     """
-    place = text.rfind(_TIMINGS) if text[-2:] == b"}}" else -1
+    place = text.rfind(TIMINGS) if text[-2:] == b"}}" else -1
     if place >= 0:
         if match := _TIMINGS_AT_END(text, place):
             cached, prompt, prompt_ms, completion, predicted_ms = match.groups()
             cache_n, prompt_n, predicted_n = _INTEGERS[cached], _INTEGERS[prompt], _INTEGERS[completion]
             return make_tokens((cache_n + prompt_n, cache_n, predicted_n, float(prompt_ms), float(predicted_ms), 0))
         return None
-    place = text.rfind(_USAGE)
+    place = text.rfind(USAGE)
     if place >= 0 and (match := _USAGE_AT_END(text, place)):
         completion, prompt, cached = match.groups()
         return make_tokens((int(prompt), int(cached) if cached else 0, int(completion), 0.0, 0.0, 0))
@@ -250,7 +247,7 @@ class TokenCounter:
             self.events += count
             self._last_events = payload
         # In these few hundred bytes, which contain neither, CPython's rfind takes half the time of its find.
-        if payload.rfind(_TIMINGS) >= 0 or payload.rfind(_USAGE) >= 0 or payload.rfind(_ESCAPED) >= 0:
+        if payload.rfind(TIMINGS) >= 0 or payload.rfind(USAGE) >= 0 or payload.rfind(_ESCAPED) >= 0:
             self._read_reports(payload)
 
     def finish(self) -> Tokens | None:
@@ -328,8 +325,8 @@ class TokenCounter:
     def _keep(self, payload: bytes) -> None:
         """Keep an object's beginning and end, and note where its choices are."""
         may_have_places = self._adds_choices and len(self._places) < _MAX_CHOICES
-        if may_have_places and (self._has_choices or _CHOICES in self._head[-_TORN_BYTES:] + payload[:HEAD_BYTES]):
-            before = (self._head[-_TORN_BYTES:] + self._tail)[-_TORN_BYTES:]
+        if may_have_places and (self._has_choices or _CHOICES in self._head[-TORN_BYTES:] + payload[:HEAD_BYTES]):
+            before = (self._head[-TORN_BYTES:] + self._tail)[-TORN_BYTES:]
             start = self._size - len(before)
             found = [start + match.start() for match in _INDEX.finditer(before + payload)]
             last = self._places[-1] if self._places else -1
@@ -392,7 +389,7 @@ class TokenCounter:
     def _read_reports(self, payload: bytes) -> None:
         """Read the events that report tokens, which are the last ones of their choices."""
         for text in payload.split(b"\n\n"):
-            if _TIMINGS not in text and _USAGE not in text and _ESCAPED not in text:
+            if TIMINGS not in text and USAGE not in text and _ESCAPED not in text:
                 continue
             if any(mark in text[-TAIL_BYTES:] for mark in _UNFINISHED):
                 continue

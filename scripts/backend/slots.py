@@ -281,6 +281,8 @@ class SlotReclaimer:
             for each in self._pending
             if each.stream is not None
         ]
+        if not left:
+            return
         others = [StreamEvents(each.events, each.slots) for each in at_work if each.events is not None]
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         streams = [*others, *(events for stream, events in left if not stream.has_come)]

@@ -121,8 +121,11 @@ class Route:
         return replace(self, refusal=FORM_NOT_SUPPORTED, detail=_UNCLEAR_FORM)
 
     def without_codings(self) -> "Route":
-        """Return the route of a request whose body is coded: refused if the gateway must be able to read the body."""
-        if self.screen is None or self.refusal is not None:
+        """Return the route of a request whose body is coded: refused if llama-server would decode what no limit saw.
+
+        What ALLOW_PATHS adds is relayed as it is.
+        """
+        if self.screen is None or self.kind is ALLOWED or self.refusal is not None:
             return self
         return replace(self, refusal=CODING_NOT_SUPPORTED)
 

@@ -318,21 +318,6 @@ async def test_a_stream_that_was_left_is_charged_no_more_than_it_asked_for(stack
 
 
 @scenario()
-async def test_a_stream_that_was_left_is_recorded_if_the_gateway_waits_for_it_no_longer(stack: Stack) -> None:
-    client = await left_stream(stack)
-    connection = stack.backend.calls[0].connection
-    connection.stays = True
-    client.close()
-    await connection.gone.wait()
-    assert stack.counted("cancelled", "streaming") == 0
-    stack.app.pool.end_leaving()
-    await until(lambda: stack.counted("cancelled", "streaming") == 1)
-    connection.transport.abort()  # it reads no more, and so does not see that the gateway has closed
-    await stack.stop()
-    assert [line["outcome"] for line in stack.lines] == ["cancelled"]
-
-
-@scenario()
 async def test_garbage_after_the_client_has_left_ends_the_count(stack: Stack) -> None:
     async def garbage(call: Call) -> None:
         await call.gone.wait()

@@ -18,7 +18,7 @@ from config.loader import load_config
 from config.settings import ConfigError
 from core.installation import version
 from proxy.app import App, backend_fields, model_name
-from support.backend import answer
+from support.backend import STREAM_HEAD, answer, chunk, event
 from support.clock import Clock
 from support.gateway import BACKEND_KEY, CHAT, KEYS, OPERATOR_KEY, get, make_certificate, post
 from support.memory_transport import CLOSING, OPEN, Connector, MemoryTransport, MemoryWriter, run
@@ -414,6 +414,23 @@ async def test_the_slot_of_a_client_that_left_is_asked_for(around: InMemory) -> 
     assert around.app.queue.active == 1, "it may still begin: its connection is open"
     around.backends.transports[0].receive_eof()
     await around.until(is_free)
+
+
+@in_memory()
+async def test_a_stream_that_was_left_is_recorded_if_the_gateway_ends_before_it(around: InMemory) -> None:
+    await around.app.reload()
+    around.set_state("ready")
+    await around.until(lambda: around.app.readiness.ready)
+    client = around.connect()
+    client.receive(post(body=b'{"stream": true}'))
+    await around.until(lambda: around.backends.transports and around.backend.written)
+    stream = around.backend
+    stream.receive(STREAM_HEAD + chunk(event("one")))
+    client.receive_eof()
+    assert stream.wrote_eof
+    assert around.access_file.read_text() == ""
+    await around.app.close()
+    assert json.loads(around.access_file.read_text())["outcome"] == "cancelled"
 
 
 @in_memory()
