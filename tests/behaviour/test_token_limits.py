@@ -95,6 +95,22 @@ async def test_answers_report_what_is_left_of_the_minute(stack: Stack) -> None:
     assert int(response.field(REMAINING)) in range(400, 445)  # the first one counts with 50 now
 
 
+@scenario(KEYS=keys("tokens_per_minute=1000"), MAX_CONCURRENT_REQUESTS="1")
+async def test_a_request_that_has_waited_is_refused_if_the_others_have_used_up_the_minute(stack: Stack) -> None:
+    """What a request reserves for its prompt is only an estimate."""
+    stack.backend.script(stall(stack.finish), send(used(900, 200)))
+    first, second = [await stack.client() for _ in range(2)]
+    first.send(post(CHAT, body(max_tokens=200)))
+    await stack.backend.call()
+    second.send(post(CHAT, body(max_tokens=200)))
+    await until(lambda: stack.app.numbers.queued == 1)
+    stack.finish.set()
+    assert (await first.response()).status == 200
+    response = await second.response()
+    assert (response.status, response.code) == (429, "token_rate_exceeded")
+    assert len(stack.backend.calls) == 1
+
+
 @scenario(KEYS=keys("tokens_per_minute=1000"))
 async def test_the_retry_after_of_a_used_up_minute_is_exact(stack: Stack) -> None:
     stack.backend.script(send(used(100, 800)))

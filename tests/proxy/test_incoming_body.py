@@ -12,10 +12,11 @@ from core.errors import (
     REQUEST_TIMEOUT,
 )
 from http1.grammar import CONTINUE
-from proxy.incoming_body import digest_of
+from proxy.incoming_body import IncomingBody, digest_of
 from support.backend import STREAM_HEAD
 from support.gateway import CHAT, OPERATOR_KEY, post, request
-from support.memory_gateway import MemoryGateway, in_memory
+from support.memory_gateway import MemoryGateway, in_memory, prepare
+from support.memory_transport import end_of
 
 
 @in_memory()
@@ -28,6 +29,21 @@ async def test_a_body_is_read_before_anything_else_is_taken(gateway: MemoryGatew
     assert (gateway.memory.held_bytes, served.request.unanswered_bytes) == (5, 5)
     backend.receive(STREAM_HEAD)
     assert (gateway.memory.held_bytes, served.request.unanswered_bytes) == (0, 0)  # it is not needed any more
+
+
+@in_memory()
+async def test_what_is_released_is_gone_except_a_small_body_that_is_kept(gateway: MemoryGateway) -> None:
+    for size, kept in ((8, b'{"n": 1}'), (9, b"")):
+        raw = b'{"n": 1}' + b" " * (size - 8)
+        client = gateway.link.client()
+        body = IncomingBody(gateway.services, client, prepare(post(CHAT, raw)), size)
+        end_of(client).receive(raw)
+        assert body.take_if_received()
+        body.release(keeps_bytes=8)
+        assert (b"".join(body.pieces), gateway.memory.held_bytes) == (kept, 0)
+        assert (body.members_if_small() is None) == (not kept)
+        body.release()
+        assert b"".join(body.pieces) == b""
 
 
 @in_memory()
