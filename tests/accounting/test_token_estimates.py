@@ -364,6 +364,16 @@ def test_further_choices_have_as_many_tokens_of_a_stop_word_as_the_first(*, has_
     assert limited.completion in range(1200, 1236)
 
 
+def test_a_choice_that_the_limit_has_ended_has_no_tokens_of_a_stop_word() -> None:
+    choices = [
+        {"index": index, "text": "x" * 5, "finish_reason": "stop" if index == 0 else "length"} for index in (0, 1)
+    ]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 305}}).encode()
+    tokens = tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=2, has_stop=True)))
+    assert tokens is not None
+    assert tokens.completion < 400
+
+
 def test_an_answer_that_was_asked_for_alone_has_no_further_choices() -> None:
     """What looks like some may be arguments of a tool."""
     choices = [{"index": index, "text": "x" * 400} for index in range(3)]

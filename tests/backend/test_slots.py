@@ -158,6 +158,27 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, has_all
     run(play())
 
 
+def test_a_stream_whose_connection_has_ended_is_not_looked_for_in_the_slots() -> None:
+    """Its slot may be idle, while it is not certain yet whose that is."""
+
+    async def play() -> None:
+        ended: list[Shown] = []
+        before, stream = LeftStream(lambda: 300, lambda shown: None), LeftStream(lambda: 40, ended.append)
+        before.note_end()
+        backend = Backend(listed(None, 40), listed(None, None))
+        cancelled, connection = Cancelled(backend), Line()
+        for each in (before, stream):
+            ticket = cancelled.queue.acquire("alice")
+            cancelled.reclaimer.release(ticket, streamed=True, stream=each, connection=connection)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        connection.ended = True
+        await cancelled.released()
+        assert ended[0].has_all_in_events
+
+    run(play())
+
+
 def test_a_look_that_is_too_long_ago_says_nothing_if_the_backend_does_not_list_its_slots_any_more() -> None:
     async def play() -> None:
         ended: list[Shown] = []
