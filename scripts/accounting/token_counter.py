@@ -17,7 +17,7 @@ from accounting.usage_reports import (
     Choice,
     Tokens,
     add_tokens,
-    choices_of,
+    choices_in,
     count_of,
     first_members,
     generated_bytes,
@@ -250,11 +250,6 @@ class TokenCounter:
         if payload.rfind(TIMINGS) >= 0 or payload.rfind(USAGE) >= 0 or payload.rfind(_ESCAPED) >= 0:
             self._read_reports(payload)
 
-    def finish(self) -> Tokens | None:
-        """Return the tokens of the response, or of the part that was fed; None if there is no report."""
-        count = self.count()
-        return None if count is None or not count.is_reported else count.tokens
-
     def count(self) -> Count | None:
         """Return what the response reports, and what it does not; None if nothing of it was fed, or it is no text."""
         if self._format == _STREAM:
@@ -464,7 +459,7 @@ class TokenCounter:
 def _count_whole(response: Mapping[str, Any]) -> Count:
     """Return the count of a parsed response."""
     tokens = reported(response)
-    choices = choices_of(response)
+    choices = choices_in(response)
     if tokens is None or not (tokens.prompt and tokens.completion):
         count = _count_report(tokens, generated_bytes(response), listed_tokens(response))
         return count._replace(choices=tuple(choices))

@@ -171,7 +171,7 @@ def is_unfinished(event: Mapping[str, Any]) -> bool:
 # --- Choices ---
 
 
-def choices_of(response: Mapping[str, Any]) -> list[Choice]:
+def choices_in(response: Mapping[str, Any]) -> list[Choice]:
     """Return the choices of a whole response of OpenAI's form."""
     choices = response.get("choices")
     return [_choice(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []

@@ -37,7 +37,7 @@ class BackendFetcher:
     """
 
     def __init__(self, pool: ConnectionPool, own_fields: bytes, timeout_s: float) -> None:
-        """`own_fields` are the field lines that every request to the backend carries; timeout_s 0 is no time-out."""
+        """`own_fields` are the field lines that every request to the backend carries."""
         self._pool = pool
         self._own_fields = own_fields
         self._timeout_s = timeout_s
@@ -46,7 +46,7 @@ class BackendFetcher:
         """GET a page: return status and body. Raises GatewayError, PageTooLong among them."""
         request = b"GET %b HTTP/1.1\r\n%b\r\n" % (target, self._own_fields)
         try:
-            return await asyncio.wait_for(self._send(b"GET", request), self._timeout_s or None)
+            return await asyncio.wait_for(self._send(b"GET", request), self._timeout_s)
         except asyncio.TimeoutError:
             raise GatewayError(BACKEND_TIMEOUT) from None
 
@@ -78,7 +78,7 @@ class BackendFetcher:
         """
         request = b"GET %b HTTP/1.1\r\n%b%b\r\n" % (target, self._own_fields, lines)
         try:
-            return await asyncio.wait_for(self._fetch_file(request, most_bytes), self._timeout_s or None)
+            return await asyncio.wait_for(self._fetch_file(request, most_bytes), self._timeout_s)
         except asyncio.TimeoutError:
             raise GatewayError(BACKEND_TIMEOUT) from None
 

@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
-from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, limit_of, prompt_of, task_of
+from backend.slot_listing import (
+    ListedSlot,
+    decoded_of,
+    is_busy,
+    is_streamed,
+    kept_in,
+    most_tokens_of,
+    prompt_of,
+    task_of,
+)
 
 _PACE_S = 0.2  # between the first looks
 _LOOKS = 6  # after which a request whose tasks have not been found is looked for seldom, or not any more
@@ -89,7 +98,7 @@ class _Task:
     pace: float = 0.0
     ended_with: int | None = None
 
-    def seen(self, slot: Slot, now_s: float) -> "_Task":
+    def seen(self, slot: ListedSlot, now_s: float) -> "_Task":
         """Return it as it is now, after a look at the slot that has its tokens."""
         if not is_busy(slot):
             return replace(self, ended_with=self._in_the_end(slot))
@@ -97,7 +106,7 @@ class _Task:
         pace = (tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
         return _Task(tokens, prompt, self.limit, now_s, max(pace, 0.0))
 
-    def _in_the_end(self, slot: Slot) -> int | None:
+    def _in_the_end(self, slot: ListedSlot) -> int | None:
         """Return how many tokens it has generated: the last one is not in the slot. A task may also empty its slot."""
         generated = kept_in(slot) + 1 - self.prompt
         return generated if self.prompt and generated >= self.tokens else None
@@ -174,7 +183,7 @@ class GenerationWatch:
 
     def look(
         self,
-        slots: Sequence[Slot],
+        slots: Sequence[ListedSlot],
         now_s: float,
         assigned: Sequence[int],
         others: Set[int] = frozenset(),
@@ -199,7 +208,7 @@ class GenerationWatch:
         self._find_tasks({task: slot for task, slot in tasks.items() if self._may_be_own(slot)}, now_s, assigned)
         self._is_over = not (self._own or may_begin) and self._looks >= _LOOKS
 
-    def _find_tasks(self, possible: Mapping[int, Slot], now_s: float, assigned: Sequence[int]) -> None:
+    def _find_tasks(self, possible: Mapping[int, ListedSlot], now_s: float, assigned: Sequence[int]) -> None:
         """Find its tasks: those that are assigned to it, or all that it can have."""
         is_pinned = self.request.slot is not None and bool(possible)
         if (assigned or is_pinned) and len(possible) == self.request.at_once:
@@ -211,7 +220,7 @@ class GenerationWatch:
         self._own = self._first = {task: _first_seen(slot, now_s) for task, slot in possible.items()}
         self._found_s = self._newest_s = self._at_work_s = now_s
 
-    def _follow(self, slots: Sequence[Slot], now_s: float) -> None:
+    def _follow(self, slots: Sequence[ListedSlot], now_s: float) -> None:
         listed = {task: slot for slot in slots if (task := task_of(slot)) is not None and self._is_own(task)}
         is_at_work = any(map(is_busy, listed.values()))
         self._at_work_s = now_s if is_at_work else -inf
@@ -222,7 +231,7 @@ class GenerationWatch:
         self._own = {**self._own, **gone, **seen}
         self._listed = listed.keys()
 
-    def _seen(self, task: int, slot: Slot, now_s: float) -> _Task:
+    def _seen(self, task: int, slot: ListedSlot, now_s: float) -> _Task:
         before = self._own.get(task)
         if before is not None:
             return before.seen(slot, now_s)
@@ -237,11 +246,11 @@ class GenerationWatch:
         oldest = min(self._first)
         return task in self._own or (self._has_further and oldest < task < oldest + self.request.tasks)
 
-    def _may_be_own(self, slot: Slot) -> bool:
+    def _may_be_own(self, slot: ListedSlot) -> bool:
         request = self.request
         if not is_busy(slot) or is_streamed(slot) or (request.slot is not None and slot.get("id") != request.slot):
             return False
-        return request.limit is None or limit_of(slot) == request.limit
+        return request.limit is None or most_tokens_of(slot) == request.limit
 
     def forget_tasks(self) -> None:
         """Look no more: llama-server may be another process, whose tasks have the same numbers."""
@@ -297,11 +306,11 @@ def _end_of(task: _Task, ended: Sequence[_Task]) -> int:
     return task.end_with(ended[0]) if ended else task.likely_end()
 
 
-def _first_seen(slot: Slot, now_s: float) -> _Task:
-    return _Task(decoded_of(slot), prompt_of(slot), limit_of(slot), now_s)
+def _first_seen(slot: ListedSlot, now_s: float) -> _Task:
+    return _Task(decoded_of(slot), prompt_of(slot), most_tokens_of(slot), now_s)
 
 
-def _never_seen(slot: Slot, now_s: float) -> _Task:
+def _never_seen(slot: ListedSlot, now_s: float) -> _Task:
     """Return a task that has begun and ended between two looks. Its prompt is not known, and counts as generated."""
-    tokens, limit = kept_in(slot), limit_of(slot)
+    tokens, limit = kept_in(slot), most_tokens_of(slot)
     return _Task(0, 0, limit, now_s, ended_with=min(tokens, limit) if limit >= 0 else tokens)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import NamedTuple
 
-from backend.slot_listing import Slot, decoded_of, is_busy, is_streamed, kept_in, read_of, task_of
+from backend.slot_listing import ListedSlot, decoded_of, is_busy, is_streamed, kept_in, read_of, task_of
 
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
@@ -57,7 +57,7 @@ class Shown(NamedTuple):
     most: float | None = None
 
 
-def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
+def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
     """Return whether streams have had tokens that made no events; None if that does not follow from the slots.
 
     `known_slots` is how many slots all known requests have.
@@ -73,7 +73,7 @@ def has_silent_tokens(slots: Sequence[Slot], known_slots: int, streams: Iterable
     return sum(decoded) - sum(come) > _IN_FLIGHT * len(come) + sum(come) // _PART
 
 
-def most_decoded(slots: Sequence[Slot]) -> int:
+def most_decoded(slots: Sequence[ListedSlot]) -> int:
     """Return how many tokens a request at work has had at most."""
     return max([decoded_of(slot) for slot in slots if is_busy(slot)], default=0)
 
@@ -87,7 +87,7 @@ class _PossibleTask:
         self.prompt = self.generated = 0
         self.has_ended = False  # and its slot has shown with how many tokens
 
-    def look(self, slot: Slot) -> None:
+    def look(self, slot: ListedSlot) -> None:
         kept = kept_in(slot)
         if is_busy(slot):
             self.prompt, self.generated = read_of(slot), decoded_of(slot)
@@ -136,7 +136,7 @@ class LeftStream:
         if not self._has_come:
             self._note_silent(None, now_s)
 
-    def look(self, slots: Sequence[Slot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
+    def look(self, slots: Sequence[ListedSlot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
         """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
         self._looks += 1
         if slots:
@@ -156,7 +156,7 @@ class LeftStream:
         elif self._has_silent is False and now_s - self._seen_s > _GOOD_FOR_S:
             self._has_silent = None
 
-    def _find_tasks(self, slots: Sequence[Slot], share: int, has_silent: bool) -> None:
+    def _find_tasks(self, slots: Sequence[ListedSlot], share: int, has_silent: bool) -> None:
         """Find the tasks that may be its own: all streams are at work now."""
         most = inf if has_silent else share + _IN_FLIGHT + share // _PART
         streamed = [slot for slot in slots if is_busy(slot) and is_streamed(slot)]
@@ -187,7 +187,7 @@ class LeftStream:
         return Span(min(prompts), max(prompts)), Span(min(generated), most)
 
 
-def _shown_by(slot: Slot) -> float:
+def _shown_by(slot: ListedSlot) -> float:
     """Return how many tokens the task of a slot may have generated: an idle slot does not say what was its prompt.
 
     One that has had a task and keeps nothing was emptied, or its version does not say what it keeps.

@@ -8,60 +8,60 @@ from typing import Any
 
 _MOST = 1 << 40  # a larger number is no count of tokens
 
-Slot = Mapping[str, Any]
+ListedSlot = Mapping[str, Any]
 
 
-def is_busy(slot: Slot) -> bool:
+def is_busy(slot: ListedSlot) -> bool:
     """Whether a slot works on its task."""
     return slot.get("is_processing") is True
 
 
-def task_of(slot: Slot) -> int | None:
+def task_of(slot: ListedSlot) -> int | None:
     """Return the number of a slot's task, None if it has had none."""
     task = slot.get("id_task")
     return task if type(task) is int else None
 
 
-def is_streamed(slot: Slot) -> bool:
+def is_streamed(slot: ListedSlot) -> bool:
     """Whether the answer of a slot's task is a stream."""
     return _params_of(slot).get("stream") is True
 
 
-def _params_of(slot: Slot) -> Mapping[str, Any]:
+def _params_of(slot: ListedSlot) -> Mapping[str, Any]:
     params = slot.get("params")
     return params if isinstance(params, dict) else {}
 
 
-def limit_of(slot: Slot) -> int:
+def most_tokens_of(slot: ListedSlot) -> int:
     """Return the most tokens that a slot will generate, -1 if there is no limit."""
     limit = _params_of(slot).get("n_predict")
     return limit if type(limit) is int and -1 < limit < _MOST else -1
 
 
-def awaited_task(slot: Slot) -> int | None:
+def awaited_task(slot: ListedSlot) -> int | None:
     """Return the task of a slot that works on an answer of which nothing has been sent; None if there is none."""
     is_awaited = is_busy(slot) and not (is_streamed(slot) and decoded_of(slot))
     return task_of(slot) if is_awaited else None
 
 
-def decoded_of(slot: Slot) -> int:
+def decoded_of(slot: ListedSlot) -> int:
     """Return how many tokens a slot has generated."""
     listed = slot.get("next_token")
     first = listed[0] if isinstance(listed, list) and listed else listed
     return _number(first, "n_decoded") if isinstance(first, dict) else 0
 
 
-def prompt_of(slot: Slot) -> int:
+def prompt_of(slot: ListedSlot) -> int:
     """Return how many tokens the prompt of a slot's task has, 0 as long as they have not all been read."""
     return read_of(slot) if decoded_of(slot) else 0
 
 
-def read_of(slot: Slot) -> int:
+def read_of(slot: ListedSlot) -> int:
     """Return how many tokens of the prompt of a slot's task have been read, or were found in the slot."""
     return _number(slot, "n_prompt_tokens_processed") + _number(slot, "n_prompt_tokens_cache")
 
 
-def kept_in(slot: Slot) -> int:
+def kept_in(slot: ListedSlot) -> int:
     """Return how many tokens a slot keeps: of the prompt, and all that were generated but the last one."""
     return _number(slot, "n_prompt_tokens")
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
 from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
-from backend.slot_listing import Slot, awaited_task, is_busy
+from backend.slot_listing import ListedSlot, awaited_task, is_busy
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
@@ -56,7 +56,7 @@ async def listed_slots(fetch: Fetch) -> int:
     return len(value)
 
 
-async def fetch_slots(fetch: Fetch) -> Sequence[Slot]:
+async def fetch_slots(fetch: Fetch) -> Sequence[ListedSlot]:
     """Return all slots, as GET /slots lists them.
 
     Raises GatewayError if the backend does not respond now, or with too long a page, ValueError if it does not report
@@ -270,7 +270,7 @@ class SlotReclaimer:
             if pending.stream is not None:
                 pending.stream.look_in_vain(now_s)
 
-    def _look_at_sums(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
+    def _look_at_sums(self, slots: Sequence[ListedSlot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches know what follows for each request from what all slots show."""
         most_tokens = most_decoded(slots)
         for pending in self._pending:
@@ -290,7 +290,7 @@ class SlotReclaimer:
         for stream, events in left:
             stream.look(slots, events, has_silent, now_s)
 
-    def _look(self, slots: Sequence[Slot], at_work: Sequence[AtWork], now_s: float) -> None:
+    def _look(self, slots: Sequence[ListedSlot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""
         pairs = [(each.watch, each.may_begin) for each in self._pending if each.watch is not None]
         watches = [watch for watch, _ in pairs]

@@ -1,6 +1,7 @@
 """When a request may go to the backend: the model is ready, and slots are free; and what it holds until its end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from accounting.request_record import RequestRecord, Stage
 from auth import Caller
@@ -10,7 +11,7 @@ from backend.readiness import DEAD, READY
 from backend.slot_isolation import SlotIsolation, SlotLease
 from backend.slots import SlotReclaimer
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, DRAINING, LOADING, QUEUE_TIMEOUT, GatewayError
-from policy.fair_queue import Ticket
+from policy.fair_queue import FairQueue, Ticket
 from policy.prefix_digests import prefix_digests
 from policy.slot_demand import ONE_SLOT, SlotDemand
 from policy.suspects import Suspect
@@ -38,6 +39,21 @@ def takes_free_slot(services: RequestServices, record: RequestRecord, caller: Ca
         return False
     record.queued_s = record.left_queue_s = services.clock()
     return True
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What is left of a request at which the backend, as far as is known, is still at work.
+
+    It may begin as long as `connection` has not ended. `sent_bytes` is the size of the body that it got.
+    `on_generated` gets what it is seen to generate; `stream` learns of the slots that its events come from.
+    """
+
+    connection: BackendProtocol | None
+    sent_bytes: int
+    streamed: bool
+    on_generated: Callable[[Generated], None] | None
+    stream: LeftStream | None
 
 
 class Admission:
@@ -85,22 +101,31 @@ class Admission:
 
     def try_at_once(self) -> bool:
         """Take a slot, or a place in the queue; return whether the request can go on without waiting."""
-        services, record, caller = self._services, self._record, self._caller
-        readiness, kind = services.readiness, self._route.kind
-        is_ready = readiness.state == READY
-        if record.queued_s:  # it was admitted before, but the backend did not accept the connection
+        kind, is_ready = self._route.kind, self._services.readiness.state == READY
+        if self._record.queued_s:  # it was admitted before, but the backend did not accept the connection
             return is_ready
-        if not is_ready and readiness.state == DEAD and kind.slot and not readiness.has_news():
-            self._refuse_if_dead()
-        record.queued_s = services.clock()
+        self._begin()
         if not kind.slot:
             return is_ready and not (kind.bounded and self._waits_for_others())
+        self._acquire_slots(self._services.queue)
+        return False
+
+    def _begin(self) -> None:
+        """Note when the request is ready to go. Raises LOADING if it needs a backend that is down."""
+        services = self._services
+        if services.readiness.state == DEAD and self._route.kind.slot and not services.readiness.has_news():
+            self._refuse_if_dead()
+        self._record.queued_s = services.clock()
+
+    def _acquire_slots(self, queue: FairQueue) -> Ticket:
+        """Take slots, or a place in the queue for them. Raises QUEUE_FULL."""
+        caller, suspects = self._caller, self._services.suspects
         slots, is_batch = self._demand
         parallel = caller.parallel
-        if services.suspects.active and services.suspects.is_limited(caller.key_id):
+        if suspects.active and suspects.is_limited(caller.key_id):
             parallel = slots
-        self._ticket = services.queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
-        return False
+        ticket = self._ticket = queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
+        return ticket
 
     def _refuse_if_dead(self) -> None:
         readiness = self._services.readiness
@@ -240,33 +265,25 @@ class Admission:
         if self._ticket is not None:
             self._ticket.release()
 
-    def release_unfinished(
-        self,
-        connection: BackendProtocol | None,
-        sent_bytes: int,
-        *,
-        streamed: bool,
-        on_generated: Callable[[Generated], None] | None = None,
-        stream: LeftStream | None = None,
-    ) -> None:
-        """Release the slots once the backend, which was cut short, has stopped working.
-
-        It may begin as long as `connection` has not ended. `sent_bytes` is the size of the body that it got.
-        `on_generated` gets what it was seen to generate, and `stream` whether that was more than its events.
-        """
+    def release_unfinished(self, unfinished: Unfinished) -> None:
+        """Release the slots once the backend, which was cut short, has stopped working."""
         if self._lane is not None:
             self._leave_lane(self._lane)
-        ticket = self._ticket
+        ticket, stream = self._ticket, unfinished.stream
         if ticket is not None and self._route.kind.slot:
-            watch = None if on_generated is None else self._watch(ticket, sent_bytes, on_generated)
-            self._reclaimer().release(ticket, streamed=streamed, watch=watch, stream=stream, connection=connection)
+            watch = self._watch(ticket, unfinished)
+            self._reclaimer().release(
+                ticket, streamed=unfinished.streamed, watch=watch, stream=stream, connection=unfinished.connection
+            )
             return
         if ticket is not None:
             ticket.release()
         if stream is not None:
             stream.end()
 
-    def _watch(self, ticket: Ticket, sent_bytes: int, on_generated: Callable[[Generated], None]) -> GenerationWatch:
+    def _watch(self, ticket: Ticket, unfinished: Unfinished) -> GenerationWatch | None:
+        if unfinished.on_generated is None:
+            return None
         record, asked = self._record, self._record.asked
         given_up = GivenUp(
             tasks=asked.answers,
@@ -276,9 +293,9 @@ class Admission:
             at_once=min(ticket.slots, asked.answers),
             limit=None if asked.max_tokens is None or asked.max_tokens > _MAX_LIMIT else asked.max_tokens,
             slot=None if self._lease is None else self._lease.slot,
-            body_bytes=sent_bytes,
+            body_bytes=unfinished.sent_bytes,
         )
-        return GenerationWatch(given_up, on_generated)
+        return GenerationWatch(given_up, unfinished.on_generated)
 
     def _reclaimer(self) -> SlotReclaimer:
         return self._services.reclaimer

@@ -2,15 +2,13 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from urllib.parse import parse_qs
 
 from accounting.request_record import RequestRecord
 from auth import Caller
-from backend.generation_watch import Generated
-from backend.left_stream import LeftStream
 from backend.models import Models
-from backend.readiness import DEAD, READY
+from backend.readiness import READY
 from backend.slots import SlotReclaimer
 from core.errors import (
     BACKEND_TIMEOUT,
@@ -23,7 +21,7 @@ from core.errors import (
 )
 from policy.model_scheduler import Model, Visit
 from policy.slot_demand import SlotDemand
-from proxy.admission import BACKEND_IS_DOWN, Admission
+from proxy.admission import Admission, Unfinished
 from proxy.incoming_body import IncomingBody
 from proxy.request_services import RequestServices
 from proxy.response_info import ResponseInfo
@@ -64,11 +62,8 @@ class ModelAdmission(Admission):
 
     def try_at_once(self) -> bool:
         """Return False: `wait` does all, and does not wait if the model is loaded."""
-        record, readiness = self._record, self._services.readiness
-        if not record.queued_s:
-            if readiness.state == DEAD and self._route.kind.slot and not readiness.has_news():
-                raise GatewayError(LOADING, readiness.detail or BACKEND_IS_DOWN)
-            record.queued_s = self._services.clock()
+        if not self._record.queued_s:
+            self._begin()
         self._leave()  # what it held, if the backend did not take it
         return False
 
@@ -136,13 +131,8 @@ class ModelAdmission(Admission):
     # --- The wait ---
 
     async def _wait_for_slot(self, model: Model) -> None:
-        services, caller = self._services, self._caller
-        slots, is_batch = self._demand
-        parallel = caller.parallel
-        if services.suspects.active and services.suspects.is_limited(caller.key_id):
-            parallel = slots
         model.check()
-        ticket = self._ticket = model.queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
+        ticket = self._acquire_slots(model.queue)
         if ticket.waiting is not None:
             await self._wait_for(model, ticket.waiting)
 
@@ -207,16 +197,8 @@ class ModelAdmission(Admission):
         if self._visit is not None:
             self._visit.release()
 
-    def release_unfinished(
-        self,
-        connection: BackendProtocol | None,
-        sent_bytes: int,
-        *,
-        streamed: bool,
-        on_generated: Callable[[Generated], None] | None = None,
-        stream: LeftStream | None = None,
-    ) -> None:
-        super().release_unfinished(connection, sent_bytes, streamed=streamed, on_generated=on_generated, stream=stream)
+    def release_unfinished(self, unfinished: Unfinished) -> None:
+        super().release_unfinished(unfinished)
         if self._visit is not None:
             self._visit.release()
         self._models.look_soon()  # its model may have died

@@ -29,7 +29,7 @@ from policy.slot_demand import ONE_SLOT, SlotDemand, check_parallel
 from policy.suspects import Suspect
 from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
 from proxy.access import client_addresses
-from proxy.admission import BACKEND_IS_DOWN, Admission, takes_free_slot
+from proxy.admission import BACKEND_IS_DOWN, Admission, Unfinished, takes_free_slot
 from proxy.endpoints import EndpointCall
 from proxy.heartbeat import Heartbeats
 from proxy.incoming_body import IncomingBody
@@ -601,8 +601,9 @@ class Request:
             services.recorder.record(record)
         assert self._caller is not None  # its request was sent
         on_generated = partial(_record_whole, services, record, left) if is_watched else None
-        admission = self._admission_of(self._caller)
-        admission.release_unfinished(left, body.size, streamed=streamed, on_generated=on_generated, stream=stream)
+        self._admission_of(self._caller).release_unfinished(
+            Unfinished(left, body.size, streamed=streamed, on_generated=on_generated, stream=stream)
+        )
 
     def _follow_stream(self) -> LeftStream | None:
         """Let a stream whose client has left be recorded once it has ended; None if it is no such stream."""

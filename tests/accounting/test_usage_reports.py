@@ -9,7 +9,7 @@ from accounting.usage_reports import (
     Choice,
     Tokens,
     add_tokens,
-    choices_of,
+    choices_in,
     first_members,
     generated_bytes,
     is_unfinished,
@@ -64,8 +64,8 @@ def test_choices_that_share_a_prompt_have_it_once() -> None:
 def test_choices_are_measured_by_their_text() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": {"arguments": "{}ä"}}]}
     choices = [{"index": 0, "message": message, "finish_reason": "length"}, 5, {"text": "\ud800"}]
-    assert choices_of({"choices": choices}) == [Choice(4, 0, True), Choice(3)]
-    assert choices_of({"choices": 7}) == choices_of({}) == []
+    assert choices_in({"choices": choices}) == [Choice(4, 0, True), Choice(3)]
+    assert choices_in({"choices": 7}) == choices_in({}) == []
 
 
 def test_generated_text_of_any_depth_is_measured() -> None:

@@ -22,14 +22,14 @@ ENDED = (ABORTED, LOST)
 class Fetching:
     """A page that is being fetched, and the backend that is asked for it."""
 
-    def __init__(self, clock: Clock, timeout_s: float = 5.0) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.link = Link(clock)
         self.connector = Connector()
         self.pool = pool = ConnectionPool(
             "backend", 8080, self.link.ticker, self.link.batcher, 65536, None, self.connector
         )
-        self.fetch = BackendFetcher(pool, b"Host: backend\r\nAuthorization: Bearer key\r\n", timeout_s)
+        self.fetch = BackendFetcher(pool, b"Host: backend\r\nAuthorization: Bearer key\r\n", 5.0)
         self.page = asyncio.ensure_future(self.fetch(b"/props"))
 
     async def asked(self) -> MemoryTransport:
@@ -102,14 +102,6 @@ async def test_a_page_that_is_late_is_a_time_out(page: Fetching) -> None:
     (await page.asked()).receive(answer(b"hello")[:-1])
     assert await page.ended() is BACKEND_TIMEOUT
     assert page.clock() == pytest.approx(1005)
-
-
-@memory_test(lambda clock: Fetching(clock, timeout_s=0))
-async def test_without_a_time_out_it_is_waited_for(page: Fetching) -> None:
-    backend = await page.asked()
-    await asyncio.sleep(3600)
-    backend.receive(answer(b"hello"))
-    assert await page.ended() == (200, b"hello")
 
 
 @pytest.mark.parametrize("end", [MemoryTransport.receive_eof, lambda backend: backend.lose(ConnectionResetError())])

@@ -5,14 +5,14 @@ from math import inf
 import pytest
 
 from backend.left_stream import LeftStream, Shown, Span, StreamEvents, has_silent_tokens, most_decoded
-from backend.slot_listing import Slot
+from backend.slot_listing import ListedSlot
 
 SEVEN = StreamEvents(7)
 
 
 def slot(
     decoded: int, *, busy: bool = True, streamed: bool = True, task: int = 0, prompt: int = 0, kept: int = 0
-) -> Slot:
+) -> ListedSlot:
     """Return a slot of which a quarter of the prompt was in the cache. `kept` is what an idle one keeps."""
     return {
         "id_task": task,
@@ -48,7 +48,7 @@ def slot(
     ],
 )
 def test_the_sums_say_whether_tokens_made_no_events(
-    slots: list[Slot], most: int, events: list[int], hidden: bool | None
+    slots: list[ListedSlot], most: int, events: list[int], hidden: bool | None
 ) -> None:
     assert has_silent_tokens(slots, most, map(StreamEvents, events)) is hidden
 
@@ -63,7 +63,7 @@ def test_the_sums_say_whether_tokens_made_no_events(
     ],
 )
 def test_the_events_of_a_stream_with_several_answers_are_those_of_several_slots(
-    slots: list[Slot], events: list[StreamEvents], hidden: bool | None
+    slots: list[ListedSlot], events: list[StreamEvents], hidden: bool | None
 ) -> None:
     assert has_silent_tokens(slots, 3, events) is hidden
 
@@ -115,12 +115,12 @@ def test_what_a_look_has_shown_is_good_for_a_moment_if_the_slots_cannot_be_seen_
         assert ended == [Shown(has_all)]
 
 
-def shown(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
+def shown(*looks: tuple[list[ListedSlot], bool | None], events: StreamEvents = SEVEN) -> Shown:
     """Return what a stream that was left reports after these looks at the slots, except the most of any slot."""
     return whole(*looks, events=events)._replace(most=None)
 
 
-def whole(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) -> Shown:
+def whole(*looks: tuple[list[ListedSlot], bool | None], events: StreamEvents = SEVEN) -> Shown:
     ended: list[Shown] = []
     stream = LeftStream(lambda: events.events, ended.append)
     for slots, hidden in looks:
@@ -130,7 +130,7 @@ def whole(*looks: tuple[list[Slot], bool | None], events: StreamEvents = SEVEN) 
     return ended[0]
 
 
-def idle(task: int, kept: int) -> Slot:
+def idle(task: int, kept: int) -> ListedSlot:
     return slot(0, busy=False, task=task, kept=kept)
 
 

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from backend.slot_listing import awaited_task, decoded_of, is_busy, is_streamed, kept_in, limit_of, prompt_of, task_of
+from backend.slot_listing import (
+    awaited_task,
+    decoded_of,
+    is_busy,
+    is_streamed,
+    kept_in,
+    most_tokens_of,
+    prompt_of,
+    task_of,
+)
 
 LISTED: dict[str, Any] = {
     "id": 3,
@@ -19,7 +28,7 @@ LISTED: dict[str, Any] = {
 
 
 def test_a_slot_of_llama_server() -> None:
-    assert (task_of(LISTED), is_busy(LISTED), is_streamed(LISTED), limit_of(LISTED)) == (7, True, True, 80)
+    assert (task_of(LISTED), is_busy(LISTED), is_streamed(LISTED), most_tokens_of(LISTED)) == (7, True, True, 80)
     assert (decoded_of(LISTED), prompt_of(LISTED), kept_in(LISTED)) == (50, 10, 59)
     assert decoded_of({"next_token": {"n_decoded": 5}}) == 5  # an older version
 
@@ -42,8 +51,8 @@ def test_what_is_no_count_counts_as_none(value: object) -> None:
     assert (kept_in(slot), prompt_of(slot)) == (0, 0)
     for listed in ([{"n_decoded": value}], [value], value):
         assert decoded_of({**LISTED, "next_token": listed}) == 0
-    assert limit_of({**LISTED, "params": {"n_predict": value}}) == -1
-    assert (limit_of({"params": value}), is_streamed({"params": value})) == (-1, False)
+    assert most_tokens_of({**LISTED, "params": {"n_predict": value}}) == -1
+    assert (most_tokens_of({"params": value}), is_streamed({"params": value})) == (-1, False)
 
 
 @pytest.mark.parametrize("value", [None, "7", 7.0, True])

@@ -10,7 +10,7 @@ from core.errors import (
     QUEUE_TIMEOUT,
 )
 from policy.slot_demand import ONE_SLOT
-from proxy.admission import Admission
+from proxy.admission import Admission, Unfinished
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
 from support.gateway import CHAT, get, post, request
 from support.memory_gateway import WHOLE, MemoryGateway, Served, in_memory
@@ -423,7 +423,7 @@ async def test_what_takes_no_slot_waits_for_none(gateway: MemoryGateway) -> None
     ended: list[Shown] = []
     stream = LeftStream(lambda: 0, ended.append)
     admission = Admission(gateway.services, served.client, served.record, caller, ONE_SLOT)
-    admission.release_unfinished(None, 0, streamed=True, stream=stream)
+    admission.release_unfinished(Unfinished(None, 0, streamed=True, on_generated=None, stream=stream))
     assert ended == []
     stream.note_end()
     assert ended == [Shown(False)]
