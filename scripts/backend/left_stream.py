@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import NamedTuple
 
-from backend.slot_listing import ListedSlot, decoded_of, is_busy, is_streamed, kept_in, read_of, task_of
+from backend.slot_listing import ListedSlot, decoded_of, is_busy, is_streamed, kept_in, read_of, shows_decoded, task_of
 
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
@@ -73,8 +73,10 @@ def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: It
     return sum(decoded) - sum(come) > _IN_FLIGHT * len(come) + sum(come) // _PART
 
 
-def most_decoded(slots: Sequence[ListedSlot]) -> int:
-    """Return how many tokens a request at work has had at most."""
+def most_decoded(slots: Sequence[ListedSlot]) -> int | None:
+    """Return how many tokens a request at work has had at most; None if no slot shows any."""
+    if not any(map(shows_decoded, slots)):
+        return None
     return max([decoded_of(slot) for slot in slots if is_busy(slot)], default=0)
 
 
@@ -193,5 +195,5 @@ def _shown_by(slot: ListedSlot) -> float:
     One that has had a task and keeps nothing was emptied, or its version does not say what it keeps.
     """
     if is_busy(slot):
-        return decoded_of(slot)
+        return decoded_of(slot) if shows_decoded(slot) else inf
     return kept_in(slot) + 1 if kept_in(slot) or "params" not in slot else inf

@@ -45,10 +45,19 @@ def awaited_task(slot: ListedSlot) -> int | None:
 
 
 def decoded_of(slot: ListedSlot) -> int:
-    """Return how many tokens a slot has generated."""
+    """Return how many tokens a slot has generated, 0 if that is not known."""
+    return _number(_next_token_of(slot), "n_decoded")
+
+
+def shows_decoded(slot: ListedSlot) -> bool:
+    """Whether a slot has had a task, and its version says how many tokens it has generated."""
+    return "n_decoded" in _next_token_of(slot)
+
+
+def _next_token_of(slot: ListedSlot) -> Mapping[str, Any]:
     listed = slot.get("next_token")
     first = listed[0] if isinstance(listed, list) and listed else listed
-    return _number(first, "n_decoded") if isinstance(first, dict) else 0
+    return first if isinstance(first, dict) else {}
 
 
 def prompt_of(slot: ListedSlot) -> int:

@@ -274,7 +274,7 @@ class SlotReclaimer:
         """Let the watches know what follows for each request from what all slots show."""
         most_tokens = most_decoded(slots)
         for pending in self._pending:
-            if pending.watch is not None and pending.may_begin:
+            if pending.watch is not None and pending.may_begin and most_tokens is not None:
                 pending.watch.note_most(most_tokens)
         left = [
             (each.stream, StreamEvents(each.stream.events, each.ticket.slots))

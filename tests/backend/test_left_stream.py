@@ -8,6 +8,7 @@ from backend.left_stream import LeftStream, Shown, Span, StreamEvents, has_silen
 from backend.slot_listing import ListedSlot
 
 SEVEN = StreamEvents(7)
+SHOWS_NONE: ListedSlot = {"id": 0, "is_processing": True}
 
 
 def slot(
@@ -222,3 +223,8 @@ def test_the_first_look_is_due_at_once() -> None:
 def test_what_a_request_has_had_is_no_more_than_what_any_slot_shows() -> None:
     assert most_decoded([slot(4), slot(0), slot(900, busy=False)]) == 4
     assert most_decoded([slot(900, busy=False)]) == 0
+    assert most_decoded([SHOWS_NONE, SHOWS_NONE]) is most_decoded([]) is None
+
+
+def test_a_slot_of_a_version_that_shows_no_tokens_bounds_nothing() -> None:
+    assert whole(([slot(40), SHOWS_NONE], None)).most == inf

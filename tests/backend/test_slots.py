@@ -323,6 +323,22 @@ def test_a_slot_that_is_seen_at_work_is_held_beyond_the_timeout() -> None:
     run(play())
 
 
+def test_slots_that_show_no_tokens_say_nothing_of_a_request_that_was_given_up() -> None:
+    ended: list[Generated] = []
+
+    async def play() -> None:
+        backend, connection = Backend(1, 1, 0), Line()
+        cancelled = Cancelled(backend)
+        watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)
+        cancelled.reclaimer.release(cancelled.queue.acquire("bob"), streamed=False, watch=watch, connection=connection)
+        await until(lambda: backend.polls == 2)
+        connection.ended = True
+        await cancelled.released()
+
+    run(play())
+    assert ended == [Generated(None, None, False, 1)]
+
+
 def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: GivenUp) -> list[Generated]:
     """Give these requests up, with these slots listed at the first looks and none later; return what is reported.
 
