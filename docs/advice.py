@@ -327,7 +327,8 @@ ERRORS: dict[str, Remedy] = {
     "invalid_api_key": Remedy(
         "No key, an unknown or expired key, two different keys, or the keys file could not be read.",
         "Compare the key with `key_mgmt.py list`. `Authorization: Bearer KEY` and `x-api-key: KEY` both work. The log"
-        " says at the start how many keys were read, and from which file."),
+        " says at the start how many keys are in force; `start.sh --check`, run as the service's user, says what is"
+        " wrong with their file."),
     "route_not_allowed": Remedy(
         "The route needs an operator's key, changes llama-server without `ADMIN_ROUTES=true`, or is blocked for all.",
         "Use a key with `role=operator` (`key_mgmt.py set --name NAME --role operator`). Blocked routes stay blocked."),

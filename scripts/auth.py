@@ -8,10 +8,11 @@ this module logs, updates metrics or does network I/O.
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,7 @@ from core.errors import (
     GatewayError,
     Kind,
 )
+from core.installation import shown
 from core.sliding_window import BUCKET_S, WINDOW_S, SlidingWindow, WindowTable
 
 NO_KEY = "-"  # not a valid key id
@@ -225,13 +227,21 @@ class Reload:
     """The result of a reload.
 
     keys is the number of keys now in force. Each complaint concerns one line of the file, or the file's mount. reason
-    is why the whole file was rejected, or empty.
+    is why the whole file was rejected, or empty; is_missing, whether that is because there is none.
     """
 
     ok: bool
     keys: int
     complaints: tuple[str, ...] = ()
     reason: str = ""
+    is_missing: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What must be done before a request is accepted, if no key is in force."""
+        if self.ok or self.is_missing:
+            return f"no request is accepted until there is a key: {shown('key_mgmt')} generate --name NAME"
+        return "no request is accepted until that is mended"
 
 
 class KeyStore:
@@ -257,7 +267,8 @@ class KeyStore:
             data, detached = keyfile.read(self._path), keyfile.detached(self._path.stat())
         except (OSError, ValueError) as error:
             if not self._needs_no_file(error):
-                return self._keep(f"the keys file {self._path} (AUTH_KEYS_FILE) cannot be read: {_reason(error)}")
+                reason = f"the keys file {self._path} (AUTH_KEYS_FILE) cannot be read: {_reason(error)}"
+                return replace(self._keep(reason), is_missing=isinstance(error, FileNotFoundError))
             data, detached = b"", ""
         else:
             self._file_was_read = True
@@ -295,6 +306,8 @@ class KeyStore:
 
 
 def _reason(error: OSError | ValueError) -> str:
+    if isinstance(error, PermissionError):
+        return f"{error.strerror} for user {os.geteuid()}"
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 

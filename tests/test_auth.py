@@ -380,6 +380,14 @@ def test_given_keys_stay_in_force_if_the_file_cannot_be_read(tmp_path: Path) -> 
     assert store.keyring.find(GIVEN_A, now).rate_limit == 5
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_this_user_may_not_read_is_named_so(path: Path) -> None:
+    path.chmod(0)
+    refused = KeyStore(path, 60).reload()
+    assert refused.reason.endswith(f": Permission denied for user {os.geteuid()}")
+    assert refused.remedy == "no request is accepted until that is mended"
+
+
 def test_two_lines_of_one_id_share_a_window_and_keep_their_own_limits() -> None:
     ring = Keyring.of([entry(rate_limit=1), entry(L, rate_limit=3)])
     old, new = ring.find(digest(K), now), ring.find(digest(L), now)

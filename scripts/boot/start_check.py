@@ -6,12 +6,13 @@ It starts nothing, and writes only what the start would write, too: the record t
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from auth import KeyStore
 from boot import llama_server, model_files, router_models
 from boot.model_errors import ModelError
 from boot.preflight import check_backend, check_tls, claim_ports
@@ -19,7 +20,7 @@ from boot.run_dir import PARENTS
 from boot.shutdown import EXIT_NO_MODEL, EXIT_SETTINGS, StartupError
 from config.loader import check_config, load_config
 from config.settings import Config
-from config.tenants import configured_key_ids, shared_cache_warning
+from config.tenants import shared_cache_warning
 
 VERSION_TIMEOUT_S = 15.0  # some programs look for GPUs first
 
@@ -34,10 +35,7 @@ def check_start(environ: Mapping[str, str], out: TextIO, *, gateway_alone: bool 
         return status
     config = load_config(environ)
     supervised = not gateway_alone or _names_backend(config)
-    warnings = [shared_cache_warning(config, configured_key_ids(config))]
-    if supervised:
-        warnings.append(log_folder_warning(config))
-    out.writelines(f"warning: {warning}\n" for warning in warnings if warning)
+    out.writelines(f"warning: {warning}\n" for warning in _warnings(config, supervised=supervised))
     checks = _all_checks(config, environ) if supervised else (check_tls,)
     failures = [_failure(check, config) for check in checks]
     problems = [failure for failure in failures if failure]
@@ -47,6 +45,20 @@ def check_start(environ: Mapping[str, str], out: TextIO, *, gateway_alone: bool 
         return 0
     out.write(f"A start would end with status {problems[0].status}.\n")
     return problems[0].status
+
+
+def _warnings(config: Config, *, supervised: bool) -> Iterator[str]:
+    if config.auth.enabled:
+        store = KeyStore(config.auth.keys_file, config.auth.max_requests_per_minute, config.auth.api_keys or ())
+        read = store.reload()
+        yield from (f"keys: {complaint}" for complaint in read.complaints)
+        if not read.keys:
+            yield f"keys: {read.reason}; {read.remedy}" if read.reason else f"keys: {read.remedy}"
+        elif read.reason:
+            yield f"keys: {read.reason}"
+        yield from filter(None, [shared_cache_warning(config, {caller.key_id for caller in store.keyring})])
+    if supervised:
+        yield from filter(None, [log_folder_warning(config)])
 
 
 def _names_backend(config: Config) -> bool:

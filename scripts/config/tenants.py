@@ -1,9 +1,7 @@
 """What keys share: the warning that one key can learn from another's prompts."""
 
 from collections.abc import Set
-from contextlib import suppress
 
-import keyfile
 from config.settings import SHARED, Config
 
 
@@ -17,11 +15,3 @@ def shared_cache_warning(config: Config, key_ids: Set[str]) -> str | None:
         f"PROMPT_CACHE=shared, and there are keys of {len(key_ids)} names: each can find out what another has asked"
         f" (docs/ISOLATION.md); {remedy} if they do not trust each other"
     )
-
-
-def configured_key_ids(config: Config) -> frozenset[str]:
-    """Return the names of the keys in the keys file and in API_KEYS. A file that cannot be read has none."""
-    entries = config.auth.api_keys or ()
-    with suppress(OSError, ValueError):
-        entries = (*entries, *keyfile.parse(keyfile.read(config.auth.keys_file)).entries)
-    return frozenset(entry.key_id for entry in entries)

@@ -4,13 +4,14 @@ import time
 from collections.abc import Sequence
 
 import auth
-from auth import Caller, KeyStore, RateLimiter, allowance_lines, unauthorized
+from auth import Caller, KeyStore, RateLimiter, allowance, allowance_lines, unauthorized
 from core.errors import (
     DRAINING,
     LENGTH_REQUIRED,
     ROUTE_NOT_ALLOWED,
     GatewayError,
 )
+from http1.grammar import field_lines
 from policy.prepared_request import PreparedRequest
 from policy.routes import Role
 from proxy.token_quotas import TokenQuotas
@@ -101,6 +102,11 @@ class AccessControl:
             self._quotas.check(caller)
         return allowance_lines(caller.rate_limit, self._rate_limiter.acquire(caller))
 
-    def refund(self, caller: Caller, started_s: float) -> None:
-        """Uncount a request that started at this time, and that the gateway itself refused after `enforce_limits`."""
+    def refund(self, caller: Caller, started_s: float) -> bytes:
+        """Uncount a request that started at this time, and that the gateway itself refused after `enforce_limits`.
+
+        Returns the field lines that report what the rate leaves now.
+        """
         self._rate_limiter.refund(caller, started_s)
+        used, reset_s = self._rate_limiter.used(caller.key_id)
+        return field_lines(allowance(caller.rate_limit, max(caller.rate_limit - used, 0), reset_s))

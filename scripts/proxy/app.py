@@ -27,7 +27,7 @@ from config.settings import PRIVATE, Config
 from config.tenants import shared_cache_warning
 from core.errors import BACKEND_UNAVAILABLE, GatewayError
 from core.health_token import health_token
-from core.installation import shown, version
+from core.installation import version
 from core.listener import is_socket_path
 from core.off_loop import run_off_loop
 from http1.forwarded import TrustedProxies
@@ -74,7 +74,6 @@ log = logging.getLogger("gateway")
 _SERVING_S = 600.0  # a backend that has answered so recently works: its end is the fault of what was at work
 _FIRST_DEATHS = 2  # it may not have answered anything before these
 CLOSE_S = 2.2  # a little longer than the access log takes to give up
-_NO_KEYS = f"no request is accepted until there is a key: {shown('key_mgmt')} generate --name NAME"
 
 
 class App:
@@ -425,10 +424,12 @@ class App:
             log.warning("keys: %s", complaint)
         if result.ok:
             log.info("keys: %d in force", result.keys)
+            if self._config.auth.enabled and not result.keys:
+                log.error("keys: %s", result.remedy)
             self._warn_of_sharing()
             self._warn_of_patterns()
         elif self._config.auth.enabled:
-            stays = f"the last good keys stay ({result.keys})" if result.keys else _NO_KEYS
+            stays = f"the last good keys stay ({result.keys})" if result.keys else result.remedy
             log.error("keys: %s; %s", result.reason, stays)
         return replace(result, complaints=(*result.complaints, tls_complaint)) if tls_complaint else result
 

@@ -69,7 +69,7 @@ class Request:
         "_heartbeats",
         "_left",
         "_prepared",
-        "_rate_counted",
+        "_rate_lines",
         "_relay",
         "_remainder",
         "_response",
@@ -93,7 +93,7 @@ class Request:
         self._body = IncomingBody(services, client, prepared, length)
         self._error: GatewayError | None = None  # known before anything is looked at
         self._caller: Caller | None = None
-        self._rate_counted = False
+        self._rate_lines = b""  # what the rate leaves, if the request counts
         self._demand: SlotDemand = ONE_SLOT
         self._has_free_slot = False  # one that was free at once
         self._admission: Admission | None = None  # see _admission_of
@@ -188,8 +188,8 @@ class Request:
         if caller is not None:
             lines = services.access.enforce_limits(prepared, caller)
             if lines is not None:
+                self._rate_lines = lines
                 self._response.lines += lines
-                self._rate_counted = True
 
     async def _answer_locally(self) -> None:
         self._skip_body()
@@ -543,8 +543,9 @@ class Request:
 
     def refuse(self, error: GatewayError) -> None:
         """Send one of the gateway's own errors. The key's rate counts the request only if the backend worked on it."""
-        if self._rate_counted and self._caller is not None and not self._sent:
-            self._services.access.refund(self._caller, self.record.started_s)
+        if self._rate_lines and self._caller is not None and not self._sent:
+            lines = self._services.access.refund(self._caller, self.record.started_s)
+            self._response.lines = self._response.lines.replace(self._rate_lines, lines)
         if self._client.ended:
             self.cancel()
             return

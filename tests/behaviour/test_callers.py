@@ -246,7 +246,9 @@ async def test_quota_of_a_request_refused_for_load_is_refunded(stack: Stack) -> 
     client.send(post())
     await until(lambda: stack.app.queue.queued == 1)
     stack.advance(5)
-    assert (await client.response()).code == "queue_timeout"
+    refused = await client.response()
+    assert (refused.code, refused.field(b"x-ratelimit-remaining-requests")) == ("queue_timeout", b"1")
+    assert refused.field(b"x-ratelimit-reset-requests") == b"0ms"
     client.send(post())
     await until(lambda: stack.app.queue.queued == 1)
     stack.app.queue.resize(2)

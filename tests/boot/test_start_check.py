@@ -25,6 +25,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "PORT_HEALTH": str(port_health),
         "PORT_BACKEND": str(port_backend),
         "DATA_DIR": str(tmp_path / "data"),
+        "API_KEYS": "first:sk-first-0123456789abcdef",
         "MODEL_PATH": str(tmp_path / "m.gguf"),
         "LLAMA_BIN": str(program(tmp_path / "llama", "/bin/true", "")),
     }
@@ -49,13 +50,41 @@ def test_what_would_start_has_no_error_and_makes_nothing(environ: dict[str, str]
 
 def test_keys_that_share_the_prompt_cache_are_warned_of(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("alice:sk-alice-0123456789abcdef\nalice:sk-alice-fedcba9876543210\n")
-    more = {"AUTH_KEYS_FILE": str(tmp_path / "keys")}
+    more = {"AUTH_KEYS_FILE": str(tmp_path / "keys"), "API_KEYS": ""}
     assert not any(line.startswith("warning") for line in checked(environ, **more)[1])
     more["API_KEYS"] = "bob:sk-bob-0123456789abcdef"
     status, lines = checked(environ, **more)
     assert status == 0
     assert [line.partition(",")[0] for line in lines if line.startswith("warning")] == ["warning: PROMPT_CACHE=shared"]
     assert not any(line.startswith("warning") for line in checked(environ, **more, PROMPT_CACHE="private")[1])
+
+
+def key_warnings(environ: dict[str, str], **more: str) -> list[str]:
+    status, lines = checked(environ, API_KEYS="", PROMPT_CACHE="private", **more)
+    assert status == 0
+    return [line.removeprefix("warning: keys: ") for line in lines if line.startswith("warning: keys: ")]
+
+
+def test_what_is_wrong_with_the_keys_is_warned_of(environ: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    file = {"AUTH_KEYS_FILE": str(path)}
+    make_one = "no request is accepted until there is a key: key_mgmt.py generate --name NAME"
+    cannot_read = f"the keys file {path} (AUTH_KEYS_FILE) cannot be read: "
+    assert key_warnings(environ, **file) == [f"{cannot_read}No such file or directory; {make_one}"]
+    assert key_warnings(environ, **file, AUTH_ENABLED="false") == []
+    path.mkdir()
+    assert key_warnings(environ, **file) == [
+        f"{cannot_read}not a regular file; no request is accepted until that is mended"
+    ]
+    path.rmdir()
+    path.write_text("bob\n")
+    complaint, reason = key_warnings(environ, **file)
+    assert complaint.startswith("line 1")
+    assert reason == "no key line is valid; no request is accepted until that is mended"
+    path.write_text("# none\n")
+    assert key_warnings(environ, **file) == [make_one]
+    path.write_text("bob\nalice:sk-alice-0123456789abcdef\n")
+    assert key_warnings(environ, **file) == [complaint]
 
 
 def test_a_log_folder_that_cannot_be_written_keeps_nothing_from_starting(environ: dict[str, str]) -> None:

@@ -1,11 +1,9 @@
 """tenants.py: when keys are warned that they share a cache."""
 
-from pathlib import Path
-
 import pytest
 
 from config.loader import load_config
-from config.tenants import configured_key_ids, shared_cache_warning
+from config.tenants import shared_cache_warning
 
 
 @pytest.mark.parametrize(
@@ -23,10 +21,3 @@ def test_a_warning_names_what_helps(settings: dict[str, str], names: set[str], r
     warning = shared_cache_warning(load_config({"DATA_DIR": "/d", **settings}), names)
     assert (warning is None) == (remedy is None)
     assert (remedy or "") in (warning or "")
-
-
-def test_names_come_from_the_file_and_from_api_keys(tmp_path: Path) -> None:
-    environ = {"DATA_DIR": str(tmp_path), "API_KEYS": "bob:sk-bob-0123456789abcdef"}
-    assert configured_key_ids(load_config(environ)) == {"bob"}
-    (tmp_path / "api_keys.txt").write_text("alice:sk-alice-0123456789abcdef\n")
-    assert configured_key_ids(load_config(environ)) == {"alice", "bob"}

@@ -216,7 +216,12 @@ def test_a_key_above_its_rate_is_refused_until_a_request_is_refunded() -> None:
     with pytest.raises(GatewayError) as error:
         access.control.enforce_limits(prepared, alice)
     assert error.value.kind is RATE_LIMIT_EXCEEDED
-    access.control.refund(alice, started_s)
+    lines = access.control.refund(alice, started_s)
+    assert dict(line.split(b": ") for line in lines.splitlines()) == {
+        b"x-ratelimit-limit-requests": b"1",
+        b"x-ratelimit-remaining-requests": b"1",
+        b"x-ratelimit-reset-requests": b"0ms",
+    }
     assert access.control.enforce_limits(prepared, alice) is not None
 
 

@@ -267,6 +267,13 @@ async def test_without_any_key_the_log_says_how_to_make_one(around: InMemory, ca
     assert caplog.messages[-1].endswith("until there is a key: key_mgmt.py generate --name NAME")
 
 
+@in_memory()
+async def test_a_file_without_a_key_is_an_error(around: InMemory, caplog: pytest.LogCaptureFixture) -> None:
+    around.keys_file.write_text("# none\n")
+    await around.app.reload()
+    assert caplog.messages[-1].startswith("keys: no request is accepted until there is a key")
+
+
 @in_memory(AUTH_ENABLED="false")
 async def test_without_authentication_no_keys_are_missed(around: InMemory, caplog: pytest.LogCaptureFixture) -> None:
     around.keys_file.unlink()
