@@ -287,7 +287,8 @@ SETTINGS: dict[str, SettingAdvice] = {
         "Set it on machines that are billed by the hour and are not stopped by the platform.",
         "IDLE_STOP_SECONDS=1800"),
     "ON_IDLE": SettingAdvice(
-        "Set it to the command that stops the machine, if the end of the container does not.",
+        "Set it to the command that stops the machine, if the end of the container does not. It runs again each time"
+        " that `IDLE_STOP_SECONDS` more have passed without inference, whether it succeeded or not.",
         "IDLE_STOP_SECONDS=1800\nON_IDLE=/usr/local/bin/stop-this-machine"),
     "ON_IDLE_TIMEOUT": SettingAdvice(
         "Raise it if the command of ON_IDLE takes longer: it is ended after this time.",
@@ -394,7 +395,7 @@ ERRORS: dict[str, Remedy] = {
         "Read the message and llama-server's log: mostly there is too little memory, or the file is damaged. The next"
         " attempt comes with the next request after Retry-After; the pause doubles with each failure."),
     "queue_full": Remedy(
-        "`MAX_QUEUE_SIZE` requests wait already, and no key has more of them than this one. A request that waits gets"
+        "`MAX_QUEUE_SIZE` requests wait already, and with this one no key has more of them. A request that waits gets"
         " it, too, if its key has the most waiting ones and another key's request comes.",
         "Add slots (`PARALLEL`) or workers, or raise `MAX_QUEUE_SIZE` if clients may wait longer."),
     "queue_timeout": Remedy("No slot became free within `QUEUE_TIMEOUT`.", "As for `queue_full`."),

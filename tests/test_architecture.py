@@ -30,7 +30,7 @@ ROOMS = {
     "backend": "core config http1 policy transport metrics",
     "accounting": "core config http1 policy transport backend auth metrics",
     "proxy": "core config http1 policy transport backend accounting auth metrics",
-    "boot": "core config",
+    "boot": "core config auth",
     "bench": "",
     "mock": "",
 }

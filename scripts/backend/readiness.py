@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from backend.slot_isolation import UnfitBackend
+from backend.slots import UnfitBackend
 from core.errors import GatewayError
 from core.off_loop import THREAD_NAME, run_off_loop
 from core.state_file import DEAD, DRAINING, LOADING, READY, StateReader
@@ -175,6 +175,8 @@ class Readiness:
                 await self._prepare()
             except UnfitBackend as error:
                 state, detail = DEAD, str(error)
+                if detail != self.detail:
+                    log.error("nothing is served: %s", detail)
             except GatewayError:
                 state = LOADING  # it does not respond now
         self.detail = detail

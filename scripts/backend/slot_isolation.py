@@ -5,7 +5,6 @@ A slot that holds text of another key is emptied before a request is sent to it.
 
 import asyncio
 import json
-import logging
 import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -14,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 from backend.fetch import PageTooLong
-from backend.slots import Fetch, listed_slots, reported_slots
+from backend.slots import Fetch, UnfitBackend, listed_slots, reported_slots
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from policy.prefix_digests import Digests
 from policy.slot_table import Slot, SlotTable
@@ -27,12 +26,6 @@ _PROBE_BYTES = 24  # at least 16 tokens
 _SEEN_TOKENS = 8  # more than two such texts have in common by chance
 _NO_COMPLETIONS = (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.NOT_IMPLEMENTED)
 _CONCERNS = "PROMPT_CACHE=private"
-
-log = logging.getLogger("gateway")
-
-
-class UnfitBackend(Exception):
-    """The backend cannot keep what PROMPT_CACHE=private promises. The message says why."""
 
 
 class SlotLease:
@@ -243,8 +236,6 @@ class SlotIsolation:
                 if await self._list() != total:  # another process answered in between
                     raise GatewayError(BACKEND_UNAVAILABLE)
         except UnfitBackend as error:
-            if str(error) != self._failure:
-                log.error("nothing is served: %s", error)
             self._failed_s, self._failure = self.clock(), str(error)
             raise
         self._failed_s, self._failure, self._is_checked = None, "", True

@@ -31,10 +31,20 @@ _LEAST_PAUSE_S = 0.001  # a shorter one may not move the clock
 _MAX_SLOTS = 4096
 
 
+class UnfitBackend(Exception):
+    """The backend serves no request of the gateway as it should. The message says why."""
+
+
+class _Unauthorized(ValueError):
+    """The backend refuses the gateway's own key."""
+
+
 async def total_slots(fetch: Fetch) -> int:
-    """Return `total_slots` of GET /props, or 1 if it is not reported."""
+    """Return `total_slots` of GET /props, or 1 if it is not reported. Raises UnfitBackend if it may not ask."""
     try:
         return await reported_slots(fetch)
+    except _Unauthorized:
+        raise UnfitBackend("llama-server refuses the gateway's key: BACKEND_API_KEY is not its --api-key") from None
     except (GatewayError, ValueError):
         return 1
 
@@ -79,6 +89,8 @@ async def _fetch_json(fetch: Fetch, target: bytes) -> Any:
         if error.kind is not BACKEND_MALFORMED or isinstance(error, PageTooLong):
             raise
     else:
+        if status == HTTPStatus.UNAUTHORIZED:
+            raise _Unauthorized
         if status >= 500 and status != HTTPStatus.NOT_IMPLEMENTED:
             raise GatewayError(BACKEND_UNAVAILABLE)
     raise ValueError("no such page")

@@ -57,6 +57,8 @@ def _warnings(config: Config, *, supervised: bool) -> Iterator[str]:
         elif read.reason:
             yield f"keys: {read.reason}"
         yield from filter(None, [shared_cache_warning(config, {caller.key_id for caller in store.keyring})])
+    if config.router.enabled and config.supervision.mock_backend:
+        yield "MOCK_BACKEND: the mock's models are not checked (MODELS_DIR, MODELS_PRESET, MODELS_PRELOAD)"
     if supervised:
         yield from filter(None, [log_folder_warning(config)])
 

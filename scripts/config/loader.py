@@ -15,6 +15,7 @@ from config.settings import ALIASES, OFF_WHEN_EMPTY, PRIVATE, SETTINGS, YEAR_S, 
 from core.listener import is_socket_path
 
 _NAMES = frozenset(setting.name for setting in SETTINGS)
+_JOINED = {name.replace("_", ""): name for name in _NAMES}
 _LONG_WORDS = frozenset(name for name in _NAMES if "_" not in name and len(name) >= 7)
 # With these llama-server's slots share what prompts leave behind, or cannot be told apart.
 _SHARING_ARGS = frozenset(
@@ -136,13 +137,13 @@ def _misspelt_names(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _nearly(name: str) -> str | None:
-    """Return the setting that a name is meant to be: in capitals, in another order of words, or in other letters.
+    """Return the setting that a name is meant to be: in capitals and with underscores, in another order, or mistyped.
 
     Other programs have settings, too. So the first word must be much like that of a setting. A short word is often so
     by chance, and LOGNAME is a name of its own.
     """
-    if name.upper() in _NAMES:
-        return name.upper()
+    if name != "LOGNAME" and (whole := _JOINED.get(name.replace("_", "").upper())) is not None:
+        return whole
     parts = sorted(name.split("_"))
     if len(parts) > 1:
         for other in _NAMES:

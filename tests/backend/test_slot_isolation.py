@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from backend.fetch import PageTooLong
-from backend.slot_isolation import SlotIsolation, SlotLease, UnfitBackend
+from backend.slot_isolation import SlotIsolation, SlotLease
+from backend.slots import UnfitBackend
 from core.errors import BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from support.caching_backend import Model, ModelSlot
 from support.clock import Clock

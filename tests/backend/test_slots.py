@@ -10,7 +10,7 @@ import pytest
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
 from backend.left_stream import LeftStream, Shown
-from backend.slots import SlotReclaimer, fetch_slots, total_slots
+from backend.slots import SlotReclaimer, UnfitBackend, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
 from support.clock import Clock
@@ -72,6 +72,14 @@ class Backend:
 )
 def test_total_slots_is_read_from_props(reply: Reply, slots: int) -> None:
     assert asyncio.run(total_slots(Backend(reply).fetch)) == slots
+
+
+def test_a_backend_that_refuses_the_gateways_key_is_unfit() -> None:
+    unauthorized = (401, b'{"error":{"message":"Invalid API Key"}}')
+    with pytest.raises(UnfitBackend, match="BACKEND_API_KEY is not its --api-key"):
+        asyncio.run(total_slots(Backend(unauthorized).fetch))
+    with pytest.raises(ValueError, match=r"^$"):
+        asyncio.run(fetch_slots(Backend(unauthorized).fetch))
 
 
 def test_all_slots_are_listed() -> None:

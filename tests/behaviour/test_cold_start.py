@@ -41,6 +41,20 @@ async def test_requests_are_held_while_the_model_loads_and_none_is_lost(stack: S
     assert sorted(int(call.body) for call in stack.backend.calls) == list(range(100))
 
 
+@scenario(STATE="loading", MAX_CONCURRENT_REQUESTS="auto")
+async def test_a_backend_that_refuses_the_gateways_key_is_not_ready(stack: Stack) -> None:
+    stack.backend.own[b"/props"] = answer(b'{"error": {"message": "Invalid API Key"}}', status=b"401 Unauthorized")
+    stack.set_state("ready")
+    await until(lambda: stack.app.readiness.state == "dead")
+    response = await stack.ask(post())
+    assert (response.status, response.code) == (503, "loading")
+    assert b"BACKEND_API_KEY is not its --api-key" in response.body
+    assert len([line for line in stack.logged() if line.startswith("nothing is served: llama-server refuses")]) == 1
+    stack.backend.own[b"/props"] = answer(b'{"total_slots": 3}')
+    await look(stack)
+    assert (await stack.ask(post())).body == HELLO
+
+
 @scenario(STATE="loading", COLD_START_WAIT="300")
 async def test_requests_are_held_for_a_limited_time(stack: Stack) -> None:
     client, other = await held(stack, 2)

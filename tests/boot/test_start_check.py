@@ -143,6 +143,12 @@ def test_of_a_download_that_is_there_only_the_file_is_checked(environ: dict[str,
     assert checked(environ, **given, MODEL_SHA256="0" * 64)[0] == 3
 
 
+def test_what_is_not_checked_of_a_mock_is_said(environ: dict[str, str]) -> None:
+    status, lines = checked(environ, MODEL_PATH="", MODELS="router", MODELS_PRESET="/none", MOCK_BACKEND="true")
+    not_checked = "MOCK_BACKEND: the mock's models are not checked (MODELS_DIR, MODELS_PRESET, MODELS_PRELOAD)"
+    assert (status, [line for line in lines if "models" in line]) == (0, [f"warning: {not_checked}"])
+
+
 def test_a_url_without_a_file_name_is_one_error(environ: dict[str, str]) -> None:
     status, lines = checked(environ, MODEL_PATH="", MODEL_URL="https://models.example/")
     assert (status, len(lines)) == (3, 3)

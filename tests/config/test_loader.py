@@ -312,6 +312,7 @@ def test_a_misspelt_name_is_a_warning() -> None:
     assert load(MODLE_NAME="x").warnings == ("'MODLE_NAME' is not a setting; did you mean MODEL_NAME?",)
     assert load(LAMA_BIN="x").warnings == ("'LAMA_BIN' is not a setting; did you mean LLAMA_BIN?",)
     assert load(HEALTH_PORT="1").warnings == ("'HEALTH_PORT' is not a setting; did you mean PORT_HEALTH?",)
+    assert load(LOGLEVEL="debug").warnings == ("'LOGLEVEL' is not a setting; did you mean LOG_LEVEL?",)
     assert load(auth_enabled="false").warnings == ("'auth_enabled' is not a setting; did you mean AUTH_ENABLED?",)
     assert load(MAX_SPEED="1", PATH="/bin", MOCK_SLOTS="1", GATEWAY_PORTS="2", HOSTS="x", LOGNAME="me").warnings == ()
 

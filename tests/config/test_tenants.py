@@ -13,6 +13,7 @@ from config.tenants import shared_cache_warning
         ({"MODELS": "router"}, {"alice", "bob"}, "; start one llama-server for each of them if"),
         ({}, {"alice"}, None),
         ({}, set(), None),
+        ({"PROMPT_CACHE": "shared"}, {"alice", "bob"}, None),
         ({"PROMPT_CACHE": "private"}, {"alice", "bob"}, None),
         ({"AUTH_ENABLED": "false"}, {"alice", "bob"}, None),
     ],
