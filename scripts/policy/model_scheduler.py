@@ -246,13 +246,11 @@ class ModelScheduler:
 
     def ended(self, model: Model, reason: str = "") -> None:
         """A model is not loaded any more. `reason` says why, if that was not ordered; it is empty if it was."""
-        was, held_s = model.state, self._clock() - model.since_s
+        was = model.state
         self._end_turn(model)
         model.set_state(LoadState.UNLOADED)
         if not reason:
             return
-        if was is LoadState.LOADED and held_s >= _STABLE_S:
-            model.failures = 0
         model.note_failure(reason)
         if was is LoadState.LOADING:
             model.refuse_all(model.error)
@@ -270,8 +268,11 @@ class ModelScheduler:
         model.paused_until_s = self._clock() + pause_s
 
     def _end_turn(self, model: Model) -> None:
+        now_s = self._clock()
         if model.is_open or model.is_ending:
-            model.turn_ended_s = self._clock()
+            model.turn_ended_s = now_s
+        if model.state is LoadState.LOADED and now_s - model.since_s >= _STABLE_S:
+            model.failures = 0
         model.is_ending = False
         model.close()
 

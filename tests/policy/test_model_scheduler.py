@@ -349,6 +349,27 @@ def test_a_model_that_was_stable_has_no_failures_of_before() -> None:
 
 
 @in_loop
+def test_a_model_that_was_stable_until_it_was_unloaded_has_no_failures_of_before() -> None:
+    machine = ModelMachine(MODELS, failing={CHAT}, load_s=1.0, idle_unload_s=100.0)
+    chat = machine.scheduler.models[CHAT]
+    for _ in range(4):
+        machine.send(CHAT)
+        machine.run()
+        machine.clock.advance(1000.0)
+    assert chat.failures == 4
+    machine.failing.clear()
+    machine.send(CHAT)
+    machine.run()
+    machine.clock.advance(1000.0)
+    machine.run()
+    assert chat.state is LoadState.UNLOADED
+    machine.failing.add(CHAT)
+    machine.send(CHAT)
+    machine.run()
+    assert machine.send(CHAT).error.retry_after_s == 2  # type: ignore[union-attr]
+
+
+@in_loop
 def test_what_waits_for_a_model_that_is_removed_is_refused() -> None:
     machine = loaded(CHAT)
     machine.send(CHAT, work_s=5.0)
