@@ -330,8 +330,17 @@ class Models:
     # --- Orders ---
 
     async def _carry_out(self) -> None:
-        for order in self.scheduler.orders():
-            await self._order(order)
+        """Give the orders that are due. If the router does not take one, the loads that are left are put off."""
+        left = self.scheduler.orders()
+        try:
+            while left:
+                await self._order(left[0])
+                del left[0]
+        except GatewayError:
+            for order in left:
+                if order.load:
+                    self.scheduler.postpone(order.model, _POSTPONED_S)
+            raise
         for model in self.scheduler.models.values():
             if model.state is LoadState.UNLOADING and self._clock() >= model.since_s + _UNLOAD_AGAIN_S:
                 model.set_state(LoadState.UNLOADING)
@@ -352,8 +361,6 @@ class Models:
             work = self._fetch.post(b"/models/" + action.encode(), body)
             status, page = await asyncio.wait_for(work, _ORDER_S)
         except (GatewayError, asyncio.TimeoutError):
-            if order.load:
-                self.scheduler.postpone(model, _POSTPONED_S)
             raise GatewayError(BACKEND_TIMEOUT, f"llama-server does not {action} a model.") from None
         self._must_look = True
         self.wake()

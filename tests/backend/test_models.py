@@ -199,6 +199,18 @@ async def test_an_order_that_the_router_does_not_take_is_given_again(router: Wat
     await router.until(lambda: waiting.running)
 
 
+@watched("chat", "code", max_loaded=2)
+async def test_no_load_is_lost_because_the_router_does_not_take_another_order(router: Watched) -> None:
+    router.router.takes_orders = False
+    waiting = [router.models.find(name).queue.acquire("alice") for name in ("chat", "code")]
+    code = router.models.find("code")
+    await router.until(lambda: code.paused_until_s > router.clock())
+    router.router.takes_orders = True
+    router.clock.advance(2)
+    await router.until(lambda: all(each.running for each in waiting))
+    assert router.loads == [("chat", "ok"), ("code", "ok")]
+
+
 @watched("chat")
 async def test_a_refusal_without_a_reason_has_its_status(router: Watched) -> None:
     router.router.refusal = (500, b"")
