@@ -123,7 +123,7 @@ class Admission:
         slots, is_batch = self._demand
         parallel = caller.parallel
         if suspects.active and suspects.is_limited(caller.key_id):
-            parallel = slots
+            parallel = 1 if is_batch else slots
         ticket = self._ticket = queue.acquire(caller.key_id, parallel, caller.priority, slots, as_one=is_batch)
         return ticket
 

@@ -137,6 +137,24 @@ async def test_a_key_that_kills_again_and_again_is_paused_and_the_others_are_ser
         assert (await each.response()).status == 200
 
 
+@scenario(MAX_CONCURRENT_REQUESTS="4")
+async def test_a_key_that_gets_one_request_at_a_time_gets_one_batch_at_a_time(stack: Stack) -> None:
+    for number in range(2):
+        stack.backend.script(die(stack))
+        client = await sent(stack, post(body=POISON % number, key=OTHER_KEY))
+        await restart(stack)
+        assert (await client.response()).code == "request_held_back"
+    batch = b'{"input": ["a", "%d"]}'
+    first, second = (post(b"/v1/embeddings", batch % number, key=OTHER_KEY) for number in range(2))
+    occupant = await at_work(stack, first, stall(stack.finish), send(answer()))
+    waiting = await sent(stack, second)
+    await until(lambda: stack.app.queue.queued == 1)
+    stack.backend.script(send(answer()))
+    stack.finish.set()
+    for each in (occupant, waiting):
+        assert (await each.response()).status == 200
+
+
 @scenario(AUTH_ENABLED="false")
 async def test_without_keys_requests_are_held_back_but_nobody_is_paused(stack: Stack) -> None:
     for number in range(4):
