@@ -237,8 +237,7 @@ def set_limits(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     path, given = keys_file(arguments), given_keys()
-    with _file_errors(path):
-        parsed = keyfile.parse(_read_if_needed(path, given))
+    parsed = _parse_if_needed(path, given)
     entries, clashes = keyfile.merge(parsed.entries, given.entries)
     of_given = [*given.complaints, *([given.error] if given.error else []), *clashes]
     complaints = [*parsed.complaints, *([parsed.error] if parsed.error else []), *[f"API_KEYS: {c}" for c in of_given]]
@@ -268,14 +267,15 @@ def given_keys() -> ParsedFile:
     return keyfile.parse_list(text or "")
 
 
-def _read_if_needed(path: Path, given: ParsedFile) -> bytes:
-    """Return the keys file's bytes. With given keys there need not be one."""
-    try:
-        return keyfile.read(path)
-    except FileNotFoundError:
-        if not given.entries:
-            raise
-        return b""
+def _parse_if_needed(path: Path, given: ParsedFile) -> ParsedFile:
+    """Read and parse the keys file. With given keys there need not be one. Raises CommandError."""
+    with _file_errors(path):
+        try:
+            return keyfile.parse(keyfile.read(path))
+        except FileNotFoundError:
+            if not given.entries:
+                raise
+            return keyfile.parse(b"")
 
 
 def hash_key(arguments: argparse.Namespace) -> int:
@@ -324,15 +324,14 @@ def show_usage(arguments: argparse.Namespace) -> int:
 
 def _show_quotas(arguments: argparse.Namespace, ledger: ModuleType) -> int:
     """Show the quotas of each key, what is used of them and left, and when they reset."""
-    path, file = ledger_file(arguments), keys_file(arguments)
-    with _file_errors(file):
-        entries = keyfile.parse(keyfile.read(file)).entries
+    path, given = ledger_file(arguments), given_keys()
+    entries, _ = keyfile.merge(_parse_if_needed(keys_file(arguments), given).entries, given.entries)
     at = now()
     today, midnight = str(at.date()), datetime(at.year, at.month, at.day, tzinfo=timezone.utc)
     try:
         rows = ledger.query(path, today[:8] + "01", "key-day")
     except ledger.LedgerUnreadable as error:
-        raise CommandError(f"{path}: {error}") from None
+        raise CommandError(str(error)) from None
     spent: dict[str, list[int]] = {}
     for row in rows:
         of_key = spent.setdefault(row.key_id, [0, 0])

@@ -552,7 +552,21 @@ def test_usage_shows_quotas_what_is_left_and_when_they_reset(
     table = run("usage", "--usage-file", str(usage_file), "--quotas", "--key", "bob").out.splitlines()
     assert (len(table), table[1].split()[:2]) == (2, ["bob", "-"])
     usage_file.with_name("usage.db.d").rename(usage_file.with_name("gone"))
-    assert run("usage", "--usage-file", str(usage_file), "--quotas").status == 1
+    missing = run("usage", "--usage-file", str(usage_file), "--quotas")
+    assert (missing.status, missing.err) == (1, f"key_mgmt: error: {usage_file}: there is no such file\n")
+
+
+def test_usage_shows_the_quotas_of_given_keys(
+    path: Path, usage_file: Path, run: Callable[..., Response], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_KEYS", f"alice:{OLD} tokens_per_day=100;bob:{OLD}2")
+    show = ("usage", "--usage-file", str(usage_file), "--quotas", "--json")
+    assert [(key["key_id"], key["day_left"]) for key in run(*show).json] == [("alice", 70), ("bob", None)]  # type: ignore[attr-defined]
+    path.write_text(f"alice:{OLD} tokens_per_day=50\n")  # the file takes precedence
+    assert [(key["key_id"], key["day_left"]) for key in run(*show).json] == [("alice", 20), ("bob", None)]  # type: ignore[attr-defined]
+    monkeypatch.delenv("API_KEYS")
+    path.unlink()
+    assert f"there is no {path}" in run(*show).err
 
 
 def test_a_period_without_use_is_said_to_be_one(run: Callable[..., Response], usage_file: Path) -> None:
