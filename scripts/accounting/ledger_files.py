@@ -120,10 +120,10 @@ def instance_file(path: Path, instance_id: str) -> Path:
 
 def find_files(path: Path) -> list[Path]:
     """Return the files that exist: the single one of earlier versions, and those of the instances. Raises OSError."""
-    single = [path] if path.is_file() else []
+    single, folder = [path] if path.is_file() else [], instance_file(path, "").parent
     with suppress(FileNotFoundError, NotADirectoryError):
-        names = sorted(os.listdir(path.with_name(f"{path.name}.d")))
-        return single + [instance_file(path, name.removesuffix(".db")) for name in names if name.endswith(".db")]
+        names = [name for name in os.listdir(folder) if name.endswith(".db") and not name.startswith(".")]
+        return single + [folder / name for name in sorted(names)]
     return single
 
 

@@ -54,6 +54,14 @@ def test_the_files_of_all_instances_are_summed(path: Path) -> None:
     assert requests(instance_file(path, "a")) == 2
 
 
+@pytest.mark.parametrize("name", [".db", "._gateway.db"])
+def test_a_hidden_file_is_no_instances(path: Path, name: str) -> None:
+    """A file server of another system keeps its own next to each file."""
+    write(path, "")
+    instance_file(path, "").with_name(name).write_bytes(b"no SQLite here")
+    assert requests(path) == 1
+
+
 @pytest.mark.parametrize("in_use", [True, False])
 def test_the_single_file_of_earlier_versions_is_read_and_never_written(path: Path, in_use: bool) -> None:
     write(path, "new")
