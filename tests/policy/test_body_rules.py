@@ -149,6 +149,10 @@ def test_the_depth_of_a_schema_is_bounded(name: str) -> None:
     assert check({"x": [[[1]]], name: schema(63)}) == ""
     assert f"{name} exceeds its limit: at most 64 levels" in check({"x": [[[1]]], name: schema(64)})
     assert check({name: [schema(64)]}) == ""  # llama-server refuses a list
+    for text in ("[{" * 64, '"[{' * 64, "\\" + '"[{' * 64 + "\\"):
+        assert check({name: {"a": text, text: 1}}) == ""
+        assert "at most 64 levels" in check({name: {"a": text, text: schema(63)}})
+    assert check({name: {"a": [[[]]] * 10_000}}) == ""
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20])
