@@ -32,6 +32,7 @@ _SMALL_PIECE_BYTES = 4096  # pieces of a body below this are collected; each alo
 _COLLECTED_BYTES = 64 << 10
 _REQUEST_VERSION = b" HTTP/1."
 _REQUEST_LINE = re.compile(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r\n")
+_LATER_REQUEST_LINE = re.compile(b"\n" + _REQUEST_LINE.pattern)
 
 
 @lru_cache(maxsize=1024)
@@ -301,10 +302,6 @@ def encode_chunk(payload: bytes) -> bytes:
 
 def holds_request_line(data: bytes, start: int) -> bool:
     """Whether a line of `data` from `start` on could begin an HTTP/1 request. Takes time in proportion to the data."""
-    at = data.find(_REQUEST_VERSION, start)
-    while at >= 0:
-        if _REQUEST_LINE.match(data, max(start, data.rfind(b"\n", start, at) + 1)):
-            return True
-        line_end = data.find(b"\n", at)
-        at = data.find(_REQUEST_VERSION, line_end) if line_end >= 0 else -1
-    return False
+    if data.find(_REQUEST_VERSION, start) < 0:  # as in nearly all: the expression stops at each line
+        return False
+    return bool(_REQUEST_LINE.match(data, start) or _LATER_REQUEST_LINE.search(data, start))
