@@ -69,7 +69,7 @@ def parse_list(page: bytes) -> list[ListedModel]:
     try:
         entries = json.loads(page)["data"]
         return [_listed(entry) for entry in entries[:_MAX_MODELS]]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise GatewayError(BACKEND_MALFORMED, "llama-server's list of models cannot be read.") from None
 
 

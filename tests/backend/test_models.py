@@ -159,7 +159,17 @@ def test_the_list_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [b"", b"{}", b"[]", b'{"data": 1}', b'{"data": [1]}', b'{"data": [{}]}', b"[" * 100_000]
+    "page",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"data": 1}',
+        b'{"data": [1]}',
+        b'{"data": [{}]}',
+        b'{"data": [{"id": "a", "created": 1e999}]}',
+        b"[" * 100_000,
+    ],
 )
 def test_what_is_no_list_is_an_error(page: bytes) -> None:
     with pytest.raises(GatewayError) as error:
