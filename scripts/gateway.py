@@ -24,8 +24,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Coroutine, Sequence
+from typing import Any, cast
 
 from accounting.request_record import Stage
 from config.loader import load_config
@@ -96,13 +96,18 @@ class Gateway:
                 copy.listen(_BACKLOG)
                 keep_alive(copy)
         self._app.ticker.start()
-        self._background = [
-            asyncio.ensure_future(self._app.readiness.watch()),
-            asyncio.ensure_future(self._app.watch_keys()),
-        ]
+        self._run_beside(self._app.readiness.watch())
+        self._run_beside(self._app.watch_keys())
         if self._app.models is not None:
-            self._background += map(asyncio.ensure_future, (self._app.models.watch(), self._app.models.listen()))
+            self._run_beside(self._app.models.watch())
+            self._run_beside(self._app.models.listen())
         return int(self._server.sockets[0].getsockname()[1])
+
+    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine until the end. Nothing waits for it, so a fault of it would stay unseen."""
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(_log_fault)
+        self._background.append(task)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.handshakes is None:
@@ -125,7 +130,7 @@ class Gateway:
         self._report_drain()
         app.sessions.cancel_waits(GatewayError(DRAINING), Stage.QUEUED)
         app.viewers.end()
-        self._background.append(asyncio.ensure_future(self._finish()))
+        self._run_beside(self._finish())
 
     def _report_drain(self) -> None:
         """Report the drain to the supervisor, before the port is closed."""
@@ -170,6 +175,11 @@ class Gateway:
             await self.handshakes.end()
         self._app.sessions.hang_up()
         await self._app.close()
+
+
+def _log_fault(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a part of the gateway has stopped", exc_info=error)
 
 
 # --- The process ---

@@ -105,6 +105,25 @@ async def test_a_gateway_that_is_stopped_ends_at_once(stack: Stack) -> None:
     assert not stack.app.lifecycle.draining
 
 
+def test_the_fault_of_a_loop_is_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fail() -> None:
+        raise RuntimeError("no more keys")
+
+    async def start() -> None:
+        config = load_config({"HOST": "127.0.0.1", "PORT": "0", "DATA_DIR": str(tmp_path)})
+        app = App(config)
+        monkeypatch.setattr(app, "watch_keys", fail)
+        gateway = Gateway(app, config)
+        await gateway.start()
+        await asyncio.sleep(0)
+        await gateway.close()
+
+    asyncio.run(start())
+    assert "RuntimeError: no more keys" in caplog.text
+
+
 # --- The process ---
 
 
