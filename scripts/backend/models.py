@@ -318,7 +318,10 @@ class Models:
 
     async def _follow_loaded(self, model: Model) -> None:
         began_s = model.since_s if model.state is LoadState.LOADING else None
-        slots = self._slots or await total_slots(self._fetch_of(model.name))
+        try:
+            slots = self._slots or await total_slots(self._fetch_of(model.name))
+        except GatewayError:  # it does not answer now: the next look asks again
+            return
         if not self._is_up:  # the router has ended meanwhile
             return
         self._reclaimers[model.name].reset()

@@ -13,7 +13,7 @@ from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
 from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
 from backend.slot_listing import ListedSlot, awaited_task, is_busy
-from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
+from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
 
@@ -40,12 +40,19 @@ class _Unauthorized(ValueError):
 
 
 async def total_slots(fetch: Fetch) -> int:
-    """Return `total_slots` of GET /props, or 1 if it is not reported. Raises UnfitBackend if it may not ask."""
+    """Return `total_slots` of GET /props, or 1 if it is not reported.
+
+    Raises BACKEND_TIMEOUT: it may be reported later. Raises UnfitBackend if the gateway may not ask.
+    """
     try:
         return await reported_slots(fetch)
     except _Unauthorized:
         raise UnfitBackend("llama-server refuses the gateway's key: BACKEND_API_KEY is not its --api-key") from None
-    except (GatewayError, ValueError):
+    except ValueError:
+        return 1
+    except GatewayError as error:
+        if error.kind is BACKEND_TIMEOUT:
+            raise
         return 1
 
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from backend.models import ListedModel, ModelHooks, Models, parse_list, reason_of
-from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
+from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.model_names import ModelNames
 from policy.model_queue import SharedLimits
@@ -30,6 +30,7 @@ class FakeRouter:
         self.orders: list[str] = []
         self.refusal: tuple[int, bytes] | None = None
         self.failing = False
+        self.is_slow = False  # its models answer too late
         self.takes_orders = True
         self.dead: set[str] = set()  # models whose process has ended, which it has not noticed
         self.hung: set[str] = set()  # models that do not answer as long as they are here
@@ -52,6 +53,8 @@ class FakeRouter:
         finally:
             self.hanging -= 1
         if target.startswith(b"/props"):
+            if self.is_slow:
+                raise GatewayError(BACKEND_TIMEOUT)
             return 200, b'{"total_slots": 4}'
         data = []
         for name, state in self.states.items():
@@ -194,6 +197,17 @@ async def test_a_model_is_loaded_and_its_slots_are_asked_for(router: Watched) ->
     assert router.models.find("chat").queue.slots == 4
     assert router.loads == [("chat", "ok")]
     assert router.models.states() == {"chat": "loaded", "code": "unloaded"}
+
+
+@watched("chat")
+async def test_a_model_that_is_slow_is_asked_for_its_slots_again(router: Watched) -> None:
+    router.router.is_slow = True
+    waiting = router.models.find("chat").queue.acquire("alice")
+    await router.until(lambda: router.router.targets.count(b"/props?autoload=false&model=chat") > 1)
+    assert router.state("chat") is LoadState.LOADING
+    router.router.is_slow = False
+    await router.until(lambda: waiting.running)
+    assert router.models.find("chat").queue.slots == 4
 
 
 @watched("chat")

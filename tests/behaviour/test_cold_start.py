@@ -276,6 +276,17 @@ async def test_the_number_of_slots_is_read_before_the_first_request(stack: Stack
     )
 
 
+@scenario(STATE="loading", MAX_CONCURRENT_REQUESTS="auto", HEALTH_TIMEOUT="0.1")
+async def test_the_number_of_slots_is_asked_for_again_if_the_backend_is_slow(stack: Stack) -> None:
+    stack.backend.own[b"/props"] = b""
+    stack.set_state("ready")
+    await until(lambda: len(stack.backend.probes) > 1)
+    assert await health(stack) == (503, "loading")
+    stack.backend.own[b"/props"] = answer(b'{"total_slots": 8}')
+    await until(lambda: stack.app.readiness.ready)
+    assert stack.app.queue.slots == 8
+
+
 # --- A slot is free when the backend has released it ---
 
 
