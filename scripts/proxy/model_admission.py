@@ -167,7 +167,8 @@ class ModelAdmission(Admission):
         if model is None or not kind.works or info.status not in (_BAD_REQUEST, _FAILED):
             return False
         self._models.look_soon()
-        await self._await_payload(backend)
+        if info.framing.length != 0:
+            await self._await_payload(backend)
         payload = backend.received[:_MARKS_BYTES]
         cut = _CUT.match(payload)
         was_cut = cut is not None and not self._was_cut and kind.repeatable

@@ -572,6 +572,8 @@ async def test_other_errors_of_a_model_pass_as_they_are(stack: Stack) -> None:
     assert (await error_of(await sent(stack, post(body=body("chat")))))[2] == "the prompt is too long"
     stack.backend.script(send(answer(b"{}", b"404 Not Found")))
     assert (await stack.ask(post(body=body("chat")))).status == 404
+    stack.backend.script(send(answer(b"", b"500 Internal Server Error")))
+    assert (await stack.ask(post(body=body("chat")))).status == 500
 
 
 @scenario(STATE="loading", **SETTINGS)
