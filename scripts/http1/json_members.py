@@ -107,7 +107,7 @@ class Members(NamedTuple):
     `found` has the members of the table by name. `depth` is the deepest nesting of lists and objects. `end` is the
     offset of the root object's closing brace, None if the body is no JSON object; then nothing is found. `is_empty`
     is whether the object has no member, so that one that is added needs no comma. `urls` are addresses of media in it,
-    if they were looked for.
+    if they were looked for, and `has_more_urls` whether there are too many to be kept.
     """
 
     found: Mapping[str, Member]
@@ -115,6 +115,7 @@ class Members(NamedTuple):
     end: int | None
     is_empty: bool
     urls: tuple[str, ...] = ()
+    has_more_urls: bool = False
 
 
 NO_MEMBERS = Members({}, 0, None, True)

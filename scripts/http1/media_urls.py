@@ -7,6 +7,7 @@ media. In a string every quote is escaped, so a name with its quotes, a colon an
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 
 from http1.member_screen import MemberScreen
 
@@ -24,26 +25,37 @@ _MEMBER = re.compile(
 )
 # A name with an escape may be any.
 _OBJECT = re.compile(rb'"(?:%b)":\{|"[^"\\]{0,16}\\u00[^"]{0,80}":\{' % "|".join(_OBJECTS).encode())
-_ADDRESS = re.compile(r"http|file:", re.IGNORECASE)
+_ORIGIN = re.compile(r"(?:http|file:)[^/?#]*(?://[^/?#]*)?", re.IGNORECASE)  # of an address: scheme, host and port
 _OVERLAP_BYTES = 512 + 2 * _MAX_SPELLING
-_MOST = 32  # addresses of one body that are kept
+_MOST = 32  # origins of one body that are kept, each with its first address
 _SCREEN = MemberScreen((), (), addresses=True)
 
 
 class MediaUrls:
-    """Finds the addresses in one body. `feed` takes its bytes in turn; `found` has the first ones, decoded."""
+    """Finds the addresses in one body. `feed` takes its bytes in turn.
+
+    `found` has one address of each origin, decoded; `has_more` is whether there are more origins than those.
+    """
 
     __slots__ = ("_has_objects", "_inside", "_last", "_outside")
 
     def __init__(self) -> None:
         self._last = b""
         self._has_objects = False
-        self._inside: dict[str, None] = {}
-        self._outside: dict[str, None] = {}
+        self._inside: dict[str, str] = {}  # by origin, one more than _MOST at most
+        self._outside: dict[str, str] = {}
 
     @property
     def found(self) -> tuple[str, ...]:
-        return (*self._outside, *(self._inside if self._has_objects else ()))
+        return tuple(address for each in self._of_media for address in list(each.values())[:_MOST])
+
+    @property
+    def has_more(self) -> bool:
+        return any(len(each) > _MOST for each in self._of_media)
+
+    @property
+    def _of_media(self) -> Sequence[Mapping[str, str]]:
+        return (self._outside, self._inside) if self._has_objects else (self._outside,)
 
     def feed(self, data: bytes) -> None:
         """Look at the next bytes, 32 KiB at most. Blanks are left out: they may be between any two signs."""
@@ -52,17 +64,23 @@ class MediaUrls:
         self._has_objects = self._has_objects or _OBJECT.search(text) is not None
         if _SCREEN.may_have(text):
             for name, whole, beginning in _MEMBER.findall(text):
-                self._keep(_decoded(name), _decoded(whole or beginning))
+                self._keep(_decoded(name), whole or beginning)
 
-    def _keep(self, name: str, address: str) -> None:
+    def _keep(self, name: str, spelling: bytes) -> None:
         kept = self._outside if name in _NAMES else self._inside if name in _NAMES_INSIDE else None
-        if kept is not None and _ADDRESS.match(address) and len(kept) < _MOST:
-            kept[address] = None
+        if kept is None or len(kept) > _MOST:
+            return
+        address = _decoded(spelling)
+        origin = _ORIGIN.match(address)
+        if origin is not None:
+            kept.setdefault(origin[0], address)
 
 
 def _decoded(spelling: bytes) -> str:
     """Decode a string, of which the end may be missing."""
     try:
+        if b"\\" not in spelling:  # most have none, and json takes ten times as long
+            return spelling.decode()
         text = json.loads(b'"' + re.sub(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z", b"", spelling) + b'"', strict=False)
     except ValueError:
         return spelling.decode("latin-1")

@@ -49,7 +49,7 @@ class BodyRules:
             raise GatewayError(BODY_TOO_DEEP, limit)
         for rule, bound in self._rules:
             if rule.measure is Measure.HOSTS:
-                _check_hosts(members.urls, bound)
+                _check_hosts(members, bound)
                 continue  # the rule's name is no member's
             for name in rule.members:
                 member = members.found.get(name)
@@ -57,12 +57,15 @@ class BodyRules:
                     _check_member(name, rule, bound, member, pieces)
 
 
-def _check_hosts(urls: Sequence[str], bound: Bound) -> None:
-    for url in urls:
+def _check_hosts(members: Members, bound: Bound) -> None:
+    for url in members.urls:
         match = _HOST.match(url)
         if match is None or match[1].lower() not in bound.hosts:
             message = "llama-server may not fetch from the address of an image, audio or video; send a data: URL."
             raise GatewayError(MEMBER_NOT_ALLOWED, f"{message} (media_urls in MEMBER_RULES)")
+    if members.has_more_urls:
+        message = "The addresses of images, audio and video are of too many hosts and ports."
+        raise GatewayError(MEMBER_NOT_ALLOWED, f"{message} (media_urls in MEMBER_RULES)")
 
 
 def _check_member(name: str, rule: MemberRule, bound: Bound, member: Member, pieces: Pieces) -> None:

@@ -95,7 +95,7 @@ class BodyScan:
         return False
 
     def _result(self) -> Members:
-        return self._reader.end()._replace(urls=self._media.found)
+        return self._reader.end()._replace(urls=self._media.found, has_more_urls=self._media.has_more)
 
     def _next(self, limit: int) -> bytes:
         """Take the next bytes that have come, of one piece, at most `limit`."""

@@ -34,6 +34,7 @@ def found(body: bytes, size: int = 1 << 15) -> tuple[str, ...]:
         b'{"image\\u005furl":{"url":"http://10.0.0.1/a.png"}}',
         b'{"x":"\\"","image_url":"ht\\u0074p://10.0.0.1/a.png"}',
         b'{"image_url":{"url":"http\\u003A//10.0.0.1/a.png"}}',
+        b'{"url":"ftp://10.0.0.1/a.png","image_url":"http://10.0.0.1/a.png"}',
     ],
 )
 def test_an_address_is_found(body: bytes) -> None:

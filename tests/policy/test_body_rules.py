@@ -209,6 +209,20 @@ def test_media_come_from_hosts_that_are_allowed(url: str, passes: bool) -> None:
     assert check(image(url), "media_urls=allow") == ""
 
 
+@pytest.mark.parametrize("number", [0, 31, 32, 33, 500])
+def test_no_number_of_allowed_addresses_hides_another_one(number: int) -> None:
+    def images(origin: str, last: str) -> Mapping[str, object]:
+        urls = [*(origin.format(at) for at in range(number)), last]
+        return {"messages": [image(url) for url in urls]}
+
+    allowed, elsewhere = "http://a.example/{}.png", "http://169.254.169.254/"
+    assert check(images(allowed, "http://a.example/"), "media_urls=a.example") == ""
+    assert "may not fetch" in check(images(allowed, elsewhere), "media_urls=a.example")
+    ports = "http://a.example:{}/"
+    assert (check(images(ports, "http://a.example/"), "media_urls=a.example") == "") is (number < 32)
+    assert "media_urls in MEMBER_RULES" in check(images(ports, elsewhere), "media_urls=a.example")
+
+
 def test_all_can_be_allowed() -> None:
     everything = ",".join(f"{rule.name}=allow" for rule in RULES)
     assert check({"grammar_triggers": [1], **image("http://a")}, everything) == ""
