@@ -9,14 +9,15 @@ show the gateway other fields than llama-server.
 """
 
 import re
-from collections.abc import Iterable
 
 from http1.grammar import CRLF
 from http1.json_members import JsonType, Member, Members, NameTable
 
-_PARTS = 32  # of one step
+_MOVES = 32  # of one step
 _KEPT_BYTES = 1024  # of a field's value; a longer one is not kept
-_HEAD_BYTES = 8192  # of a part; a longer head is no form's
+_LINE_BYTES = (
+    64 << 10
+)  # of a part's head; llama-server refuses lines of more than 8 KiB, but any number of shorter ones
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _OTHERS = rb"(?:[ \t]*;[ \t]*(?!boundary[ \t=])%b=(?:%b|\"[^\"\\]*\"))*" % (_TOKEN, _TOKEN)
 _BOUNDARY = re.compile(
@@ -40,7 +41,19 @@ def form_boundary(content_type: bytes) -> bytes:
 class FormReader:
     """Finds the fields of one form. `feed`, `step` and `end` are those of a MemberReader."""
 
-    __slots__ = ("_data", "_delimiter", "_first", "_found", "_name", "_names", "_passed", "_size", "_state", "_value")
+    __slots__ = (
+        "_data",
+        "_delimiter",
+        "_first",
+        "_found",
+        "_head",
+        "_name",
+        "_names",
+        "_passed",
+        "_size",
+        "_state",
+        "_value",
+    )
 
     def __init__(self, table: NameTable, boundary: bytes) -> None:
         self._names = table.names
@@ -49,6 +62,7 @@ class FormReader:
         self._data = b""  # what has not been read
         self._passed = 0  # bytes that have been
         self._state = _PREAMBLE
+        self._head = _PartHead()
         self._name: str | None = None  # of the field that is being read, if it is one of the table's
         self._value = b""
         self._size = 0
@@ -58,7 +72,7 @@ class FormReader:
         self._data += data
 
     def step(self) -> bool:
-        return all(self._read_head() if self._state == _HEAD else self._read_to_delimiter() for _ in range(_PARTS))
+        return all(self._read_head() if self._state == _HEAD else self._read_to_delimiter() for _ in range(_MOVES))
 
     def end(self) -> Members:
         return Members(self._found, 0, None, not self._found)
@@ -78,22 +92,27 @@ class FormReader:
         self._end_field(self._passed + end - self._size)
         # Of the first delimiter the line end stays, as after the others.
         self._pass(at + len(delimiter) - (2 if self._state == _PREAMBLE else 0))
-        self._state = _HEAD
+        self._state, self._head = _HEAD, _PartHead()
         return True
 
     def _read_head(self) -> bool:
-        """Read a part's head, which begins with the end of the delimiter's line; return whether it was whole."""
-        end = self._data.find(b"\r\n\r\n")
-        is_other = len(self._data) >= len(CRLF) and not self._data.startswith(CRLF)  # the end of the form, or none
-        if is_other or (end < 0 and len(self._data) > _HEAD_BYTES):
+        """Read one line of a part's head, behind the end of the line before; return whether it was whole."""
+        data = self._data
+        end = data.find(CRLF, len(CRLF))
+        is_other = len(data) >= len(CRLF) and not data.startswith(CRLF)  # the end of the form, or none
+        if is_other or (end < 0 and len(data) > _LINE_BYTES):
             self._state = _EPILOGUE
             return False
         if end < 0:
             return False
-        known = field_name(self._data[len(CRLF) : end].split(CRLF))
+        if end > len(CRLF):
+            self._head.read(data[len(CRLF) : end])
+            self._pass(end)
+            return True
+        known = self._head.field
         self._name = known if known in self._names else None
         self._value, self._size = b"", 0
-        self._pass(end + 4)
+        self._pass(end + len(CRLF))
         self._state = _VALUE
         return True
 
@@ -110,20 +129,30 @@ class FormReader:
         self._name = None
 
 
-def field_name(lines: Iterable[bytes]) -> str | None:
-    """Return the name of the field that the lines of a part's head describe; None if it is a file, or has no name."""
-    name, is_file = None, False
-    for line in lines:
+class _PartHead:
+    """What the lines of a part's head say. Of a name that several lines have the last one counts."""
+
+    __slots__ = ("_is_file", "_name")
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._is_file = False
+
+    @property
+    def field(self) -> str | None:
+        """The name of the field; None if it is a file, or has no name."""
+        return None if self._is_file else self._name
+
+    def read(self, line: bytes) -> None:
         disposition = _DISPOSITION.match(line)
         if disposition is None:
-            continue
+            return
         parameters: dict[bytes, bytes] = {}
         for parameter in _PARAMETER.findall(disposition[1]):
             key, _, value = parameter.partition(b"=")
             parameters.setdefault(_unquoted(key), _unquoted(value))
-        name = parameters.get(b"name", b"").decode(errors="replace")
-        is_file = bool(parameters.get(b"filename*") or parameters.get(b"filename", is_file))
-    return None if is_file else name
+        self._name = parameters.get(b"name", b"").decode(errors="replace")
+        self._is_file = bool(parameters.get(b"filename*") or parameters.get(b"filename", self._is_file))
 
 
 def _unquoted(text: bytes) -> bytes:

@@ -66,13 +66,31 @@ def test_it_does_not_matter_how_the_form_is_torn() -> None:
         assert read(*pieces) == read(FORM)
 
 
+@pytest.mark.parametrize("lines", [1, 2, 40])
+def test_a_part_may_have_any_number_of_head_lines(lines: int) -> None:
+    """As in llama-server: a part with a long head would hide those after it."""
+    more = [f"X-Line-{number}: {'x' * 8000}" for number in range(lines)]
+    form = part('name="other"', b"x", *more) + part('name="n"', b"2", *more) + FORM
+    assert values(read(form)) == WANTED
+    form = part('name="n"', b"2", *more) + b"--X--\r\n"
+    assert values(read(form)) == values(read(*[form[at : at + 1000] for at in range(0, len(form), 1000)])) == {"n": "2"}
+
+
 def test_a_preamble_is_passed() -> None:
     assert values(read(b"hello\r\n" + FORM)) == WANTED
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b'{"n": 4}', b"--X", b"--X\r\nname=n\r\n\r\n4\r\n--X--", part('name="n"', b"4"), b"--X\r\n" + b"a" * 9000],
+    [
+        b"",
+        b'{"n": 4}',
+        b"--X",
+        b"--X\r\nname=n\r\n\r\n4\r\n--X--",
+        part('name="n"', b"4"),
+        b"--X\r\n" + b"a" * 9000,
+        b"--X\r\n" + b"a" * 70_000,
+    ],
 )
 def test_what_is_no_whole_field_is_not_found(body: bytes) -> None:
     assert values(read(body)) == {}
