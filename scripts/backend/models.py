@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from backend.generation_watch import AtWork
-from backend.slots import Fetch, SlotReclaimer, total_slots
+from backend.slots import Fetch, SlotReclaimer, UnfitBackend, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, GatewayError
 from policy.model_names import ModelNames
 from policy.model_scheduler import LoadState, Model, ModelScheduler, Order
@@ -322,6 +322,9 @@ class Models:
             slots = self._slots or await total_slots(self._fetch_of(model.name))
         except GatewayError:  # it does not answer now: the next look asks again
             return
+        except UnfitBackend as error:  # each request for the model is told so
+            log.error("the model %s: %s", model.name, error)
+            slots = 1
         if not self._is_up:  # the router has ended meanwhile
             return
         self._reclaimers[model.name].reset()

@@ -30,7 +30,7 @@ class FakeRouter:
         self.orders: list[str] = []
         self.refusal: tuple[int, bytes] | None = None
         self.failing = False
-        self.is_slow = False  # its models answer too late
+        self.is_slow = self.is_locked = False  # its models answer too late
         self.takes_orders = True
         self.dead: set[str] = set()  # models whose process has ended, which it has not noticed
         self.hung: set[str] = set()  # models that do not answer as long as they are here
@@ -55,6 +55,8 @@ class FakeRouter:
         if target.startswith(b"/props"):
             if self.is_slow:
                 raise GatewayError(BACKEND_TIMEOUT)
+            if self.is_locked:
+                return 401, b"{}"
             return 200, b'{"total_slots": 4}'
         data = []
         for name, state in self.states.items():
@@ -298,6 +300,14 @@ async def test_a_model_that_answers_has_not_ended(router: Watched) -> None:
     assert chat.state is LoadState.UNLOADED
     await router.until(lambda: chat.state is LoadState.LOADED)
     assert (router.router.orders, router.deaths) == (["load chat"], [])
+
+
+@watched("chat")
+async def test_a_model_that_refuses_the_gateways_key_tells_each_request(router: Watched) -> None:
+    router.router.is_locked = True
+    waiting = router.models.find("chat").queue.acquire("alice")
+    await router.until(lambda: waiting.running)
+    assert router.models.find("chat").queue.slots == 1
 
 
 @watched("chat")
