@@ -99,6 +99,7 @@ class App:
         self.lifecycle = Lifecycle()
         self._reading = asyncio.Lock()
         self._reload_due: asyncio.Task[Reload] | None = None
+        self._reloading: set[asyncio.Task[Reload]] = set()
         self.ticker = Ticker(clock)
         batcher = batcher or WriteBatcher()
         self._make_backend(clock, batcher, open_connection, crossing_ms)
@@ -409,8 +410,18 @@ class App:
     async def reload(self) -> Reload:
         """Read keys and certificates again. What cannot be trusted stays as it was, and the log says so.
 
-        The files are read off the event loop: while their volume hangs, everything else goes on.
+        The files are read off the event loop: while their volume hangs, everything else goes on. A caller that is
+        cancelled ends only its own wait: what is read late must not replace what a later reload has read.
         """
+        return await asyncio.shield(self._begin_reload())
+
+    def _begin_reload(self) -> "asyncio.Task[Reload]":
+        task = asyncio.ensure_future(self._reload_in_turn())
+        self._reloading.add(task)
+        task.add_done_callback(self._reloading.discard)
+        return task
+
+    async def _reload_in_turn(self) -> Reload:
         if self.access_log is not None:
             self.access_log.reopen()
         async with self._reading:
@@ -450,7 +461,7 @@ class App:
     def reload_soon(self) -> None:
         """Reload, unless a reload is due already: signals may come faster than a volume responds."""
         if self._reload_due is None:
-            self._reload_due = asyncio.ensure_future(self.reload())
+            self._reload_due = self._begin_reload()
 
     async def watch_keys(self) -> None:
         """Reload once the keys file has changed and is still."""
@@ -540,8 +551,8 @@ class App:
         self.recorder.flush()  # what the slots of cancelled requests have shown, too
         self.pool.close_idle()
         await self.page_files.close()
-        if self._reload_due is not None:
-            self._reload_due.cancel()
+        for reloading in tuple(self._reloading):
+            reloading.cancel()
         closing = [run_off_loop(self.ledger.close)]
         if self.access_log is not None:
             closing.append(run_off_loop(self.access_log.close))

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 import pytest
 
+import keyfile
 from config.loader import load_config
 from config.settings import ConfigError
 from core.installation import version
 from proxy.app import App, backend_fields, model_name
 from support.backend import STREAM_HEAD, answer, chunk, event
+from support.boot import PATIENCE_S
 from support.clock import Clock
 from support.gateway import BACKEND_KEY, CHAT, KEYS, OPERATOR_KEY, get, make_certificate, post
 from support.memory_transport import CLOSING, OPEN, Connector, MemoryTransport, MemoryWriter, run
@@ -302,6 +305,34 @@ async def test_a_changed_keys_file_is_read_once_it_is_still(around: InMemory, ca
     await asyncio.sleep(11)
     watch.cancel()
     assert caplog.messages[2:] == ["keys: 1 in force"]
+
+
+def test_a_reload_whose_client_leaves_delays_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else what a hanging volume gave to the one could replace what the other has read since."""
+    goes_on, reads = threading.Event(), list[bytes]()
+    read_file = keyfile.read
+
+    def read(path: Path) -> bytes:
+        data = read_file(path)
+        reads.append(data)
+        goes_on.wait(PATIENCE_S)
+        return data
+
+    async def play() -> None:
+        around = InMemory(tmp_path)
+        left = asyncio.ensure_future(around.app.reload())
+        await around.until(lambda: reads)
+        left.cancel()
+        around.keys_file.write_text("olga:" + OPERATOR_KEY.decode() + "\n")
+        later = asyncio.ensure_future(around.app.reload())
+        await asyncio.wait([later], timeout=0.1)
+        begun = len(reads)
+        goes_on.set()
+        assert (begun, (await later).keys) == (1, 1)
+        await around.app.close()
+
+    monkeypatch.setattr(keyfile, "read", read)
+    asyncio.run(play())
 
 
 @in_memory(KEYS_WATCH_SECONDS="0")
