@@ -166,11 +166,12 @@ class ModelAdmission(Admission):
         model, kind = self._model, self._route.kind
         if model is None or not kind.works or info.status not in (_BAD_REQUEST, _FAILED):
             return False
-        self._models.look_soon()
         if info.framing.length != 0:
             await self._await_payload(backend)
         payload = backend.received[:_MARKS_BYTES]
         cut = _CUT.match(payload)
+        if cut is not None:
+            self._models.look_soon()
         was_cut = cut is not None and not self._was_cut and kind.repeatable
         if _NOT_LOADED not in payload and not (cut and cut[1]) and not was_cut:
             return False

@@ -577,6 +577,17 @@ async def test_other_errors_of_a_model_pass_as_they_are(stack: Stack) -> None:
 
 
 @scenario(STATE="loading", **SETTINGS)
+async def test_the_router_is_not_asked_for_its_models_after_each_error(stack: Stack) -> None:
+    await router_of(stack)
+    assert (await stack.ask(post(body=body("chat")))).status == 200
+    before = stack.backend.probes.count(b"/models")
+    for _ in range(20):
+        stack.backend.script(send(refusal("the prompt is too long")))
+        assert (await stack.ask(post(body=body("chat")))).status == 400
+    assert stack.backend.probes.count(b"/models") < before + 10
+
+
+@scenario(STATE="loading", **SETTINGS)
 async def test_a_model_that_dies_is_loaded_again_for_those_that_wait(stack: Stack) -> None:
     router = await router_of(stack)
     for _ in range(2):
