@@ -53,8 +53,9 @@ class Ticket:
     """One request: in the queue while `waiting` is not done, then in its slots, until `release`.
 
     `waiting` is None if the request was admitted at once. Otherwise it is a future whose result is None once the
-    request is admitted, or whose exception is the GatewayError (QUEUE_FULL) that refused it. `wanted` is how many slots
-    it keeps busy if there are so many, and `slots` how many it occupies. `as_one`: it counts as one against `parallel`.
+    request is admitted, or whose exception is the GatewayError that refused it: QUEUE_FULL, or in a ModelQueue why its
+    model cannot be had. `wanted` is how many slots it keeps busy if there are so many, and `slots` how many it
+    occupies. `as_one`: it counts as one against `parallel`.
     `lease` is released before the slots are, so that the next request finds it free.
     """
 
