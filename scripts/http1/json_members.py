@@ -221,7 +221,7 @@ class MemberReader:
     def end(self) -> Members:
         """Return what was found, after all bytes have been read."""
         if self._failed or self._end is None or self._at < len(self._data):
-            return Members({}, self._depth, None, True)
+            return NO_MEMBERS._replace(depth=self._depth)
         return Members(self._found, self._depth, self._end, not self._has_members)
 
     def _move(self, data: bytes, at: int, end: int) -> int | None:
