@@ -7,7 +7,7 @@ It knows no HTTP: from a response with a Content-Encoding it reads no tokens.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from accounting.usage_reports import (
     parse_json,
     parse_members,
     reported,
+    says_generated,
 )
 
 # What is kept of a JSON response: its beginning (with the usage of embeddings and rerank) and its end (with that of all
@@ -193,6 +194,7 @@ class TokenCounter:
         "_is_native",
         "_last",
         "_last_events",
+        "_listed_before",
         "_mark",
         "_one_prompt",
         "_places",
@@ -216,6 +218,7 @@ class TokenCounter:
         self._tail = b""  # the end of JSON, or an incomplete event
         self._size = 0
         self._places: list[int] = []  # where the choices of a large object have their indexes
+        self._listed_before: list[int] = []  # how many tokens are listed before each of them
         self._report_name = b""  # of the reports in a list
         self._reports = 0
         self._last_events = b""
@@ -302,8 +305,7 @@ class TokenCounter:
         if self._format == _STREAM:
             return self._join(payload)
         if self._format == _OBJECT:
-            self._keep(payload)
-            self._find_report(payload)
+            self._find_report(payload, self._keep(payload))
         elif self._format == _LIST:
             self._scan(payload)
         return b""
@@ -317,15 +319,18 @@ class TokenCounter:
         self._tail = remainder
         return complete
 
-    def _keep(self, payload: bytes) -> None:
-        """Keep an object's beginning and end, and note where its choices are."""
+    def _keep(self, payload: bytes) -> Sequence[int]:
+        """Keep an object's beginning and end, and note where its choices are; return where those of this piece are."""
+        new: list[int] = []
         may_have_places = self._adds_choices and len(self._places) < _MAX_CHOICES
         if may_have_places and (self._has_choices or _CHOICES in self._head[-TORN_BYTES:] + payload[:HEAD_BYTES]):
             before = (self._head[-TORN_BYTES:] + self._tail)[-TORN_BYTES:]
             start = self._size - len(before)
             found = [start + match.start() for match in _INDEX.finditer(before + payload)]
             last = self._places[-1] if self._places else -1
-            self._places += [place for place in found if place > last][: _MAX_CHOICES - len(self._places)]
+            new = [place for place in found if place > last][: _MAX_CHOICES - len(self._places)]
+            self._places += new
+        within = [max(place - self._size, 0) for place in new]
         self._size += len(payload)
         if room := HEAD_BYTES - len(self._head):
             self._head += payload[:room]
@@ -333,14 +338,18 @@ class TokenCounter:
         if len(payload) < TAIL_BYTES:
             payload = self._tail + payload
         self._tail = payload[-TAIL_BYTES:]
+        return within
 
-    def _find_report(self, payload: bytes) -> None:
-        """Look for an object's report, and count the tokens that it lists."""
+    def _find_report(self, payload: bytes, places: Sequence[int]) -> None:
+        """Look for an object's report, and count the tokens that it lists, for each choice that begins in `places`."""
         if b'"embedding":' in self._head:  # it has no text, and the search takes twenty times as long as all else
             return
-        for _, tokens in self._search.feed(payload):
-            if self._is_native:
-                self._final = tokens
+        for begin, end in zip([0, *places], [*places, len(payload)], strict=True):
+            for _, tokens in self._search.feed(payload[begin:end]):
+                if self._is_native:
+                    self._final = tokens
+            self._listed_before.append(self._search.listed)
+        self._listed_before.pop()  # it ends with no place
 
     def _scan(self, payload: bytes) -> None:
         """Add up the reports in a list, which answers several prompts or has several choices."""
@@ -391,8 +400,12 @@ class TokenCounter:
             event = _event(text)
             if event.get("type") == "message_start":
                 self._initial = reported(event)
-            elif not is_unfinished(event):
+            elif is_unfinished(event):
+                continue
+            elif says_generated(event):
                 self._add_report(reported(event))
+            else:
+                self._initial = reported(event)
 
     def _add_report(self, tokens: Tokens | None) -> None:
         if tokens is None:
@@ -442,10 +455,10 @@ class TokenCounter:
         count = _count_report(tokens, 0 if listed else self._size, listed)
         if len(places) < 2:
             return count
-        if listed and tokens is not None:  # it says how many tokens all choices have
-            share, more = divmod(max(listed - tokens.completion, 0), len(places) - 1)
-            others = [Choice(0, share + (number < more)) for number in range(len(places) - 1)]
-            return count._replace(choices=(Choice(0, tokens.completion), *others))
+        if listed and tokens is not None:
+            ends = [*self._listed_before[1:], listed]
+            each = [after - before for before, after in zip(self._listed_before, ends, strict=False)]
+            return count._replace(choices=tuple([Choice(0, number) for number in each]))
         sizes = [after - before for before, after in zip(places, [*places[1:], self._size], strict=True)]
         if b'"text"' in self._head.partition(b'"index"')[0]:  # the text of a choice precedes its index
             sizes = [after - before for before, after in zip([0, *places], places, strict=False)]

@@ -7,6 +7,7 @@ The estimator learns how many tokens a byte has, and how fast each model is, fro
 
 from collections import defaultdict
 from collections.abc import Sequence
+from http import HTTPStatus
 from math import ceil
 
 from accounting.request_record import Outcome, RequestRecord
@@ -89,7 +90,7 @@ class TokenEstimator:
             if tokens is not None:
                 return tokens
         if source is None and not record.is_unfinished:
-            return None
+            return self._of_failed(record)
         count = read_count(record.prepared.route.label, source, record.asked.prompts)
         if record.prepared.route.kind is not INFERENCE or (record.is_unfinished and record.outcome not in _WORKED):
             return None if count is None or not count.is_reported else count.tokens
@@ -165,8 +166,10 @@ class TokenEstimator:
             return count.tokens.completion, 0
         source = record.usage_source
         if isinstance(source, TokenCounter) and source.is_stream and self._has_counted(record, source, count):
-            if not record.is_unfinished and not count.reports and not source.has_failed:
-                generated = self._of_unreported(record, count.tokens.completion, prompt)
+            if not record.is_unfinished and not count.reports:
+                generated = self._of_unreported(
+                    record, count.tokens.completion, prompt, may_be_all=not source.has_failed
+                )
                 return generated, generated
             tokens, estimated = self._of_stream(record, count, source.relayed_tokens)
             was_left = record.is_unfinished and record.outcome is not Outcome.TRUNCATED
@@ -179,11 +182,15 @@ class TokenEstimator:
         if count.has_completion:
             return self._of_choices(record, count)
         likely = ceil(count.text_bytes * self._text_of(record).value * UNREPORTED_MARGIN)
-        if count.listed and not record.asked.has_stop:  # llama-server takes the tokens of a stop word out of the list
-            generated = count.listed
-        else:
-            generated = self._of_unreported(record, max(count.listed, likely), prompt)
+        generated = self._of_unreported(record, count.listed or likely, prompt)
         return generated, generated
+
+    def _of_failed(self, record: RequestRecord) -> Tokens | None:
+        """Estimate by the time what was generated for an answer that ended as an error of llama-server's own."""
+        if record.backend_status != HTTPStatus.INTERNAL_SERVER_ERROR or not record.prepared.route.generates:
+            return None
+        generated = self._by_time(record, 0)
+        return Tokens(0, 0, generated, estimated=generated)
 
     def _of_unsent(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what was generated for a client that got nothing of it."""
@@ -195,15 +202,15 @@ class TokenEstimator:
             return _as_shown(record, min(generated, limit_of(record) or generated))
         return _as_shown(record, self._by_time(record, prompt))
 
-    def _of_unreported(self, record: RequestRecord, shown: int, prompt: int) -> int:
+    def _of_unreported(self, record: RequestRecord, shown: int, prompt: int, *, may_be_all: bool = True) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
 
         It is what the response shows, but at least half of what the time makes likely: a grammar can make each token
-        one letter, or half a character, which makes no event. If no speed has been learned, it is all that the request
-        allows.
+        one letter, or half a character, which makes no event and is in no list. If no speed has been learned, it is all
+        that the request allows, if it `may_be_all`.
         """
         limit = limit_of(record)
-        if limit is not None and not self._speed_of(record).is_learned:
+        if may_be_all and limit is not None and not self._speed_of(record).is_learned:
             return limit
         by_time = self._by_time(record, prompt)
         generated = max(shown, by_time // 2) if shown else by_time
@@ -279,8 +286,10 @@ class TokenEstimator:
             # A limit that ended the first choice ends all choices after as many tokens, if they share its prompt.
             limits = (record.asked.max_tokens, completion * record.asked.prompts)
             shared = completion if first.limited and completion in limits else 0
+            # What the first choice's list leaves out is in no list: tokens that end within a character.
+            list_rate = completion / first.tokens if 0 < first.tokens < completion - 1 and not hidden else 1.0
             for choice in others:
-                number, is_exact = _tokens_of_choice(choice, rate, shared, record.asked.max_tokens)
+                number, is_exact = _tokens_of_choice(choice, rate, list_rate, shared, record.asked.max_tokens)
                 if hidden and not choice.limited:
                     number, is_exact = min(number + hidden, record.asked.max_tokens or number + hidden), False
                 completion += number
@@ -301,16 +310,20 @@ def _hidden_in(count: Count, per_byte: float) -> int:
     return max(reported - shown, 0)
 
 
-def _tokens_of_choice(choice: Choice, rate: float, shared: int, max_tokens: int | None) -> tuple[int, bool]:
+def _tokens_of_choice(
+    choice: Choice, rate: float, list_rate: float, shared: int, max_tokens: int | None
+) -> tuple[int, bool]:
     """Return the tokens of a choice without a report, and whether that is exact.
 
-    `rate` is in tokens per byte of text. `shared` is the limit that ends each choice, 0 if it is not known.
+    `rate` is in tokens per byte of text, `list_rate` in tokens per listed one. `shared` is the limit that ends each
+    choice, 0 if it is not known.
     """
-    if choice.tokens:
-        return choice.tokens, True
     if choice.limited and shared:
         return shared, True
-    likely = ceil(choice.text_bytes * rate * MARGIN) + 1  # and the token that ended it
+    if choice.tokens and list_rate == 1:
+        return choice.tokens, True
+    by_text = ceil(choice.text_bytes * rate * MARGIN) + 1  # and the token that ended it
+    likely = ceil(choice.tokens * list_rate * MARGIN) or by_text
     return min(likely, shared or likely, max_tokens or likely), False
 
 

@@ -37,6 +37,7 @@ _NOT_GENERATED = frozenset(
         "type",
     )
 )
+_PROMPT_TOKENS, _GENERATED_TOKENS = "tokens_evaluated", "tokens_predicted"  # in native answers, beside the timings
 _LISTS_OF_TOKENS = ("tokens", "completion_probabilities")
 _ENDS_OF_RESPONSES = ("response.completed", "response.incomplete", "response.failed")
 
@@ -152,20 +153,30 @@ def reported(response: Mapping[str, Any]) -> Tokens | None:
         return _from_timings(timings)
     if usage := object_of(response.get("usage") or inner.get("usage")):
         return _from_usage(usage)
-    if "tokens_evaluated" in response or "tokens_predicted" in response:
-        return Tokens(count_of(response.get("tokens_evaluated")), 0, count_of(response.get("tokens_predicted")))
+    if _PROMPT_TOKENS in response or _GENERATED_TOKENS in response:
+        return Tokens(count_of(response.get(_PROMPT_TOKENS)), 0, count_of(response.get(_GENERATED_TOKENS)))
     return None
 
 
 def is_unfinished(event: Mapping[str, Any]) -> bool:
-    """Whether an event is not the last of its choice, so that its report is not the final one."""
+    """Whether an event is not the last of its choice, so that its report is not the final one.
+
+    A native event without its `stop` is none that is known to be the last: the client asked for other fields.
+    """
     kind = event.get("type")
     if type(kind) is str and kind.startswith("response."):
         return kind not in _ENDS_OF_RESPONSES
     choices = event.get("choices")
     if isinstance(choices, list):
         return any(isinstance(choice, dict) and choice.get("finish_reason", 0) is None for choice in choices)
+    if _PROMPT_TOKENS in event or _GENERATED_TOKENS in event:
+        return event.get("stop") is not True
     return event.get("stop") is False
+
+
+def says_generated(response: Mapping[str, Any]) -> bool:
+    """Whether a report has more than the prompt: of a native one the client may ask for that alone."""
+    return _GENERATED_TOKENS in response or _PROMPT_TOKENS not in response or "timings" in response
 
 
 # --- Choices ---

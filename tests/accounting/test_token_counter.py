@@ -525,6 +525,16 @@ def test_the_listed_tokens_of_several_choices_are_no_text(size: int) -> None:
     count = counter.count()
     assert count is not None
     assert [choice.tokens for choice in count.choices] == [200] * 4
+    choices = [
+        {"text": "x", "index": index, "logprobs": {"content": [TOKEN] * (100 + index)}, "finish_reason": "stop"}
+        for index in range(4)
+    ]
+    counter = TokenCounter(COMPLETIONS)
+    for piece in in_pieces(json.dumps({"choices": choices, "timings": REPORT}).encode(), size):
+        counter.feed(piece)
+    count = counter.count()
+    assert count is not None
+    assert [choice.tokens for choice in count.choices] == [100, 101, 102, 103]
     several = json.dumps([{"completion_probabilities": [TOKEN] * 300}] * 3).encode()
     counter = TokenCounter(NATIVE)
     for piece in in_pieces(several, size):
@@ -680,6 +690,19 @@ def test_all_events_of_a_native_stream_that_begins_with_progress_are_counted(end
     count = counter.count()
     assert count is not None
     assert (counter.relayed_tokens, count.reports, count.tokens) == (301, 0, Tokens(9, 1, 301, estimated=301))
+
+
+@pytest.mark.parametrize(
+    "members", ['"tokens_evaluated":4', '"tokens_evaluated":4,"stop":true', '"tokens_predicted":1']
+)
+def test_a_native_report_is_one_of_what_was_generated_if_it_says_so(members: str) -> None:
+    """With `response_fields` an event has any of its members; an escape in it lets it be read."""
+    counter = TokenCounter(NATIVE)
+    for text in (f'"content":"a",{members},"prompt":"\\u0001"', *['"content":"a"'] * 300):
+        counter.feed(b"data: {%b}\n\n" % text.encode())
+    count = counter.count()
+    assert count is not None
+    assert (counter.relayed_tokens, count.reports, count.tokens.completion) == (301, 0, 301)
 
 
 def test_choices_of_one_prompt_have_read_it_once() -> None:

@@ -78,6 +78,16 @@ def test_a_request_that_used_nothing_has_no_tokens() -> None:
     assert tokens_of(record(usage_source=counted(b"\x1f\x8b"))) is None
 
 
+def test_an_error_of_llama_servers_own_is_charged_by_the_time() -> None:
+    """A grammar that ends before it may is one, after all that was generated."""
+    failed = tokens_of(record(usage_source=None, backend_status=500), taught())
+    assert failed == Tokens(0, 0, 50, estimated=50)
+    limited = record(usage_source=None, backend_status=500, asked=TokensAsked(max_tokens=7, choices=2))
+    assert tokens_of(limited, taught()) == Tokens(0, 0, 14, estimated=14)
+    assert tokens_of(record(usage_source=None, backend_status=503), taught()) is None
+    assert tokens_of(record(EMBEDDINGS, usage_source=None, backend_status=500), taught()) is None
+
+
 # --- Clients that left ---
 
 
@@ -320,17 +330,18 @@ def test_a_stream_without_report_is_charged_at_least_half_of_what_the_time_makes
 
 
 def test_until_a_speed_is_learned_a_stream_without_report_is_charged_what_it_was_allowed() -> None:
-    for source, completion in ((counted(*EVENTS), 1000), (counted(*EVENTS, FAILURE), 2)):
+    for source, completion in ((counted(*EVENTS), 1000), (counted(*EVENTS, FAILURE), 12)):
         tokens = tokens_of(record(usage_source=source, asked=TokensAsked(max_tokens=1000)))
         assert tokens is not None
         assert tokens.completion == completion
 
 
-def test_a_stream_that_has_failed_is_charged_for_its_events() -> None:
+def test_a_stream_that_has_failed_is_charged_as_one_without_a_report() -> None:
+    """llama-server may have generated half characters, or what a grammar ended, until it failed."""
     for failure in (FAILURE, b'event: error\ndata: {"type":"error","error":{"message":"x"}}\n\n'):
         tokens = tokens_of(record(usage_source=counted(*EVENTS, failure)), taught())
         assert tokens is not None
-        assert tokens.completion in (1, 2)  # the error may look like an event with content
+        assert tokens.completion == 25
 
 
 def test_a_stream_that_was_left_after_its_report_is_charged_what_that_says() -> None:
@@ -339,14 +350,15 @@ def test_a_stream_that_was_left_after_its_report_is_charged_what_that_says() -> 
     assert tokens_of(left(usage_source=source, worked_until_s=150.0), taught()) == Tokens(4, 0, 2, estimated=0)
 
 
-def test_the_tokens_of_a_stop_word_are_in_no_list() -> None:
-    """llama-server takes them out of what it lists, and out of the text."""
-    raw = json.dumps({"completion_probabilities": [1] * 7}).encode()
+def test_a_list_has_at_least_half_of_the_tokens_that_the_time_makes_likely() -> None:
+    """llama-server lists neither the tokens of a stop word nor those that end within a character."""
     listed = [
-        tokens_of(record(NATIVE, usage_source=raw, asked=TokensAsked(has_stop=has_stop)), taught())
-        for has_stop in (False, True)
+        tokens_of(
+            record(NATIVE, usage_source=json.dumps({"completion_probabilities": [1] * number}).encode()), taught()
+        )
+        for number in (7, 40)
     ]
-    assert [each.completion for each in listed if each is not None] == [7, 25]  # half of what the time makes likely
+    assert [each.completion for each in listed if each is not None] == [25, 40]
 
 
 @pytest.mark.parametrize("has_list", [False, True])
@@ -359,9 +371,18 @@ def test_further_choices_have_as_many_tokens_of_a_stop_word_as_the_first(*, has_
     assert usual is not None
     assert with_stop is not None
     assert limited is not None
-    assert usual.completion < 400
+    assert usual.completion in (range(1220, 1400) if has_list else range(400))  # a list must have had all tokens
     assert with_stop.completion in range(1200, 1300)
     assert limited.completion in range(1200, 1236)
+
+
+def test_a_choice_that_the_limit_has_ended_has_that_many_tokens_whatever_its_list_has() -> None:
+    """Tokens that end within a character are in no list."""
+    listed = {"logprobs": {"content": [{"token": "x"}] * 201}}
+    choices = [{"index": index, "text": "x" * 804, "finish_reason": "length", **listed} for index in range(4)]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 801}}).encode()
+    tokens = tokens_of(record(COMPLETIONS, usage_source=raw, asked=TokensAsked(choices=4, max_tokens=801)))
+    assert tokens == Tokens(1, 0, 3204)
 
 
 def test_a_choice_that_the_limit_has_ended_has_no_tokens_of_a_stop_word() -> None:

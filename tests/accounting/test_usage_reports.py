@@ -48,6 +48,9 @@ def test_reports(response: dict[str, Any], tokens: Tokens | None) -> None:
         ({"stop": True}, False),
         ({"type": "response.created"}, True),
         ({"type": "response.completed"}, False),
+        ({"tokens_predicted": 5, "stop": True}, False),
+        ({"tokens_predicted": 5}, True),
+        ({"tokens_evaluated": 5}, True),
         ({}, False),
     ],
 )
