@@ -421,10 +421,12 @@ def _new_key(arguments: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 
 def _find(document: Document, arguments: argparse.Namespace) -> list[tuple[int, Entry]]:
-    lines = document.find(arguments.name)
-    if not lines:
-        raise CommandError(f"there is no key named {arguments.name} in {keys_file(arguments)}")
-    return lines
+    name, path = arguments.name, keys_file(arguments)
+    if lines := document.find(name):
+        return lines
+    if complaint := document.complaint_about(name):
+        raise CommandError(f"{path} has that name in a line that is not valid; edit {complaint}")
+    raise CommandError(f"there is no key named {name} in {path}")
 
 
 def _earlier(first: datetime | None, second: datetime | None) -> datetime | None:

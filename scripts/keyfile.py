@@ -419,6 +419,13 @@ class Document:
     def serialize(self) -> bytes:
         return "".join(line.text + "\n" for line in self.lines).encode()
 
+    def complaint_about(self, key_id: str) -> str:
+        """Return what is wrong with the first line of the key id that is not valid, if there is one; else ""."""
+        for number, line in enumerate(self.lines, 1):
+            if isinstance(line.parsed, KeyFileError) and line.text.partition(":")[0].strip() == key_id:
+                return f"line {number}: {line.parsed}"
+        return ""
+
     def find(self, key_id: str) -> list[tuple[int, Entry]]:
         """Return (index in `lines`, entry) for each line of the key id, in file order."""
         numbered = ((index, line.parsed) for index, line in enumerate(self.lines))

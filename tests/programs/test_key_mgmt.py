@@ -237,6 +237,16 @@ def test_a_name_that_does_not_exist_is_an_error(path: Path, run: Callable[..., R
         )
 
 
+def test_a_line_that_is_not_valid_is_named_if_its_name_is_meant(path: Path, run: Callable[..., Response]) -> None:
+    text = f"b:{OLD}2\na:{OLD}:120:30d\n"
+    path.write_text(text)
+    answer = run("set", "--name", "a", "--expires", "30d")
+    assert answer.status == 1
+    complaint = "is not valid; edit line 2: an expiration is like"
+    assert answer.err.startswith(f"key_mgmt: error: {path} has that name in a line that {complaint}")
+    assert path.read_text() == text
+
+
 def test_set_changes_limits_and_not_the_key(path: Path, run: Callable[..., Response]) -> None:
     path.write_text(f"# head\na:{OLD}:1:{FUTURE} parallel=2 # no comment\nb:{OLD}2:1:{FUTURE} parallel=2\n")
     answer = run("set", "--name", "b", "--rate-limit", "0", "--role", "operator")
