@@ -24,8 +24,8 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
 
 from accounting.request_record import Stage
 from config.loader import load_config
@@ -50,6 +50,7 @@ _BACKLOG = 4096
 # Connections accepted at once: asyncio takes its `backlog` for that, and tries as often if accepting fails.
 _ACCEPTS = 64
 _STOP_LISTENING_S = 0.1
+_AGAIN_S = 1.0  # after which a loop that has failed begins again
 # How long the start waits for the keys: a volume that hangs must not keep the gateway from answering.
 FIRST_RELOAD_S = 1.0
 
@@ -96,18 +97,15 @@ class Gateway:
                 copy.listen(_BACKLOG)
                 keep_alive(copy)
         self._app.ticker.start()
-        self._run_beside(self._app.readiness.watch())
-        self._run_beside(self._app.watch_keys())
+        self._run_beside(self._app.readiness.watch)
+        self._run_beside(self._app.watch_keys)
         if self._app.models is not None:
-            self._run_beside(self._app.models.watch())
-            self._run_beside(self._app.models.listen())
+            self._run_beside(self._app.models.watch)
+            self._run_beside(self._app.models.listen)
         return int(self._server.sockets[0].getsockname()[1])
 
-    def _run_beside(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine until the end. Nothing waits for it, so a fault of it would stay unseen."""
-        task = asyncio.ensure_future(work)
-        task.add_done_callback(_log_fault)
-        self._background.append(task)
+    def _run_beside(self, work: Callable[[], Awaitable[None]]) -> None:
+        self._background.append(asyncio.ensure_future(_keep_up(work)))
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.handshakes is None:
@@ -130,7 +128,7 @@ class Gateway:
         self._report_drain()
         app.sessions.cancel_waits(GatewayError(DRAINING), Stage.QUEUED)
         app.viewers.end()
-        self._run_beside(self._finish())
+        self._run_beside(self._finish)
 
     def _report_drain(self) -> None:
         """Report the drain to the supervisor, before the port is closed."""
@@ -177,9 +175,14 @@ class Gateway:
         await self._app.close()
 
 
-def _log_fault(task: "asyncio.Task[None]") -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("a part of the gateway has stopped", exc_info=error)
+async def _keep_up(work: Callable[[], Awaitable[None]]) -> None:
+    """Run what nothing waits for, so that a fault of it would stay unseen. After one it begins again."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("a part of the gateway has failed; it begins again in %g s", _AGAIN_S)
+        await asyncio.sleep(_AGAIN_S)
 
 
 # --- The process ---
