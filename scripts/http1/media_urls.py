@@ -5,30 +5,30 @@ Each API nests them differently, so they are found by names alone, however deepl
 media. In a string every quote is escaped, so a name with its quotes, a colon and a quote are a member.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from json import JSONDecoder
 
 from http1.member_screen import MemberScreen
 
 _OBJECTS = ("image_url", "audio_url", "video_url", "input_audio", "input_video", "source")
 _NAMES = frozenset((*_OBJECTS, "file_url"))
 _NAMES_INSIDE = frozenset(("url", "data"))
-_MAX_SPELLING = 600  # bytes of an address that are looked at, more than a host can have
-_CHAR = rb'(?:[^"\\]|\\.)'
-_START = rb"(?:[hHfF]|\\u00)"
+_MAX_SIGNS = 300  # of an address that are looked at, more than a host can have
+_SIGN = rb'(?:[^"\\]|\\(?:[^u]|u.{4}))'
+_START = rb"(?:[hHfF]|\\u00..)"
 # A value whose end is missing may be torn: it is found with the bytes that follow.
 _MEMBER = re.compile(
-    rb'"(%b{0,64})":"(?:(%b%b{3,%d})"|(%b%b{%d}))'
-    % (_CHAR, _START, _CHAR, _MAX_SPELLING, _START, _CHAR, _MAX_SPELLING),
+    rb'"(%b{0,64})":"(?:(%b%b{3,%d})"|(%b%b{%d}))' % (_SIGN, _START, _SIGN, _MAX_SIGNS, _START, _SIGN, _MAX_SIGNS),
     re.DOTALL,
 )
 # A name with an escape may be any.
 _OBJECT = re.compile(rb'"(?:%b)":\{|"[^"\\]{0,16}\\u00[^"]{0,80}":\{' % "|".join(_OBJECTS).encode())
 _ORIGIN = re.compile(r"(?:http|file:)[^/?#]*(?://[^/?#]*)?", re.IGNORECASE)  # of an address: scheme, host and port
-_OVERLAP_BYTES = 512 + 2 * _MAX_SPELLING
+_OVERLAP_BYTES = 512 + 6 * _MAX_SIGNS
 _MOST = 32  # origins of one body that are kept, each with its first address
 _SCREEN = MemberScreen((), (), addresses=True)
+_DECODE = JSONDecoder(strict=False).raw_decode
 
 
 class MediaUrls:
@@ -77,11 +77,14 @@ class MediaUrls:
 
 
 def _decoded(spelling: bytes) -> str:
-    """Decode a string, of which the end may be missing."""
+    """Decode a string, whose end may be missing, in the middle of a character too."""
     try:
-        if b"\\" not in spelling:  # most have none, and json takes ten times as long
-            return spelling.decode()
-        text = json.loads(b'"' + re.sub(rb"\\(?:u[0-9A-Fa-f]{0,3})?\Z", b"", spelling) + b'"', strict=False)
+        text = spelling.decode()
     except ValueError:
-        return spelling.decode("latin-1")
-    return str(text)
+        text = spelling.decode("latin-1")
+    if "\\" not in text:  # most have none
+        return text
+    try:
+        return str(_DECODE(f'"{text}"')[0])
+    except ValueError:  # an escape that llama-server refuses, too
+        return text

@@ -50,6 +50,22 @@ def test_an_address_of_a_file_is_found_however_its_letters_and_its_colon_are_spe
         assert [address.lower() for address in found(body, size)] == ["file:///etc/passwd"]
 
 
+@pytest.mark.parametrize("before", ["", "a", "aa", "aaa"])
+@pytest.mark.parametrize(
+    "after", ["", "\\\\", "\\\\" * 999, "é" * 999, "\\u00e9" * 999, "\\ud83d\\ude00" * 999, '\\"/' * 999]
+)
+def test_an_escaped_address_is_found_whatever_follows(before: str, after: str) -> None:
+    body = f'{{"image_url":{{"url":"\\u0068ttp://10.0.0.1/{before}{after}"}}}}'.encode()
+    for size in (1 << 15, 7):
+        (address,) = found(body, size)
+        assert address.startswith("http://10.0.0.1/" + before)
+
+
+@pytest.mark.parametrize("spelling", [b"\\u0068ttp://\xff", b"\\u0068\\x", b"http\\x"])
+def test_what_is_no_json_raises_nothing(spelling: bytes) -> None:
+    assert len(found(b'{"image_url":"%b"}' % spelling)) <= 1
+
+
 @pytest.mark.parametrize("escaped", [f"\\u{ord(sign):04x}" for sign in ":PZ_az"])
 def test_no_escape_of_a_sign_of_a_name_or_an_address_is_cleared(escaped: str) -> None:
     assert BodyRules().screen(None).is_suspect(b'{"a":"%b"}' % escaped.encode())
