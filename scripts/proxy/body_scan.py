@@ -83,7 +83,7 @@ class BodyScan:
                 self._look_at(data, self._screen)
                 return True
         else:
-            if self._reader.step():
+            if self._reader.step() or self._media.step():
                 return True
             data = self._next(_SCREENED_BYTES)
             if data:

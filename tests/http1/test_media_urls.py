@@ -15,6 +15,8 @@ def found(body: bytes, size: int = 1 << 15) -> tuple[str, ...]:
     urls = MediaUrls()
     for at in range(0, len(body), size):
         urls.feed(body[at : at + size])
+        while urls.step():
+            pass
     return urls.found
 
 
@@ -80,6 +82,7 @@ def test_no_escape_of_a_sign_of_a_name_or_an_address_is_cleared(escaped: str) ->
         b'{"tools":[{"parameters":{"properties":{"url":{"default":"http://a"},"image_url":{"type":"string"}}}}]}',
         b'{"input":[{"annotations":[{"type":"url_citation","url":"http://a.example/"}]}]}',  # nothing fetches it
         b'{"url":"ftp://a","image_url":{}}',
+        b'{"x":"http://a/","image_url":"files/a.png","url":"hile:"}',
     ],
 )
 def test_what_is_no_address_of_media_is_not(body: bytes) -> None:
@@ -91,3 +94,22 @@ def test_a_file_and_several_hosts_are_found_and_a_number_of_them_is_kept() -> No
     many = json.dumps([{"image_url": f"http://{number}/"} for number in range(99)]).encode()
     assert len(found(many)) == 32
     assert found(b'{"image_url":"http://\xff"}') == ("http://ÿ",)
+
+
+@pytest.mark.parametrize(
+    ("member", "is_looked_at"),
+    [
+        (b'"url":"http"', True),
+        (b'"\\u0075rl":"\\u0068ttp"', True),
+        (b'"":"http"', False),
+        (b'"\\n":"http"', False),
+        (b'"url":"haaa"', False),
+    ],
+)
+def test_a_number_of_members_that_may_be_addresses_is_looked_at_in_a_step(member: bytes, is_looked_at: bool) -> None:
+    urls = MediaUrls()
+    urls.feed(b'{"a":"http://a/",' + b",".join([member] * 1000) + b"}")
+    steps = 0
+    while urls.step():
+        steps += 1
+    assert (steps > 5) is is_looked_at

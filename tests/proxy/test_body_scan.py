@@ -124,6 +124,17 @@ def test_a_large_body_is_read_in_turns_and_a_small_one_passes_it() -> None:
     assert turns > 10
 
 
+def test_a_body_full_of_addresses_is_read_in_many_steps_and_all_are_seen() -> None:
+    body = b'{"a": {"source": {' + b'"url": "http://a/",' * 1500 + b'"url": "http://b/"}}, "n": 3}'
+    scan = BodyScan([body], None, is_complete=True)
+    steps = 1
+    while scan.step():
+        steps += 1
+    members = scan.waiter.result()
+    assert (n_of(members), members and members.urls) == (3, ("http://a/", "http://b/"))
+    assert steps > len(body) // 2500
+
+
 def test_a_cancelled_scan_says_nothing_and_holds_up_no_other() -> None:
     for cancelled in range(3):
         known, _ = turns_of(DENSE, DENSE, DENSE, cancelled=cancelled)
