@@ -65,6 +65,7 @@ _ONE_MEMBER = re.compile(_member(rb'"((?:[^"\\]|\\.)*)"', rb"(?:(" + _SCALAR + b
 _ONE_ELEMENT = tuple(
     re.compile(_SPACE + rb"(?:(" + _NUMBER + rb")|" + value + rb")" + _SPACE + b",", re.DOTALL) for value in _BY_LEVELS
 )
+_DECODE = json.JSONDecoder(strict=False).raw_decode
 _MAX_SIZE = 1 << 62
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _QUOTE, _BACKSLASH, _COMMA, _COLON_CHAR, _SPACE_CHAR, _NUL = b'"\\,: \0'
@@ -474,10 +475,10 @@ def _backslashes(data: bytes, start: int, end: int) -> int:
 def _text(spelling: bytes) -> str | None:
     """Return a string's value from its spelling between quotes; None if it has none."""
     try:
-        text = json.loads(b'"' + spelling + b'"', strict=False)
+        text = spelling.decode("utf-8", "surrogatepass")
+        return str(_DECODE(f'"{text}"')[0]) if "\\" in text else text
     except ValueError:
         return None
-    return text if isinstance(text, str) else None
 
 
 def _scalar_member(spelling: bytes) -> Member:
