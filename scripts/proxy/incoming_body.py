@@ -149,13 +149,13 @@ class IncomingBody:
         return self.members
 
     def members_if_small(self) -> Members | None:
-        """Return the body's members, found now if it is small; None if they are not known, and it is large or gone."""
+        """Return the body's members, found now if it is small.
+
+        None if they are not known, and it is large, takes long to read, or is gone.
+        """
         if self.members is not None or not 0 < self.size <= _SCANNED_AT_ONCE_BYTES or not self._pieces:
             return self.members
-        scan = self.new_scan(None, is_complete=True)
-        while scan.step():
-            pass
-        return scan.waiter.result()
+        return self._services.body_scans.read_now(self.new_scan(None, is_complete=True))
 
     def new_scan(self, screen: MemberScreen | None, *, is_complete: bool = False) -> BodyScan:
         """Return a search in the body. Without a screen it is read to its end."""

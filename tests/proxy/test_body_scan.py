@@ -135,6 +135,16 @@ def test_a_body_full_of_addresses_is_read_in_many_steps_and_all_are_seen() -> No
     assert steps > len(body) // 2500
 
 
+def test_a_body_is_read_now_only_if_that_takes_no_more_than_two_turns() -> None:
+    def read_now(body: bytes) -> tuple[Members | None, int]:
+        scan = CountedScan([body], None, is_complete=True)
+        return BodyScans(StepClock()).read_now(scan), scan.taken
+
+    members, _ = read_now(b'{"a": "%b", "n": 3}' % (b"x" * 60_000))
+    assert n_of(members) == 3
+    assert read_now(b'{"a": [' + b"[[]],[]," * 7000 + b'0], "n": 3}') == (None, 10)
+
+
 def test_a_cancelled_scan_says_nothing_and_holds_up_no_other() -> None:
     for cancelled in range(3):
         known, _ = turns_of(DENSE, DENSE, DENSE, cancelled=cancelled)
@@ -194,6 +204,16 @@ class Steps:
             await asyncio.sleep(0)
         taken, self.taken = " ".join(self.taken), []
         return taken
+
+
+class CountedScan(BodyScan):
+    """Counts the steps that are taken."""
+
+    taken = 0
+
+    def step(self) -> bool:
+        self.taken += 1
+        return super().step()
 
 
 class SteppedScan(BodyScan):

@@ -69,6 +69,19 @@ async def test_bodies_are_read_in_turns_by_key(gateway: MemoryGateway) -> None:
     assert (dense(b"first") in sent[0], dense(b"other") in sent[1]) == (True, True)
 
 
+@pytest.mark.parametrize(("before", "is_known"), [(b'"%b"' % (b"x" * 800), True), (b"[[]],[]," * 100 + b"[]", False)])
+@in_memory(scan_clock=count(0, 0.002).__next__)
+async def test_members_are_found_at_once_unless_that_takes_long(
+    gateway: MemoryGateway, before: bytes, is_known: bool
+) -> None:
+    client, raw = gateway.link.client(), b'{"a": [%b], "n": 1}' % before
+    body = IncomingBody(gateway.services, client, prepare(post(CHAT, raw)), len(raw))
+    end_of(client).receive(raw)
+    assert body.take_if_received()
+    assert (body.members_if_small() is not None) is is_known
+    body.release()
+
+
 EXPECTING = post(CHAT, b"hello", b"Expect: 100-continue")
 
 
