@@ -341,13 +341,18 @@ class TokenCounter:
         return within
 
     def _find_report(self, payload: bytes, places: Sequence[int]) -> None:
-        """Look for an object's report, and count the tokens that it lists, for each choice that begins in `places`."""
+        """Look for an object's report if it may not be at its end, and count the tokens that the object lists.
+
+        They are counted for each choice, which begin in `places`.
+        """
         if b'"embedding":' in self._head:  # it has no text, and the search takes twenty times as long as all else
             return
+        if self._is_native:
+            for _, tokens in self._search.feed(payload):
+                self._final = tokens
+            return
         for begin, end in zip([0, *places], [*places, len(payload)], strict=True):
-            for _, tokens in self._search.feed(payload[begin:end]):
-                if self._is_native:
-                    self._final = tokens
+            self._search.count_listed(payload[begin:end])
             self._listed_before.append(self._search.listed)
         self._listed_before.pop()  # it ends with no place
 
