@@ -21,6 +21,7 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # nor may bytes with a l
 
 _CLOSED_EARLY = "The backend closed before it answered."
 _LATE_END_BYTES = 4096  # more than llama-server's report of a response takes
+_LARGE_BYTES = 1 << 20
 CROSSING_MS = 20  # an end that crosses a request comes this soon after it
 
 
@@ -104,7 +105,8 @@ class BackendProtocol(PeerProtocol):
         """Send a request; return what gets its response's head, as `expect_head` does."""
         self._requested = self._awaits_head = True
         self.deadline_s = inf
-        self._batcher.write((self.transport, request))
+        # Before Python 3.12, asyncio would copy what the socket does not take at once twice.
+        self._batcher.write((self.transport, memoryview(request) if len(request) > _LARGE_BYTES else request))
         head = self._head
         head.done = False
         if self.ended:

@@ -32,13 +32,13 @@ class WriteBatcher:
     """What the current iteration of the loop has to send. `write` takes a pair: a transport and the bytes for it."""
 
     __slots__ = ("_items", "write")
-    write: Callable[[tuple[asyncio.Transport, bytes]], None]
+    write: Callable[[tuple[asyncio.Transport, bytes | memoryview]], None]
 
     def __init__(self) -> None:
-        self._items: list[tuple[asyncio.Transport, bytes]] = []
+        self._items: list[tuple[asyncio.Transport, bytes | memoryview]] = []
         self.write = self._write_and_flush
 
-    def _write_and_flush(self, item: tuple[asyncio.Transport, bytes]) -> None:
+    def _write_and_flush(self, item: tuple[asyncio.Transport, bytes | memoryview]) -> None:
         if not self._items:
             asyncio.get_running_loop().call_soon(self.flush)
         self._items.append(item)

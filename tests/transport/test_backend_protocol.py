@@ -5,6 +5,7 @@ import gc
 import select
 import socket
 import struct
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,26 @@ def test_a_request_is_sent_and_its_response_head_comes_back() -> None:
     asked.transport.receive(HEAD)
     assert asked.head.result() == HEAD
     assert asked.backend.received == b""
+
+
+def test_a_large_request_is_copied_once() -> None:
+    async def play() -> tuple[int, int]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            link = Link()
+            backend = BackendProtocol(writer, link.ticker, link.batcher, 65536, link.activity)
+            backend.send_request(bytes(16 << 20))
+            tracemalloc.start()
+            link.batcher.flush()
+            allocated_bytes = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            buffered_bytes = backend.transport.get_write_buffer_size()
+            backend.abort()
+            await asyncio.sleep(0)
+        return buffered_bytes, allocated_bytes
+
+    buffered_bytes, allocated_bytes = asyncio.run(play())
+    assert 0 < allocated_bytes < 1.5 * buffered_bytes
 
 
 @each_feed
