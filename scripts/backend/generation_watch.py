@@ -42,11 +42,20 @@ class AtWork(NamedTuple):
     is_awaited: bool = True
     body_bytes: int = 0
     events: int | None = None
+    key_id: str = ""
 
     @property
     def read_s(self) -> float:
         """About when the backend has read its body: its tasks get their numbers then."""
         return self.sent_s + self.body_bytes / _READ_BYTES_PER_S
+
+    def may_be_out_of_turn(self, other: "AtWork") -> bool:
+        """Whether it is not known which of two requests got its tasks first, and they are of two keys.
+
+        A key could pad a body, so that another key's request seems to have overtaken it.
+        """
+        turns = (self.sent_s - other.sent_s) * (self.read_s - other.read_s)
+        return turns < 0 and self.key_id != other.key_id
 
 
 class Generated(NamedTuple):
@@ -78,10 +87,11 @@ class GivenUp(NamedTuple):
     limit: int | None = None
     slot: int | None = None
     body_bytes: int = 0
+    key_id: str = ""
 
     @property
     def at_work(self) -> AtWork:
-        return AtWork(self.sent_s, self.at_once, body_bytes=self.body_bytes)
+        return AtWork(self.sent_s, self.at_once, body_bytes=self.body_bytes, key_id=self.key_id)
 
 
 @dataclass(frozen=True)
@@ -192,8 +202,9 @@ class GenerationWatch:
     ) -> None:
         """Look at all slots.
 
-        `assigned` are the tasks that are its own by their order, empty if that says nothing. `others` are certainly
-        another request's. `may_begin`: the backend may not have begun its tasks yet.
+        `assigned` are the tasks that are its own by their order, empty if that says nothing; if they are more than it
+        has, it is not known which of them. `others` are certainly another request's. `may_begin`: the backend may not
+        have begun its tasks yet.
         """
         if self._is_over:
             return
@@ -213,7 +224,7 @@ class GenerationWatch:
         is_pinned = self.request.slot is not None and bool(possible)
         if (assigned or is_pinned) and len(possible) == self.request.at_once:
             self._is_certain = True
-        elif assigned and set(assigned) <= possible.keys():
+        elif 0 < len(assigned) <= self.request.at_once and set(assigned) <= possible.keys():
             possible = {task: possible[task] for task in assigned}
         else:
             return

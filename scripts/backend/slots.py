@@ -341,14 +341,18 @@ def _assign(
 
     That needs as many tasks as are awaited: if there are fewer, one may not have begun, and if there are more, another
     program uses the backend. If one request alone is awaited, what is there is its own. A small request overtakes a
-    large one that was sent just before it.
+    large one that was sent just before it; if it is another key's, each may have any of the tasks.
     """
     most = sum(each.slots for each, _ in awaited)
     if len(tasks) != most and (len(awaited) != 1 or len(tasks) > most):
         return {}
     assigned, left = dict[GenerationWatch | None, Sequence[int]](), tasks
-    for each, watch in sorted(awaited, key=lambda pair: pair[0].read_s):
-        assigned[watch], left = left[: each.slots], left[each.slots :]
+    by_sent = sorted(awaited, key=lambda pair: pair[0].sent_s)
+    by_read = sorted(by_sent, key=lambda pair: pair[0].read_s)
+    others = [] if by_read == by_sent else [each for each, _ in awaited]
+    for each, watch in by_read:
+        is_disputed = any(map(each.may_be_out_of_turn, others))
+        assigned[watch], left = tasks if is_disputed else left[: each.slots], left[each.slots :]
     return assigned
 
 

@@ -294,6 +294,7 @@ class Admission:
             limit=None if asked.max_tokens is None or asked.max_tokens > _MAX_LIMIT else asked.max_tokens,
             slot=None if self._lease is None else self._lease.slot,
             body_bytes=unfinished.sent_bytes,
+            key_id=record.key_id,
         )
         return GenerationWatch(given_up, unfinished.on_generated)
 

@@ -228,6 +228,7 @@ class Sessions:
                 request.stage is Stage.AWAITING_RESPONSE,
                 request.unanswered_bytes,
                 request.stream_events,
+                request.record.key_id,
             )
             for request in requests
             if request.backend_slots and model in (None, request.record.model)

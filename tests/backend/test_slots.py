@@ -739,6 +739,27 @@ def test_a_small_request_overtakes_a_large_one() -> None:
     assert (first.tokens, second.tokens) == (1125, 2125)
 
 
+def test_of_two_keys_neither_gets_the_others_task_by_the_size_of_its_body() -> None:
+    """How fast llama-server reads a body depends on what is in it: the larger one may be first all the same."""
+    slots = [busy(5, 1000), busy(6, 2000), busy(9, 3000)]
+    large = FIRST._replace(body_bytes=40 << 20, key_id="alice")
+    last = GivenUp(1, 9.0, 1.0, key_id="carol")
+    first, second, third = look_twice(slots, [], large, SECOND, last)
+    assert (first.tokens, second.tokens, third.tokens) == (None, None, 3125)
+    awaited = AtWork(FIRST.sent_s, 1, body_bytes=40 << 20, key_id="alice")
+    assert look_twice(slots[:2], [awaited], SECOND) == [Generated(None, None, False)]
+    later = SECOND._replace(sent_s=FIRST.sent_s + 5)
+    first, second = look_twice(slots[:2], [], large, later)
+    assert (first.tokens, second.tokens) == (1125, 2125)
+
+
+def test_a_task_that_only_one_of_two_keys_can_have_is_its_own_in_whatever_order_they_were_read() -> None:
+    slots = [busy(5, 1000), {**busy(6, 2000), "params": {"n_predict": 5000}}]
+    large = AtWork(FIRST.sent_s, 1, body_bytes=40 << 20, key_id="alice")
+    (second,) = look_twice(slots, [large], SECOND._replace(limit=5000))
+    assert second.tokens == 2125
+
+
 def test_a_look_for_one_request_releases_no_other_one_early() -> None:
     """A slot that is idle so soon says nothing: another task of the stream may not have begun."""
 

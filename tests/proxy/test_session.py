@@ -462,3 +462,4 @@ async def test_what_the_backend_works_on_says_how_large_its_body_is(gateway: Mem
     await gateway.asked()
     (at_work,) = gateway.sessions.at_work()
     assert (at_work.slots, at_work.is_awaited, at_work.body_bytes) == (1, True, len(body))
+    assert at_work.key_id == "alice"
