@@ -19,7 +19,7 @@ from backend.slot_listing import (
     is_streamed,
     kept_in,
     most_tokens_of,
-    prompt_of,
+    read_of,
     task_of,
 )
 
@@ -98,28 +98,35 @@ class GivenUp(NamedTuple):
 class _Task:
     """One task: its tokens when it was last seen at work, its pace in tokens per second, and its limit (-1: none).
 
-    `prompt` is 0 until it is known. `ended_with` is how many tokens it had in the end, None if its slot does not say.
+    `read` is how many tokens of its prompt have been read, 0 if its slot does not say: all of them once it has tokens.
+    `ended_with` is how many tokens it had in the end, None if its slot does not say.
     """
 
     tokens: int
-    prompt: int
+    read: int
     limit: int
     seen_s: float
     pace: float = 0.0
     ended_with: int | None = None
 
-    def seen(self, slot: ListedSlot, now_s: float) -> "_Task":
-        """Return it as it is now, after a look at the slot that has its tokens."""
-        if not is_busy(slot):
-            return replace(self, ended_with=self._in_the_end(slot))
-        tokens, prompt = decoded_of(slot), prompt_of(slot)
-        pace = (tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
-        return _Task(tokens, prompt, self.limit, now_s, max(pace, 0.0))
+    def seen(self, slot: ListedSlot, now_s: float, *, has_prompt: bool) -> "_Task":
+        """Return it as it is now, after a look at the slot that has its tokens.
 
-    def _in_the_end(self, slot: ListedSlot) -> int | None:
-        """Return how many tokens it has generated: the last one is not in the slot. A task may also empty its slot."""
-        generated = kept_in(slot) + 1 - self.prompt
-        return generated if self.prompt and generated >= self.tokens else None
+        `has_prompt`: it has a prompt of its own, and does not wait until another task has read it.
+        """
+        if not is_busy(slot):
+            return self._in_the_end(slot, has_prompt=has_prompt)
+        tokens, read = decoded_of(slot), read_of(slot)
+        pace = (tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
+        return _Task(tokens, read, self.limit, now_s, max(pace, 0.0))
+
+    def _in_the_end(self, slot: ListedSlot, *, has_prompt: bool) -> "_Task":
+        """Return it with what its slot has kept: all tokens but the last one. A task may also empty its slot."""
+        kept = kept_in(slot)
+        if not self.tokens:  # it has ended in its prompt, or soon after
+            return replace(self, read=max(self.read, kept)) if self.read or has_prompt else self
+        generated = kept + 1 - self.read
+        return replace(self, ended_with=generated if self.read and generated >= self.tokens else None)
 
     def ended(self) -> "_Task":
         """Return it as one that another task has followed in its slot: it has had all its tokens, if it has a limit."""
@@ -245,7 +252,7 @@ class GenerationWatch:
     def _seen(self, task: int, slot: ListedSlot, now_s: float) -> _Task:
         before = self._own.get(task)
         if before is not None:
-            return before.seen(slot, now_s)
+            return before.seen(slot, now_s, has_prompt=self.request.tasks == self.request.prompts)
         return _first_seen(slot, now_s) if is_busy(slot) else _never_seen(slot, now_s)
 
     @property
@@ -284,10 +291,16 @@ class GenerationWatch:
         tokens = sum([_end_of(task, ended) for task in own])
         # Choices that had ended before: none of them had more tokens.
         tokens += (self.request.at_once - len(own)) * max(task.tokens for task in self._first.values())
-        has_prompts = all(task.prompt for task in own)
-        prompt = sum(task.prompt for task in own) * self.request.prompts // len(own) if has_prompts else None
         is_exact = self._is_certain and len(ended) == len(own)
-        return Generated(self._limited(tokens), prompt, is_exact, self.request.at_once)
+        return Generated(self._limited(tokens), self._read_by(own), is_exact, self.request.at_once)
+
+    def _read_by(self, own: Sequence[_Task]) -> int | None:
+        """Return how many tokens of its prompts have been read; None if the slots do not say so of all prompts."""
+        prompts = self.request.prompts
+        read = sorted([task.read for task in own], reverse=True)
+        if not all(read):  # further choices wait until the prompt that they share has been read
+            read = read[:prompts]
+        return sum(read) * prompts // len(read) if all(read) else None
 
     def _of_many(self) -> int:
         """Estimate what was generated for a request whose tasks follow each other: some ran unseen, some before."""
@@ -318,7 +331,7 @@ def _end_of(task: _Task, ended: Sequence[_Task]) -> int:
 
 
 def _first_seen(slot: ListedSlot, now_s: float) -> _Task:
-    return _Task(decoded_of(slot), prompt_of(slot), most_tokens_of(slot), now_s)
+    return _Task(decoded_of(slot), read_of(slot), most_tokens_of(slot), now_s)
 
 
 def _never_seen(slot: ListedSlot, now_s: float) -> _Task:

@@ -60,11 +60,6 @@ def _next_token_of(slot: ListedSlot) -> Mapping[str, Any]:
     return first if isinstance(first, dict) else {}
 
 
-def prompt_of(slot: ListedSlot) -> int:
-    """Return how many tokens the prompt of a slot's task has, 0 as long as they have not all been read."""
-    return read_of(slot) if decoded_of(slot) else 0
-
-
 def read_of(slot: ListedSlot) -> int:
     """Return how many tokens of the prompt of a slot's task have been read, or were found in the slot."""
     return _number(slot, "n_prompt_tokens_processed") + _number(slot, "n_prompt_tokens_cache")

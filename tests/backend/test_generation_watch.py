@@ -68,10 +68,13 @@ def test_what_is_followed_by_another_task_is_not_taken_to_its_limit() -> None:
     assert seen(*looks, [idle(8, 400)]) == Generated(225, 10, False)
 
 
-def test_a_prompt_that_has_not_been_read_whole_is_not_known() -> None:
+def test_a_prompt_that_has_not_been_read_whole_counts_as_far_as_it_was_read() -> None:
     looks = [slot(7, 0, prompt=5)], [slot(7, 0, prompt=9)]
-    assert seen(*looks) == Generated(0, None, False)
-    assert seen(*looks, [idle(7, 12)]) == Generated(0, None, False)
+    assert seen(*looks) == Generated(0, 9, False)
+    assert seen(*looks, [idle(7, 12)]) == Generated(0, 12, False)
+    assert seen(*looks, [idle(7, 0)]) == Generated(0, 9, False)  # the task has emptied it
+    assert seen([slot(7, 0)], [idle(7, 12)]) == Generated(0, 12, False)  # it was read at once
+    assert seen([slot(7, 0)], []) == Generated(0, None, False)
     assert seen(*looks, [slot(7, 30, prompt=12)], [idle(7, 51)]) == Generated(40, 12, True)
 
 
@@ -96,7 +99,7 @@ def test_a_task_in_the_requests_own_slot_is_its_own() -> None:
 def test_among_several_the_assigned_one_counts_as_an_estimate() -> None:
     looks = [slot(7, 100, prompt=10), slot(8, 0, 1, prompt=90)], [idle(7, 129), slot(8, 0, 1, prompt=90)]
     assert seen(*looks) == Generated(120, 10, False)
-    assert seen(*looks, own=[8]) == Generated(0, None, False)
+    assert seen(*looks, own=[8]) == Generated(0, 90, False)
     both = [idle(7, 129), idle(8, 219, 1)]
     assert seen(
         [slot(7, 100, prompt=10), slot(8, 99, 1, prompt=10)], both, own=[7, 8], tasks=2, at_once=2
@@ -197,6 +200,17 @@ def test_prompts_are_known_only_if_all_are() -> None:
     looks = [slot(7, 50, 0, prompt=10), slot(8, 0, 1)], [slot(7, 60, 0, prompt=10), slot(8, 0, 1)]
     generated = seen(*looks, [idle(7, 109, 0)], own=[7, 8], tasks=2, at_once=2, prompts=2)
     assert (generated.tokens, generated.prompt, generated.is_exact) == (100 + 40, None, False)
+
+
+def test_of_choices_the_first_one_reads_the_prompt_that_they_share() -> None:
+    """The slots of the others keep what they had before, until they get a copy of it."""
+    begun = [slot(7, 0, 0, prompt=10), slot(8, 0, 1)]
+    two = {"own": [7, 8], "tasks": 2, "at_once": 2}
+    assert seen(begun, [idle(7, 30, 0), idle(8, 900, 1)], **two) == Generated(0, 30, False, 2)
+    assert seen([slot(7, 0, 0), slot(8, 0, 1)], [idle(7, 30, 0), idle(8, 900, 1)], **two).prompt is None
+    four = {"own": [4, 5, 6, 7], "tasks": 4, "at_once": 4, "prompts": 2}
+    begun = [slot(4, 0, 0, prompt=10), slot(5, 0, 1), slot(6, 0, 2, prompt=20), slot(7, 0, 3)]
+    assert seen(begun, begun, **four).prompt == 30
 
 
 def test_the_end_of_a_choice_is_not_above_its_limit() -> None:

@@ -11,7 +11,7 @@ from backend.slot_listing import (
     is_streamed,
     kept_in,
     most_tokens_of,
-    prompt_of,
+    read_of,
     task_of,
 )
 
@@ -29,12 +29,12 @@ LISTED: dict[str, Any] = {
 
 def test_a_slot_of_llama_server() -> None:
     assert (task_of(LISTED), is_busy(LISTED), is_streamed(LISTED), most_tokens_of(LISTED)) == (7, True, True, 80)
-    assert (decoded_of(LISTED), prompt_of(LISTED), kept_in(LISTED)) == (50, 10, 59)
+    assert (decoded_of(LISTED), read_of(LISTED), kept_in(LISTED)) == (50, 10, 59)
     assert decoded_of({"next_token": {"n_decoded": 5}}) == 5  # an older version
 
 
-def test_a_prompt_is_known_once_it_has_been_read() -> None:
-    assert prompt_of({**LISTED, "next_token": [{"n_decoded": 0}]}) == 0
+def test_a_prompt_counts_as_far_as_it_has_been_read() -> None:
+    assert read_of({**LISTED, "next_token": [{"n_decoded": 0}]}) == 10
 
 
 def test_an_answer_is_awaited_until_its_first_token_is_sent() -> None:
@@ -48,7 +48,7 @@ def test_an_answer_is_awaited_until_its_first_token_is_sent() -> None:
 def test_what_is_no_count_counts_as_none(value: object) -> None:
     names = ("n_prompt_tokens", "n_prompt_tokens_processed", "n_prompt_tokens_cache")
     slot = {**LISTED, **dict.fromkeys(names, value)}
-    assert (kept_in(slot), prompt_of(slot)) == (0, 0)
+    assert (kept_in(slot), read_of(slot)) == (0, 0)
     for listed in ([{"n_decoded": value}], [value], value):
         assert decoded_of({**LISTED, "next_token": listed}) == 0
     assert most_tokens_of({**LISTED, "params": {"n_predict": value}}) == -1
