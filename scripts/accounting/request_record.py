@@ -68,6 +68,7 @@ class RequestRecord:
         "outcome",
         "peer",
         "prepared",
+        "prompt_limit",
         "queued_s",
         "refusal",
         "reservation",
@@ -100,6 +101,7 @@ class RequestRecord:
         self.reservation: Reservation | None = None  # of tokens within a minute
         self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
         self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
+        self.prompt_limit: int | None = None  # the most tokens that its prompts can have, if it is unfinished
         self.is_behind = False  # more may have been generated for a client that has left than was received and counted
         self.shown: Shown | None = None  # what the slots have shown of a stream whose client has left
         self.worked_until_s = 0.0  # until when the backend worked on it after its end, as far as is known

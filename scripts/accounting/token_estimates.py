@@ -151,14 +151,18 @@ class TokenEstimator:
             return count.tokens.prompt
         if record.generated is not None and record.generated.prompt is not None:
             return record.generated.prompt
-        label = record.prepared.route.label
-        by_body = self.prompt_tokens(record.key_id, label, record.bytes_in)
-        # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
-        by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
+        by_body = self._prompt_by_body(record)
         if record.shown is not None and record.shown.prompt is not None:
             prompts = record.asked.prompts
             by_body = record.shown.prompt.nearest(by_body // prompts) * prompts
         return max(count.tokens.prompt, by_body)
+
+    def _prompt_by_body(self, record: RequestRecord) -> int:
+        """Estimate the tokens of the prompts by the size of the body."""
+        by_body = self.prompt_tokens(record.key_id, record.prepared.route.label, record.bytes_in)
+        # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
+        by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
+        return by_body if record.prompt_limit is None else min(by_body, record.prompt_limit)
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
         """Return the generated tokens, and how many of them are an estimate."""

@@ -70,6 +70,11 @@ def kept_in(slot: ListedSlot) -> int:
     return _number(slot, "n_prompt_tokens")
 
 
+def context_of(slot: ListedSlot) -> int:
+    """Return how many tokens a slot can hold, 0 if that is not known."""
+    return _number(slot, "n_ctx")
+
+
 def _number(values: Mapping[str, Any], name: str) -> int:
     """Return a count, 0 if it is none."""
     value = values.get(name)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
 from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
-from backend.slot_listing import ListedSlot, awaited_task, is_busy
+from backend.slot_listing import ListedSlot, awaited_task, context_of, is_busy
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
@@ -150,11 +150,14 @@ class SlotReclaimer:
     If the backend does not report its slots, that is all. If it does not respond because it is busy, it is polled
     again. Each slot is released at the latest `timeout_s` after that end, or after it was last seen at work by its
     watch.
+
+    `context` is how many tokens a slot can hold, None as long as the slots have not shown it.
     """
 
     def __init__(self, fetch: Fetch, at_work: Callable[[], Sequence[AtWork]], timeout_s: float = _TIMEOUT_S) -> None:
         self._fetch = fetch
         self._at_work = at_work
+        self.context: int | None = None
         self._timeout_s = timeout_s
         self._pending: list[PendingRelease] = []
         self._task: asyncio.Task[None] | None = None
@@ -170,6 +173,7 @@ class SlotReclaimer:
     def reset(self) -> None:
         """The backend may have been restarted: it may report its slots, and has other tasks."""
         self._reports_slots = True
+        self.context = None
         for pending in self._pending:
             if pending.watch is not None:
                 pending.watch.forget_tasks()
@@ -278,6 +282,7 @@ class SlotReclaimer:
             self._reports_slots = False
             return 0
         self._has_answered = True
+        self.context = max(map(context_of, slots), default=0) or None
         at_work = self._at_work()
         now_s = asyncio.get_running_loop().time()
         self._look(slots, at_work, now_s)

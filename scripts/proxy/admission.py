@@ -195,6 +195,14 @@ class Admission:
         """How many slots it has, once it is admitted on a route that takes slots."""
         return 1 if self._ticket is None else self._ticket.slots
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """The most tokens that the request's prompts can have, once the slots have shown how much they hold."""
+        context = self._reclaimer().context if self._route.kind.slot else None
+        if context is None:
+            return None
+        return context * (self._record.asked.prompts if self._route.generates else self._demand.slots)
+
     # --- Suspects run one at a time (see policy.suspects) ---
 
     async def await_lane(self, suspect: Suspect) -> None:

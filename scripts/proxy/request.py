@@ -597,22 +597,24 @@ class Request:
         is_watched = has_left and not streamed and self._prepared.route.generates
         if has_left and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
             record.asked = tokens_asked(self._prepared.route, members)
-        stream = self._follow_stream()
-        if stream is None and not is_watched:
-            services.recorder.record(record)
         assert self._caller is not None  # its request was sent
-        on_generated = partial(_record_whole, services, record, left) if is_watched else None
-        self._admission_of(self._caller).release_unfinished(
+        admission = self._admission_of(self._caller)
+        stream = self._follow_stream(admission)
+        if stream is None and not is_watched:
+            _record_left(services, record, admission)
+        on_generated = partial(_record_whole, services, record, admission, left) if is_watched else None
+        admission.release_unfinished(
             Unfinished(left, body.size, streamed=streamed, on_generated=on_generated, stream=stream)
         )
 
-    def _follow_stream(self) -> LeftStream | None:
+    def _follow_stream(self, admission: Admission) -> LeftStream | None:
         """Let a stream whose client has left be recorded once it has ended; None if it is no such stream."""
         remainder, left = self._remainder, self._left
         has_left = self.record.outcome is Outcome.CANCELLED and self._response.is_event_stream
         if remainder is None and not (has_left and left is not None and left.leaving and not left.ended):
             return None
-        stream = LeftStream(lambda: self.stream_events or 0, partial(_record_stream, self._services, self.record))
+        on_end = partial(_record_stream, self._services, self.record, admission)
+        stream = LeftStream(lambda: self.stream_events or 0, on_end)
         note_end = partial(_note_end, self._services, self.record, stream)
         if remainder is not None:
             remainder.when_counted(note_end)
@@ -636,14 +638,24 @@ def _note_end(services: RequestServices, record: RequestRecord, stream: LeftStre
     stream.note_end()
 
 
-def _record_stream(services: RequestServices, record: RequestRecord, shown: Shown) -> None:
-    """Record a request for a stream whose client has left, once the backend has stopped working on it."""
-    record.shown = shown
+def _record_left(services: RequestServices, record: RequestRecord, admission: Admission) -> None:
+    """Record a request on which the backend was at work when it ended."""
+    record.prompt_limit = admission.prompt_limit
     services.recorder.record(record)
 
 
+def _record_stream(services: RequestServices, record: RequestRecord, admission: Admission, shown: Shown) -> None:
+    """Record a request for a stream whose client has left, once the backend has stopped working on it."""
+    record.shown = shown
+    _record_left(services, record, admission)
+
+
 def _record_whole(
-    services: RequestServices, record: RequestRecord, left: BackendProtocol | None, generated: Generated
+    services: RequestServices,
+    record: RequestRecord,
+    admission: Admission,
+    left: BackendProtocol | None,
+    generated: Generated,
 ) -> None:
     """Record a request whose client has left before its answer. `left` is the connection on which it was sent.
 
@@ -655,4 +667,4 @@ def _record_whole(
         reported = fast_tokens(left.late_end) if record.asked.answers == 1 else None
         if reported is not None:
             record.generated = Generated(reported.completion, reported.prompt, is_exact=True)
-    services.recorder.record(record)
+    _record_left(services, record, admission)

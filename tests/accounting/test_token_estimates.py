@@ -99,6 +99,18 @@ def test_the_prompt_of_a_client_that_left_is_estimated_by_its_body() -> None:
     assert tokens.prompt == 100
 
 
+def test_an_estimate_by_the_body_is_no_larger_than_what_the_prompts_can_have() -> None:
+    """llama-server ignores members that it does not know, and an image has fewer tokens than its bytes."""
+    unlimited, limited = (tokens_of(left(EMBEDDINGS, bytes_in=1 << 20, prompt_limit=most)) for most in (None, 8000))
+    assert unlimited is not None
+    assert unlimited.prompt > 300_000
+    assert limited == Tokens(8000, 0, 0, estimated=8000)
+    assert tokens_of(left(EMBEDDINGS, prompt_limit=8000)) == Tokens(30, 0, 0, estimated=30)
+    stream = tokens_of(left(usage_source=counted(EVENTS[0]), bytes_in=1 << 20, prompt_limit=8000))
+    assert stream is not None
+    assert stream.prompt == 8000
+
+
 def test_what_was_generated_for_a_client_that_left_is_estimated_by_the_time() -> None:
     # 25 tokens of the prompt at 20/s leave 0.25 s of the 1.25 s, and llama-server notices after a second.
     tokens = tokens_of(left(), taught())

@@ -6,6 +6,7 @@ import pytest
 
 from backend.slot_listing import (
     awaited_task,
+    context_of,
     decoded_of,
     is_busy,
     is_streamed,
@@ -16,6 +17,7 @@ from backend.slot_listing import (
 )
 
 LISTED: dict[str, Any] = {
+    "n_ctx": 512,
     "id": 3,
     "id_task": 7,
     "is_processing": True,
@@ -30,6 +32,7 @@ LISTED: dict[str, Any] = {
 def test_a_slot_of_llama_server() -> None:
     assert (task_of(LISTED), is_busy(LISTED), is_streamed(LISTED), most_tokens_of(LISTED)) == (7, True, True, 80)
     assert (decoded_of(LISTED), read_of(LISTED), kept_in(LISTED)) == (50, 10, 59)
+    assert context_of(LISTED) == 512
     assert decoded_of({"next_token": {"n_decoded": 5}}) == 5  # an older version
 
 

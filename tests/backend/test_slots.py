@@ -306,6 +306,20 @@ def test_close_releases_all_slots() -> None:
     run(play())
 
 
+def test_how_much_a_slot_can_hold_is_known_once_the_slots_were_listed() -> None:
+    async def play() -> None:
+        slots = [{"n_ctx": size, "is_processing": False} for size in (4096, 8192)]
+        cancelled = Cancelled(Backend((200, json.dumps(slots).encode()), BACKEND_UNAVAILABLE))
+        assert cancelled.reclaimer.context is None
+        cancelled.cancel()
+        await cancelled.released()
+        assert cancelled.reclaimer.context == 8192
+        cancelled.reclaimer.reset()
+        assert cancelled.reclaimer.context is None
+
+    run(play())
+
+
 def at_work(task: int, tokens: int, *others: int) -> Reply:
     """The reply that lists a task with so many tokens, and others that are at work."""
     slots = [

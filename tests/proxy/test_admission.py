@@ -12,7 +12,7 @@ from core.errors import (
 from policy.slot_demand import ONE_SLOT
 from proxy.admission import Admission, Unfinished
 from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk
-from support.gateway import CHAT, get, post, request
+from support.gateway import CHAT, OPERATOR_KEY, get, post, request
 from support.memory_gateway import WHOLE, MemoryGateway, Served, in_memory
 from support.memory_transport import CLOSING, OPEN, turns_until
 
@@ -291,6 +291,32 @@ def test_a_limit_that_the_backend_reads_as_another_number_is_none(asked: int, li
         served.transport.receive_eof()
         (given_up,) = gateway.releases.given_up
         assert (given_up.limit, given_up.body_bytes) == (limit, len(body))
+
+    play()
+
+
+@pytest.mark.parametrize(
+    ("context", "path", "body", "limit"),
+    [
+        (None, b"/v1/completions", b'{"prompt": "a"}', None),
+        (4096, b"/v1/completions", b'{"prompt": ["a", "b"], "n": 2}', 2 * 4096),
+        (4096, b"/v1/completions", b'{"prompt": "a", "stream": true}', 4096),
+        (4096, b"/v1/embeddings", b'{"input": ["a", "b", "c"]}', 3 * 4096),
+        (4096, b"/v1/chat/completions/control", b"{}", None),
+    ],
+)
+def test_the_prompts_of_a_client_that_left_have_no_more_tokens_than_their_slots(
+    context: int | None, path: bytes, body: bytes, limit: int | None
+) -> None:
+    @in_memory()
+    async def play(gateway: MemoryGateway) -> None:
+        gateway.releases.context = context
+        served = gateway.serve(post(path, body, key=OPERATOR_KEY))
+        backend = await gateway.asked()
+        served.transport.receive_eof()
+        backend.receive_eof()
+        gateway.expect_end(served, Outcome.CANCELLED, 499)
+        assert served.record.prompt_limit == limit
 
     play()
 

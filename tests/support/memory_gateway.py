@@ -148,6 +148,8 @@ class Records(list[RequestRecord]):
 class Releases(list[tuple[Ticket, bool]]):
     """In place of the slot reclaimer. `connections` are those of the requests, and `given_up` what is watched."""
 
+    context: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.connections: list[Connection | None] = []
