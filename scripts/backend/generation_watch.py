@@ -76,7 +76,8 @@ class GivenUp(NamedTuple):
     """A request that was given up: `tasks` tasks for `prompts` different prompts, at most `at_once` of them at once.
 
     `sent_s` and `age_s` are when it was sent, and for how long the backend has had it. `slot` is the slot in which it
-    runs, and `limit` the most tokens of a task, None if they are not known.
+    runs, and `limit` the most tokens of a task, None if they are not known. `may_stream`: its answer may be a stream
+    that had not begun.
     """
 
     tasks: int
@@ -88,6 +89,7 @@ class GivenUp(NamedTuple):
     slot: int | None = None
     body_bytes: int = 0
     key_id: str = ""
+    may_stream: bool = False
 
     @property
     def at_work(self) -> AtWork:
@@ -266,7 +268,9 @@ class GenerationWatch:
 
     def _may_be_own(self, slot: ListedSlot) -> bool:
         request = self.request
-        if not is_busy(slot) or is_streamed(slot) or (request.slot is not None and slot.get("id") != request.slot):
+        if not is_busy(slot) or (request.slot is not None and slot.get("id") != request.slot):
+            return False
+        if is_streamed(slot) and (decoded_of(slot) or not request.may_stream):
             return False
         return request.limit is None or most_tokens_of(slot) == request.limit
 

@@ -47,6 +47,7 @@ class Unfinished:
 
     It may begin as long as `connection` has not ended. `sent_bytes` is the size of the body that it got.
     `on_generated` gets what it is seen to generate; `stream` learns of the slots that its events come from.
+    `may_stream`: it may have asked for a stream that had not begun.
     """
 
     connection: BackendProtocol | None
@@ -54,6 +55,7 @@ class Unfinished:
     streamed: bool
     on_generated: Callable[[Generated], None] | None
     stream: LeftStream | None
+    may_stream: bool = False
 
 
 class Admission:
@@ -303,6 +305,7 @@ class Admission:
             slot=None if self._lease is None else self._lease.slot,
             body_bytes=unfinished.sent_bytes,
             key_id=record.key_id,
+            may_stream=unfinished.may_stream,
         )
         return GenerationWatch(given_up, unfinished.on_generated)
 

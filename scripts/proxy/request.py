@@ -25,7 +25,7 @@ from core.errors import (
 from http1.json_members import Members
 from policy.prepared_request import PreparedRequest
 from policy.routes import PREFLIGHT
-from policy.slot_demand import ONE_SLOT, SlotDemand, check_parallel
+from policy.slot_demand import ONE_SLOT, SlotDemand, asks_for_stream, check_parallel
 from policy.suspects import Suspect
 from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
 from proxy.access import client_addresses
@@ -594,17 +594,26 @@ class Request:
         if has_left and self.is_at_work:
             services.suspects.abandon(self.suspect(), record.model)
         streamed = self._response.is_event_stream
-        is_watched = has_left and not streamed and self._prepared.route.generates
-        if has_left and record.asked.max_tokens is None and (members := body.members_if_small()) is not None:
-            record.asked = tokens_asked(self._prepared.route, members)
+        route, members = self._prepared.route, body.members_if_small() if has_left else None
+        if record.asked.max_tokens is None and members is not None:
+            record.asked = tokens_asked(route, members)
         assert self._caller is not None  # its request was sent
         admission = self._admission_of(self._caller)
+        may_stream = route.streams and (members is None or asks_for_stream(members))
         stream = self._follow_stream(admission)
+        is_watched = has_left and not streamed and route.generates
         if stream is None and not is_watched:
             _record_left(services, record, admission)
         on_generated = partial(_record_whole, services, record, admission, left) if is_watched else None
         admission.release_unfinished(
-            Unfinished(left, body.size, streamed=streamed, on_generated=on_generated, stream=stream)
+            Unfinished(
+                left,
+                body.size,
+                streamed=streamed,
+                on_generated=on_generated,
+                stream=stream,
+                may_stream=may_stream,
+            )
         )
 
     def _follow_stream(self, admission: Admission) -> LeftStream | None:

@@ -123,6 +123,14 @@ def test_streams_and_other_limits_are_not_its_own() -> None:
     assert seen(*looks, limit=200) == Generated(120, 10, True)  # the other one has another limit
 
 
+def test_a_stream_that_has_not_begun_is_its_own_if_the_request_may_be_one() -> None:
+    looks = [slot(7, 0, stream=True, prompt=10)], [slot(7, 0, stream=True, prompt=30)]
+    assert seen(*looks) == NOTHING
+    assert seen(*looks, may_stream=True) == Generated(0, 30, False)
+    begun = [slot(8, 1, 1, stream=True), *looks[0]]
+    assert seen(begun, [slot(7, 9, stream=True, prompt=40)], [idle(7, 49)], may_stream=True) == Generated(10, 40, True)
+
+
 def test_it_is_looked_for_several_times_and_not_for_ever() -> None:
     ended: list[Generated] = []
     watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)

@@ -280,6 +280,32 @@ async def test_a_stream_that_is_left_before_it_begins_is_recorded_when_the_backe
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "most_bytes", "may_stream"),
+    [
+        (CHAT, STREAM_BODY, 100, True),
+        (CHAT, b'{"stream": false}', 100, False),
+        (CHAT, b'{"stream": false}', 10, True),
+        (b"/v1/audio/transcriptions", STREAM_BODY, 100, False),
+    ],
+)
+def test_what_is_left_before_its_head_may_be_a_stream_unless_its_body_says_that_it_is_none(
+    monkeypatch: pytest.MonkeyPatch, path: bytes, body: bytes, most_bytes: int, may_stream: bool
+) -> None:
+    """A large body is not looked into."""
+    monkeypatch.setattr("proxy.incoming_body._SCANNED_AT_ONCE_BYTES", most_bytes)
+
+    @in_memory()
+    async def play(gateway: MemoryGateway) -> None:
+        served = gateway.serve(post(path, body))
+        await gateway.asked()
+        served.transport.receive_eof()
+        (given_up,) = gateway.releases.given_up
+        assert given_up.may_stream is may_stream
+
+    play()
+
+
+@pytest.mark.parametrize(
     ("asked", "limit"), [(5, 5), ((1 << 31) - 1, (1 << 31) - 1), (1 << 31, None), ((1 << 32) + 5, None)]
 )
 def test_a_limit_that_the_backend_reads_as_another_number_is_none(asked: int, limit: int | None) -> None:
