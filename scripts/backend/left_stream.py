@@ -138,14 +138,27 @@ class LeftStream:
         if not self._has_come:
             self._note_silent(None, now_s)
 
-    def look(self, slots: Sequence[ListedSlot], events: StreamEvents, has_silent: bool | None, now_s: float) -> None:
-        """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`."""
+    def look(
+        self,
+        slots: Sequence[ListedSlot],
+        events: StreamEvents,
+        has_silent: bool | None,
+        now_s: float,
+        *,
+        all_at_work: bool = True,
+    ) -> None:
+        """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`.
+
+        `all_at_work`: no request has a slot that is idle. Else what looks like a stream that has just begun may be one
+        that has not.
+        """
         self._looks += 1
         if slots:
             self._most = max([self._most or 0, *map(_shown_by, slots)])
         if not self._has_come:
             self._note_silent(has_silent, now_s)
-            if has_silent is not None and not self._tasks:
+            is_distinct = all_at_work or events.share > _EMPTY_EVENTS
+            if has_silent is not None and is_distinct and not self._tasks:
                 self._find_tasks(slots, events.share, has_silent)
         for slot in slots:
             if (task := task_of(slot)) in self._tasks and task is not None:

@@ -311,8 +311,9 @@ class SlotReclaimer:
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         streams = [*others, *(events for stream, events in left if not stream.has_come)]
         has_silent = has_silent_tokens(slots, known_slots, streams)
+        all_at_work = sum(map(is_busy, slots)) >= known_slots
         for stream, events in left:
-            stream.look(slots, events, has_silent, now_s)
+            stream.look(slots, events, has_silent, now_s, all_at_work=all_at_work)
 
     def _look(self, slots: Sequence[ListedSlot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""

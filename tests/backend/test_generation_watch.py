@@ -168,6 +168,16 @@ def test_it_is_at_work_as_long_as_a_look_shows_it() -> None:
         assert watch.at_work_s == at_work_s
 
 
+def test_a_prompt_that_may_be_anothers_has_no_more_tokens_than_its_own_body_can_have() -> None:
+    """A body of text has no more tokens than bytes, and what a template adds."""
+    both = [slot(7, 100, prompt=9000), slot(8, 100, 1, prompt=35)]
+    assert seen(both, both, body_bytes=100).prompt == 100 + 512
+    assert seen(both, both, body_bytes=9000).prompt == 9000
+    assert seen(both[:1], both[:1], body_bytes=100).prompt == 9000  # it is certain
+    two = {"own": [7, 8], "tasks": 2, "at_once": 2, "prompts": 2, "body_bytes": 100}
+    assert seen([*both, slot(9, 1, 2)], both, **two).prompt == 100 + 2 * 512
+
+
 def test_what_is_not_found_has_had_no_more_than_any_look_has_shown() -> None:
     ended: list[Generated] = []
     watch = GenerationWatch(GivenUp(1, 0.0, 1.0), ended.append)

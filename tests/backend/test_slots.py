@@ -9,7 +9,7 @@ import pytest
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, Generated, GenerationWatch, GivenUp
-from backend.left_stream import LeftStream, Shown
+from backend.left_stream import LeftStream, Shown, Span
 from backend.slots import SlotReclaimer, UnfitBackend, fetch_slots, total_slots
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError, Kind
 from policy.fair_queue import FairQueue, Ticket
@@ -162,6 +162,31 @@ def test_a_stream_is_compared_with_what_all_slots_show_at_once(own: int, has_all
         stream.note_end()
         await cancelled.released()
         assert ended[0].has_all_in_events is has_all
+
+    run(play())
+
+
+@pytest.mark.parametrize("events", [0, 3])
+@pytest.mark.parametrize(("is_at_work", "prompt"), [(True, Span(35, 9000)), (False, None)])
+def test_a_stream_that_has_just_begun_has_no_slot_of_one_that_has_not(
+    events: int, is_at_work: bool, prompt: Span | None
+) -> None:
+    """Its own slot may be idle by then."""
+
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: events, ended.append)
+        own, other = busy(5, 0, stream=True), busy(6, 0, stream=True)
+        own |= {"is_processing": is_at_work, "n_prompt_tokens_processed": 35}
+        slots = [own, {**other, "n_prompt_tokens_processed": 9000}]
+        backend = Backend((200, json.dumps(slots).encode()), 0)
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(0.0, 1)]
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        await cancelled.released()
+        assert ended[0].prompt == prompt
 
     run(play())
 
