@@ -234,12 +234,20 @@ class GenerationWatch:
         is_pinned = self.request.slot is not None and bool(possible)
         if (assigned or is_pinned) and len(possible) == self.request.at_once:
             self._is_certain = True
-        elif 0 < len(assigned) <= self.request.at_once and set(assigned) <= possible.keys():
-            possible = {task: possible[task] for task in assigned}
         else:
+            possible = self._choose(possible, assigned)
+        if not possible:
             return
         self._own = self._first = {task: _first_seen(slot, now_s) for task, slot in possible.items()}
         self._found_s = self._newest_s = self._at_work_s = now_s
+
+    def _choose(self, possible: Mapping[int, ListedSlot], assigned: Sequence[int]) -> Mapping[int, ListedSlot]:
+        """Return the tasks that are assigned to it; of more than it has those that its body can have caused."""
+        chosen = {task: possible[task] for task in assigned if task in possible}
+        if len(assigned) <= self.request.at_once:
+            return chosen if len(chosen) == len(assigned) else {}
+        chosen = {task: slot for task, slot in chosen.items() if read_of(slot) <= self._most_plausible}
+        return chosen if len(chosen) == self.request.at_once else {}
 
     def _follow(self, slots: Sequence[ListedSlot], now_s: float) -> None:
         listed = {task: slot for slot in slots if (task := task_of(slot)) is not None and self._is_own(task)}

@@ -792,6 +792,15 @@ def test_of_two_keys_neither_gets_the_others_task_by_the_size_of_its_body() -> N
     assert (first.tokens, second.tokens) == (1125, 2125)
 
 
+def test_of_two_keys_the_one_with_the_small_body_has_not_read_the_large_prompt() -> None:
+    slots = [{**busy(5, 0), "n_prompt_tokens_processed": 9000}, {**busy(6, 2000), "n_prompt_tokens_processed": 35}]
+    large = AtWork(FIRST.sent_s, 1, body_bytes=40 << 20, key_id="alice")
+    (second,) = look_twice(slots, [large], SECOND._replace(body_bytes=100))
+    assert second == Generated(2125, 35, False)
+    (second,) = look_twice(slots, [large], SECOND._replace(body_bytes=9000))  # it may have read either of them
+    assert second.tokens is None
+
+
 def test_a_task_that_only_one_of_two_keys_can_have_is_its_own_in_whatever_order_they_were_read() -> None:
     slots = [busy(5, 1000), {**busy(6, 2000), "params": {"n_predict": 5000}}]
     large = AtWork(FIRST.sent_s, 1, body_bytes=40 << 20, key_id="alice")
