@@ -20,6 +20,7 @@ from backend.slot_listing import (
     kept_in,
     most_tokens_of,
     read_of,
+    shows_read,
     task_of,
 )
 
@@ -101,35 +102,35 @@ class GivenUp(NamedTuple):
 class _Task:
     """One task: its tokens when it was last seen at work, its pace in tokens per second, and its limit (-1: none).
 
-    `read` is how many tokens of its prompt have been read, 0 if its slot does not say: all of them once it has tokens.
-    `ended_with` is how many tokens it had in the end, None if its slot does not say.
+    `read` is how many tokens of its prompt have been read, None if its slot does not say: all of them once it has
+    tokens. `kept` is what its slot keeps. `ended_with` is how many tokens it had in the end, None if its slot does not
+    say.
     """
 
     tokens: int
-    read: int
+    read: int | None
+    kept: int
     limit: int
     seen_s: float
     pace: float = 0.0
     ended_with: int | None = None
 
-    def seen(self, slot: ListedSlot, now_s: float, *, has_prompt: bool) -> "_Task":
-        """Return it as it is now, after a look at the slot that has its tokens.
-
-        `has_prompt`: it has a prompt of its own, and does not wait until another task has read it.
-        """
+    def seen(self, slot: ListedSlot, now_s: float) -> "_Task":
+        """Return it as it is now, after a look at the slot that has its tokens."""
         if not is_busy(slot):
-            return self._in_the_end(slot, has_prompt=has_prompt)
-        tokens, read = decoded_of(slot), read_of(slot)
-        pace = (tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
-        return _Task(tokens, read, self.limit, now_s, max(pace, 0.0))
+            return self._in_the_end(kept_in(slot))
+        now = _first_seen(slot, now_s)
+        pace = (now.tokens - self.tokens) / (now_s - self.seen_s) if now_s > self.seen_s else self.pace
+        return replace(now, limit=self.limit, pace=max(pace, 0.0))
 
-    def _in_the_end(self, slot: ListedSlot, *, has_prompt: bool) -> "_Task":
+    def _in_the_end(self, kept: int) -> "_Task":
         """Return it with what its slot has kept: all tokens but the last one. A task may also empty its slot."""
-        kept = kept_in(slot)
-        if not self.tokens:  # it has ended in its prompt, or soon after
-            return replace(self, read=max(self.read, kept)) if self.read or has_prompt else self
-        generated = kept + 1 - self.read
-        return replace(self, ended_with=generated if self.read and generated >= self.tokens else None)
+        read = self.read or 0
+        if not self.tokens:  # it has ended in its prompt, or soon after; or it has not begun
+            has_begun = read or kept != self.kept
+            return replace(self, read=max(read, kept)) if has_begun else self
+        generated = kept + 1 - read
+        return replace(self, ended_with=generated if read and generated >= self.tokens else None)
 
     def ended(self) -> "_Task":
         """Return it as one that another task has followed in its slot: it has had all its tokens, if it has a limit."""
@@ -263,7 +264,7 @@ class GenerationWatch:
     def _seen(self, task: int, slot: ListedSlot, now_s: float) -> _Task:
         before = self._own.get(task)
         if before is not None:
-            return before.seen(slot, now_s, has_prompt=self.request.tasks == self.request.prompts)
+            return before.seen(slot, now_s)
         return _first_seen(slot, now_s) if is_busy(slot) else _never_seen(slot, now_s)
 
     @property
@@ -310,11 +311,11 @@ class GenerationWatch:
     def _read_by(self, own: Sequence[_Task]) -> int | None:
         """Return how many tokens of its prompts have been read; None if the slots do not say so of all prompts."""
         prompts = self.request.prompts
-        read = sorted([task.read for task in own], reverse=True)
+        read = sorted([task.read for task in own if task.read is not None], reverse=True)
+        if len(read) < len(own):
+            return None
         if not all(read):  # further choices wait until the prompt that they share has been read
             read = read[:prompts]
-        if not all(read):
-            return None
         prompt = sum(read) * prompts // len(read)
         return prompt if self._is_certain else min(prompt, self._most_plausible)
 
@@ -352,10 +353,12 @@ def _end_of(task: _Task, ended: Sequence[_Task]) -> int:
 
 
 def _first_seen(slot: ListedSlot, now_s: float) -> _Task:
-    return _Task(decoded_of(slot), read_of(slot), most_tokens_of(slot), now_s)
+    tokens, read = decoded_of(slot), read_of(slot)
+    is_known = read or (shows_read(slot) and not tokens)
+    return _Task(tokens, read if is_known else None, kept_in(slot), most_tokens_of(slot), now_s)
 
 
 def _never_seen(slot: ListedSlot, now_s: float) -> _Task:
     """Return a task that has begun and ended between two looks. Its prompt is not known, and counts as generated."""
     tokens, limit = kept_in(slot), most_tokens_of(slot)
-    return _Task(0, 0, limit, now_s, ended_with=min(tokens, limit) if limit >= 0 else tokens)
+    return _Task(0, None, tokens, limit, now_s, ended_with=min(tokens, limit) if limit >= 0 else tokens)

@@ -83,18 +83,20 @@ def most_decoded(slots: Sequence[ListedSlot]) -> int | None:
 class _PossibleTask:
     """One task that may be the stream's: the tokens of its prompt, and those that it has generated."""
 
-    __slots__ = ("generated", "has_ended", "prompt")
+    __slots__ = ("_kept", "generated", "has_ended", "prompt")
 
     def __init__(self) -> None:
-        self.prompt = self.generated = 0
+        self.prompt = self.generated = self._kept = 0
         self.has_ended = False  # and its slot has shown with how many tokens
 
     def look(self, slot: ListedSlot) -> None:
         kept = kept_in(slot)
         if is_busy(slot):
-            self.prompt, self.generated = read_of(slot), decoded_of(slot)
+            self.prompt, self.generated, self._kept = read_of(slot), decoded_of(slot), kept
         elif kept >= self.prompt + self.generated - 1:  # a task may also empty its slot
-            if not self.generated:  # it has ended with its prompt, or soon after
+            if not self.generated:  # it has ended with its prompt, or soon after; or it has not begun
+                if not self.prompt and kept == self._kept:
+                    return
                 self.prompt = kept
             self.generated = kept + 1 - self.prompt  # the last one is not in the slot
             self.has_ended = True

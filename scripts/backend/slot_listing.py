@@ -65,8 +65,16 @@ def read_of(slot: ListedSlot) -> int:
     return _number(slot, "n_prompt_tokens_processed") + _number(slot, "n_prompt_tokens_cache")
 
 
+def shows_read(slot: ListedSlot) -> bool:
+    """Whether a slot has had a task, and its version says how many tokens of the prompt have been read."""
+    return "n_prompt_tokens_processed" in slot
+
+
 def kept_in(slot: ListedSlot) -> int:
-    """Return how many tokens a slot keeps: of the prompt, and all that were generated but the last one."""
+    """Return how many tokens a slot keeps: of the prompt, and all that were generated but the last one.
+
+    They are another task's until its own has begun to read its prompt.
+    """
     return _number(slot, "n_prompt_tokens")
 
 

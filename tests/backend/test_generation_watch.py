@@ -220,14 +220,29 @@ def test_prompts_are_known_only_if_all_are() -> None:
     assert (generated.tokens, generated.prompt, generated.is_exact) == (100 + 40, None, False)
 
 
+def waiting(task: int, number: int, kept: int = 900) -> dict[str, Any]:
+    """Return a slot whose task has not begun to read its prompt: it still has so many tokens of another one."""
+    return {**slot(task, 0, number), "n_prompt_tokens_processed": 0, "n_prompt_tokens": kept}
+
+
+def test_what_a_slot_keeps_of_another_task_is_none_of_a_prompt_that_has_not_been_begun() -> None:
+    assert seen([waiting(7, 0)], [waiting(7, 0)]) == Generated(0, 0, False)
+    assert seen([waiting(7, 0)], [idle(7, 900)]) == Generated(0, 0, False)
+    assert seen([waiting(7, 0)], [idle(7, 30)]) == Generated(0, 30, False)  # it has begun since
+    assert seen([{**waiting(7, 0), "next_token": [{"n_decoded": 5}]}], []).prompt is None  # the slot does not say
+    assert seen([waiting(7, 0)], [idle(7, 0)]) == Generated(0, 0, False)  # the task has emptied it
+    both = [slot(7, 0, prompt=10), waiting(8, 1)]
+    two = {"own": [7, 8], "tasks": 2, "at_once": 2, "prompts": 2}
+    assert seen(both, [idle(7, 30), idle(8, 900, 1)], **two) == Generated(0, 30, False, 2)
+
+
 def test_of_choices_the_first_one_reads_the_prompt_that_they_share() -> None:
     """The slots of the others keep what they had before, until they get a copy of it."""
-    begun = [slot(7, 0, 0, prompt=10), slot(8, 0, 1)]
+    begun = [slot(7, 0, 0, prompt=10), waiting(8, 1)]
     two = {"own": [7, 8], "tasks": 2, "at_once": 2}
     assert seen(begun, [idle(7, 30, 0), idle(8, 900, 1)], **two) == Generated(0, 30, False, 2)
-    assert seen([slot(7, 0, 0), slot(8, 0, 1)], [idle(7, 30, 0), idle(8, 900, 1)], **two).prompt is None
     four = {"own": [4, 5, 6, 7], "tasks": 4, "at_once": 4, "prompts": 2}
-    begun = [slot(4, 0, 0, prompt=10), slot(5, 0, 1), slot(6, 0, 2, prompt=20), slot(7, 0, 3)]
+    begun = [slot(4, 0, 0, prompt=10), waiting(5, 1), slot(6, 0, 2, prompt=20), waiting(7, 3)]
     assert seen(begun, begun, **four).prompt == 30
 
 

@@ -162,6 +162,13 @@ def test_a_prompt_that_is_still_being_read_is_known_in_the_end() -> None:
     assert ended == Shown(True, Span(4000, 4000), Span(1, 1))
 
 
+def test_what_a_slot_keeps_of_another_task_is_none_of_a_prompt_that_has_not_been_begun() -> None:
+    begun = slot(0, task=4, kept=900)
+    for kept, prompt in ((900, 0), (30, 30), (0, 0)):
+        ended = shown(([begun], False), ([idle(4, kept)], None), events=StreamEvents(1))
+        assert ended.prompt == Span(prompt, prompt)
+
+
 def test_if_several_slots_may_be_its_own_the_tokens_lie_between_theirs() -> None:
     like = slot(9, task=6, prompt=80)
     assert shown(([OTHER, like, OWN], False)) == Shown(True, Span(80, 400), Span(7, inf))
