@@ -162,6 +162,9 @@ class TokenEstimator:
         by_body = self.prompt_tokens(record.key_id, record.prepared.route.label, record.bytes_in)
         # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
         by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
+        seen = record.generated or record.shown
+        if seen is not None and seen.most_prompt is not None:
+            by_body = min(by_body, seen.most_prompt * record.asked.prompts)
         return by_body if record.prompt_limit is None else min(by_body, record.prompt_limit)
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:

@@ -64,7 +64,7 @@ class Generated(NamedTuple):
     """The tokens that were generated and those of the prompts, None if not known. `is_exact`: both are certain.
 
     `at_once` is in how many slots they were generated. If they are not known, each of these has had at most `most`,
-    None if that is not known either.
+    None if that is not known either. Nor has one of the prompts had more than `most_prompt`.
     """
 
     tokens: int | None
@@ -72,6 +72,7 @@ class Generated(NamedTuple):
     is_exact: bool
     at_once: int = 1
     most: int | None = None
+    most_prompt: int | None = None
 
 
 class GivenUp(NamedTuple):
@@ -289,11 +290,14 @@ class GenerationWatch:
         self._is_over = True
         self._at_work_s = -inf
 
-    def end(self) -> None:
-        """llama-server works on it no more, or it is not waited for any longer."""
+    def end(self, most_kept: int | None = None) -> None:
+        """llama-server works on it no more, or it is not waited for any longer.
+
+        `most_kept` is how many tokens any slot has kept meanwhile, None if that is not known.
+        """
         request = self.request
         if not self._own:
-            self._on_end(Generated(None, None, False, request.at_once, self._most))
+            self._on_end(Generated(None, None, False, request.at_once, self._most, most_kept))
         elif self._has_further:
             self._on_end(Generated(self._limited(self._of_many()), None, False, request.at_once))
         else:

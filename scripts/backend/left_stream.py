@@ -48,13 +48,15 @@ class Shown(NamedTuple):
     """What the slots have shown of a stream: whether it surely had no token without an event, and its tokens.
 
     `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
-    shown more than `most` tokens, which may be infinite; None if none was seen.
+    shown more than `most` tokens, which may be infinite; None if none was seen. None has kept more than `most_prompt`
+    with the prompt; None if that is not known.
     """
 
     has_all_in_events: bool
     prompt: Span | None = None
     generated: Span | None = None
     most: float | None = None
+    most_prompt: int | None = None
 
 
 def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -114,6 +116,7 @@ class LeftStream:
         self._on_end = on_end
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
         self._most: float | None = None  # tokens that any slot has shown
+        self._most_kept: int | None = None
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
@@ -185,14 +188,18 @@ class LeftStream:
         self._has_come = True
         self._end_if_over()
 
-    def end(self) -> None:
-        """llama-server works on it no more, or it is not waited for any longer."""
+    def end(self, most_kept: int | None = None) -> None:
+        """llama-server works on it no more, or it is not waited for any longer.
+
+        `most_kept` is how many tokens any slot has kept meanwhile, None if that is not known.
+        """
         self._is_released = True
+        self._most_kept = most_kept
         self._end_if_over()
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most))
+            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""

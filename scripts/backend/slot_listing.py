@@ -3,7 +3,7 @@
 Nothing is taken for granted: a value of another type or size than llama-server's counts as none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MOST = 1 << 40  # a larger number is no count of tokens
@@ -76,6 +76,14 @@ def kept_in(slot: ListedSlot) -> int:
     They are another task's until its own has begun to read its prompt.
     """
     return _number(slot, "n_prompt_tokens")
+
+
+def most_kept(slots: Sequence[ListedSlot]) -> int | None:
+    """Return how many tokens any slot keeps at most, None if one that has had a task does not say."""
+    had_tasks = [slot for slot in slots if is_busy(slot) or task_of(slot) is not None]
+    if not had_tasks or not all("n_prompt_tokens" in slot for slot in had_tasks):
+        return None
+    return max(map(kept_in, had_tasks))
 
 
 def context_of(slot: ListedSlot) -> int:

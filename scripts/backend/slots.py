@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
 from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
-from backend.slot_listing import ListedSlot, awaited_task, context_of, is_busy
+from backend.slot_listing import ListedSlot, awaited_task, context_of, is_busy, most_kept
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
 from policy.fair_queue import Ticket
@@ -115,7 +115,8 @@ class PendingRelease:
     """The ticket of a cancelled request, its connection, and what watches its tokens: `stream` those of a stream.
 
     An idle slot says nothing before `earliest_s`: a task of the request may not have begun. `ended_s` is when its
-    connection was seen to have ended, `since_s` when it was cancelled. Times are the loop's.
+    connection was seen to have ended, `since_s` when it was cancelled. Times are the loop's. `kept` is how many tokens
+    any slot has kept since, infinite if that is not known; `is_seen_last`: the last look was after that end.
     """
 
     ticket: Ticket
@@ -125,6 +126,18 @@ class PendingRelease:
     watch: GenerationWatch | None
     stream: LeftStream | None = None
     ended_s: float = inf
+    kept: float = 0.0
+    is_seen_last: bool = False
+
+    def note_kept(self, slots: Sequence[ListedSlot]) -> None:
+        kept = most_kept(slots)
+        self.kept = inf if kept is None else max(self.kept, kept)
+        self.is_seen_last = not self.may_begin
+
+    @property
+    def most_kept(self) -> int | None:
+        """How many tokens the slots of the request had at most when they were released; None if that is not known."""
+        return int(self.kept) if self.is_seen_last and self.kept < inf else None
 
     @property
     def may_begin(self) -> bool:
@@ -298,6 +311,7 @@ class SlotReclaimer:
         """Let the watches know what follows for each request from what all slots show."""
         most_tokens = most_decoded(slots)
         for pending in self._pending:
+            pending.note_kept(slots)
             if pending.watch is not None and pending.may_begin and most_tokens is not None:
                 pending.watch.note_most(most_tokens)
         left = [
@@ -366,5 +380,5 @@ def _end(pending: PendingRelease) -> None:
     """Report what was generated for a cancelled request, then release its slots: the next one's quota counts it."""
     for watch in (pending.watch, pending.stream):
         if watch is not None:
-            watch.end()
+            watch.end(pending.most_kept)
     pending.ticket.release()

@@ -111,6 +111,17 @@ def test_an_estimate_by_the_body_is_no_larger_than_what_the_prompts_can_have() -
     assert stream.prompt == 8000
 
 
+def test_an_estimate_by_the_body_is_no_larger_than_what_any_slot_keeps() -> None:
+    large: dict[str, Any] = {"bytes_in": 1 << 20, "prompt_limit": 8000}
+    whole = left(generated=Generated(None, None, False, most_prompt=90), **large)
+    stream = left(usage_source=counted(EVENTS[0]), shown=Shown(False, most_prompt=90), **large)
+    several = left(generated=Generated(None, None, False, most_prompt=90), asked=TokensAsked(prompts=3), **large)
+    for each, prompt in ((whole, 90), (stream, 90), (several, 270)):
+        tokens = tokens_of(each)
+        assert tokens is not None
+        assert tokens.prompt == prompt
+
+
 def test_what_was_generated_for_a_client_that_left_is_estimated_by_the_time() -> None:
     # 25 tokens of the prompt at 20/s leave 0.25 s of the 1.25 s, and llama-server notices after a second.
     tokens = tokens_of(left(), taught())

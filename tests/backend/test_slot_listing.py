@@ -11,6 +11,7 @@ from backend.slot_listing import (
     is_busy,
     is_streamed,
     kept_in,
+    most_kept,
     most_tokens_of,
     read_of,
     task_of,
@@ -38,6 +39,15 @@ def test_a_slot_of_llama_server() -> None:
 
 def test_a_prompt_counts_as_far_as_it_has_been_read() -> None:
     assert read_of({**LISTED, "next_token": [{"n_decoded": 0}]}) == 10
+
+
+def test_how_many_tokens_any_slot_keeps_is_known_if_all_say_so() -> None:
+    fresh: dict[str, Any] = {"id": 0, "is_processing": False}
+    assert most_kept([LISTED, {**LISTED, "n_prompt_tokens": 700}, fresh]) == 700
+    assert most_kept([LISTED, {"id_task": 3}]) is None
+    assert most_kept([LISTED, {"is_processing": True}]) is None
+    assert most_kept([fresh]) is None
+    assert most_kept([]) is None
 
 
 def test_an_answer_is_awaited_until_its_first_token_is_sent() -> None:

@@ -268,6 +268,40 @@ def test_what_was_not_found_has_had_no_more_than_any_slot_shows() -> None:
     run(play())
 
 
+KEEPS = [{"id_task": 3, "is_processing": False, "n_prompt_tokens": tokens} for tokens in (40, 90, 60)]
+
+
+@pytest.mark.parametrize(
+    ("looks", "most"),
+    [
+        ([KEEPS[:1], KEEPS[1:2], KEEPS[2:]], 90),
+        ([KEEPS[:1], [{"id_task": 3}], KEEPS[2:]], None),  # an older version
+        ([KEEPS[:1], KEEPS[1:2], None], None),  # it may have gone on since the last look
+    ],
+)
+def test_a_prompt_that_was_not_found_has_no_more_tokens_than_any_slot_keeps(
+    looks: list[list[dict[str, Any]] | None], most: int | None
+) -> None:
+    async def play() -> None:
+        generated, shown = list[Generated](), list[Shown]()
+        replies = [(200, json.dumps(slots).encode()) if slots else BACKEND_UNAVAILABLE for slots in looks]
+        backend, connection = Backend(*replies), Line()
+        cancelled = Cancelled(backend, 2.0)
+        cancelled.at_work = [AtWork(0.0, 1), AtWork(0.0, 1)]
+        watch, stream = GenerationWatch(FIRST, generated.append), LeftStream(lambda: 0, shown.append)
+        for each in ({"watch": watch}, {"stream": stream}):
+            ticket = cancelled.queue.acquire("alice")
+            cancelled.reclaimer.release(ticket, streamed=False, connection=connection, **each)  # type: ignore[arg-type]
+        await until(lambda: backend.polls == 2)
+        connection.ended = True
+        stream.note_end()
+        await cancelled.released()
+        assert (generated[0].prompt, generated[0].most_prompt) == (None, most)
+        assert (shown[0].prompt, shown[0].most_prompt) == (None, most)
+
+    run(play())
+
+
 @pytest.mark.parametrize("kind", [BACKEND_TIMEOUT, BACKEND_UNAVAILABLE])
 def test_a_backend_that_is_too_busy_to_respond_is_polled_again(kind: Kind) -> None:
     """While it processes a long prompt, /slots takes long. It may still be working on cancelled requests."""
