@@ -138,6 +138,15 @@ class LeftStream:
             return 0.0
         return _PACE_S if self._has_silent is None and self._looks < _LOOKS else inf
 
+    @property
+    def tasks(self) -> frozenset[int]:
+        """The tasks that may be its own."""
+        return frozenset(self._tasks)
+
+    def take(self, task: int) -> None:
+        """No other one of its tasks is its own."""
+        self._tasks = {task: self._tasks[task]}
+
     def look_in_vain(self, now_s: float) -> None:
         """The slots cannot be seen."""
         if not self._has_come:

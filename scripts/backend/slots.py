@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -328,6 +329,21 @@ class SlotReclaimer:
         all_at_work = sum(map(is_busy, slots)) >= known_slots
         for stream, events in left:
             stream.look(slots, events, has_silent, now_s, all_at_work=all_at_work)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        """Give each of several streams of a key one of the tasks that may be any of theirs, if there are as many.
+
+        Which one does not matter: together they have had what all of these tasks show.
+        """
+        alike = defaultdict[tuple[str, frozenset[int]], list[LeftStream]](list)
+        for each in self._pending:
+            if each.stream is not None and each.ticket.slots == 1:
+                alike[each.ticket.key_id, each.stream.tasks].append(each.stream)
+        for (_, tasks), streams in alike.items():
+            if len(tasks) == len(streams):
+                for stream, task in zip(streams, sorted(tasks), strict=True):
+                    stream.take(task)
 
     def _look(self, slots: Sequence[ListedSlot], at_work: Sequence[AtWork], now_s: float) -> None:
         """Let the watches look. A request whose tasks are not known gets those that are its own by their order."""

@@ -191,6 +191,37 @@ def test_a_stream_that_has_just_begun_has_no_slot_of_one_that_has_not(
     run(play())
 
 
+@pytest.mark.parametrize(
+    ("keys", "prompts"),
+    [
+        (("alice", "alice"), {Span(35, 35), Span(9000, 9000)}),
+        (("alice", "bob"), {Span(35, 9000)}),
+        (("alice",), {Span(35, 9000)}),
+    ],
+)
+def test_streams_of_one_key_that_may_have_the_same_slots_have_one_each(
+    keys: tuple[str, ...], prompts: set[Span]
+) -> None:
+    async def play() -> None:
+        ended: list[Shown] = []
+        slots = [
+            {**busy(task, 0, stream=True), "n_prompt_tokens_processed": read} for task, read in ((5, 35), (6, 9000))
+        ]
+        backend = Backend((200, json.dumps(slots).encode()), 0)
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(0.0, 1)] * (2 - len(keys))
+        streams = [LeftStream(lambda: 0, ended.append) for _ in keys]
+        for key, stream in zip(keys, streams, strict=True):
+            cancelled.reclaimer.release(cancelled.queue.acquire(key), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        for stream in streams:
+            stream.note_end()
+        await cancelled.released()
+        assert {shown.prompt for shown in ended} == prompts
+
+    run(play())
+
+
 def test_a_stream_whose_connection_has_ended_is_not_looked_for_in_the_slots() -> None:
     """Its slot may be idle, while it is not certain yet whose that is."""
 
