@@ -51,11 +51,8 @@ def _warnings(config: Config, *, supervised: bool) -> Iterator[str]:
     if config.auth.enabled:
         store = KeyStore(config.auth.keys_file, config.auth.max_requests_per_minute, config.auth.api_keys or ())
         read = store.reload()
-        yield from (f"keys: {complaint}" for complaint in read.complaints)
-        if not read.keys:
-            yield f"keys: {read.reason}; {read.remedy}" if read.reason else f"keys: {read.remedy}"
-        elif read.reason:
-            yield f"keys: {read.reason}"
+        failure = "; ".join(filter(None, (read.reason, "" if read.keys else read.remedy)))
+        yield from (f"keys: {each}" for each in (*read.complaints, failure) if each)
         yield from filter(None, [shared_cache_warning(config, {caller.key_id for caller in store.keyring})])
     if config.router.enabled and config.supervision.mock_backend:
         yield "MOCK_BACKEND: the mock's models are not checked (MODELS_DIR, MODELS_PRESET, MODELS_PRELOAD)"

@@ -15,9 +15,8 @@ from http1.json_members import JsonType, Member, Members, NameTable
 
 _MOVES = 32  # of one step
 _KEPT_BYTES = 1024  # of a field's value; a longer one is not kept
-_LINE_BYTES = (
-    64 << 10
-)  # of a part's head; llama-server refuses lines of more than 8 KiB, but any number of shorter ones
+# Of a part's head. llama-server refuses a line of more than 8 KiB, and takes any number of shorter ones.
+_LINE_BYTES = 64 << 10
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _OTHERS = rb"(?:[ \t]*;[ \t]*(?!boundary[ \t=])%b=(?:%b|\"[^\"\\]*\"))*" % (_TOKEN, _TOKEN)
 _BOUNDARY = re.compile(

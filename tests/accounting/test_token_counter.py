@@ -693,16 +693,17 @@ def test_all_events_of_a_native_stream_that_begins_with_progress_are_counted(end
 
 
 @pytest.mark.parametrize(
-    "members", ['"tokens_evaluated":4', '"tokens_evaluated":4,"stop":true', '"tokens_predicted":1']
+    ("members", "prompt"),
+    [('"tokens_evaluated":4', 0), ('"tokens_evaluated":4,"stop":true', 4), ('"tokens_predicted":1', 0)],
 )
-def test_a_native_report_is_one_of_what_was_generated_if_it_says_so(members: str) -> None:
+def test_a_native_report_is_one_of_what_was_generated_if_it_says_so(members: str, prompt: int) -> None:
     """With `response_fields` an event has any of its members; an escape in it lets it be read."""
     counter = TokenCounter(NATIVE)
     for text in (f'"content":"a",{members},"prompt":"\\u0001"', *['"content":"a"'] * 300):
         counter.feed(b"data: {%b}\n\n" % text.encode())
     count = counter.count()
     assert count is not None
-    assert (counter.relayed_tokens, count.reports, count.tokens.completion) == (301, 0, 301)
+    assert (counter.relayed_tokens, count.reports, count.tokens) == (301, 0, Tokens(prompt, 0, 301, estimated=301))
 
 
 def test_choices_of_one_prompt_have_read_it_once() -> None:

@@ -399,6 +399,14 @@ def test_further_choices_have_as_many_tokens_of_a_stop_word_as_the_first(*, has_
     assert limited.completion in range(1200, 1236)
 
 
+def test_a_list_without_the_token_that_ended_a_choice_is_a_whole_one() -> None:
+    listed = {"logprobs": {"content": [{"token": "x"}] * 5}}
+    choices = [{"index": index, "text": "x" * 20, "finish_reason": "stop", **listed} for index in range(3)]
+    raw = json.dumps({"choices": choices, "timings": {"prompt_n": 1, "predicted_n": 6}}).encode()
+    asked = TokensAsked(choices=3)
+    assert tokens_of(record(COMPLETIONS, usage_source=raw, asked=asked)) == Tokens(1, 0, 16)
+
+
 def test_a_choice_that_the_limit_has_ended_has_that_many_tokens_whatever_its_list_has() -> None:
     """Tokens that end within a character are in no list."""
     listed = {"logprobs": {"content": [{"token": "x"}] * 201}}

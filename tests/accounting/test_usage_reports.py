@@ -17,6 +17,7 @@ from accounting.usage_reports import (
     parse_json,
     parse_members,
     reported,
+    says_generated,
 )
 
 
@@ -56,6 +57,19 @@ def test_reports(response: dict[str, Any], tokens: Tokens | None) -> None:
 )
 def test_which_events_are_not_the_last_of_a_choice(event: dict[str, Any], unfinished: bool) -> None:
     assert is_unfinished(event) is unfinished
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        ({"tokens_evaluated": 2}, False),
+        ({"tokens_evaluated": 2, "tokens_predicted": 5}, True),
+        ({"tokens_evaluated": 2, "timings": {"predicted_n": 5}}, True),
+        ({"usage": {"completion_tokens": 5}}, True),
+    ],
+)
+def test_which_reports_have_what_was_generated(response: dict[str, Any], says: bool) -> None:
+    assert says_generated(response) is says
 
 
 def test_choices_that_share_a_prompt_have_it_once() -> None:

@@ -49,6 +49,9 @@ async def test_a_backend_that_refuses_the_gateways_key_is_not_ready(stack: Stack
     response = await stack.ask(post())
     assert (response.status, response.code) == (503, "loading")
     assert b"BACKEND_API_KEY is not its --api-key" in response.body
+    for looks in (2, 3):
+        stack.app.readiness.doubt()
+        await until(lambda looks=looks: stack.backend.probes.count(b"/props") >= looks)  # type: ignore[misc]
     assert len([line for line in stack.logged() if line.startswith("nothing is served: llama-server refuses")]) == 1
     stack.backend.own[b"/props"] = answer(b'{"total_slots": 3}')
     await look(stack)
