@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count
 
 from accounting.token_counter import TokenCounter
@@ -45,6 +46,26 @@ def request_ids() -> Iterator[bytes]:
     return map(f"req-{os.urandom(6).hex()}-%d".encode().__mod__, count(1))
 
 
+@dataclass(slots=True)
+class LeftWork:
+    """What is known of the backend's work on a request that ended before that work did.
+
+    `generated` is what the backend was seen to generate for a client that has left, and `shown` what the slots have
+    shown of a stream whose client has. `prompt_limit` is the most tokens that the prompts can have. `is_behind`: more
+    may have been generated than was received and counted. The backend worked until `worked_until_s`, 0 if that is not
+    known.
+    """
+
+    generated: Generated | None = None
+    shown: Shown | None = None
+    prompt_limit: int | None = None
+    is_behind: bool = False
+    worked_until_s: float = 0.0
+
+
+NOTHING_LEFT = LeftWork()
+
+
 class RequestRecord:
     """One request and its outcome. Times are monotonic seconds, 0 for what was not reached.
 
@@ -58,26 +79,21 @@ class RequestRecord:
         "bytes_out",
         "ended_s",
         "first_byte_s",
-        "generated",
         "id",
-        "is_behind",
-        "is_unfinished",
         "key_id",
+        "left",
         "left_queue_s",
         "model",
         "outcome",
         "peer",
         "prepared",
-        "prompt_limit",
         "queued_s",
         "refusal",
         "reservation",
-        "shown",
         "stage",
         "started_s",
         "status",
         "usage_source",
-        "worked_until_s",
     )
 
     bytes_in: int
@@ -99,10 +115,10 @@ class RequestRecord:
         self.refusal: Kind | None = None
         self.asked = ONE_ANSWER  # what the body asks for, and the key allows
         self.reservation: Reservation | None = None  # of tokens within a minute
-        self.is_unfinished = False  # the backend had begun, and the end of its response was not passed on
-        self.generated: Generated | None = None  # what the backend was seen to generate for a client that has left
-        self.prompt_limit: int | None = None  # the most tokens that its prompts can have, if it is unfinished
-        self.is_behind = False  # more may have been generated for a client that has left than was received and counted
-        self.shown: Shown | None = None  # what the slots have shown of a stream whose client has left
-        self.worked_until_s = 0.0  # until when the backend worked on it after its end, as far as is known
+        self.left = NOTHING_LEFT
         self.usage_source: TokenCounter | bytes | None = None  # the response, or what counted its tokens
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the backend had begun, and the end of its response was not passed on."""
+        return self.left is not NOTHING_LEFT

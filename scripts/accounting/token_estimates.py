@@ -137,7 +137,7 @@ class TokenEstimator:
 
     def _complete(self, record: RequestRecord, count: Count) -> Tokens:
         """Return the reported tokens of a request with an estimate of the others."""
-        tokens, seen = count.tokens, record.generated
+        tokens, seen = count.tokens, record.left.generated
         if seen is not None and seen.is_exact:
             return tokens._replace(prompt=seen.prompt or 0, completion=seen.tokens or 0, estimated=0)
         prompt = self._prompt_of(record, count)
@@ -149,12 +149,13 @@ class TokenEstimator:
         """Return the tokens of the prompts. The report of a whole response to several prompts has the first one's."""
         if count.has_prompt and not (record.asked.prompts > 1 and len(count.choices) > 1):
             return count.tokens.prompt
-        if record.generated is not None and record.generated.prompt is not None:
-            return record.generated.prompt
+        seen, shown = record.left.generated, record.left.shown
+        if seen is not None and seen.prompt is not None:
+            return seen.prompt
         by_body = self._prompt_by_body(record)
-        if record.shown is not None and record.shown.prompt is not None:
+        if shown is not None and shown.prompt is not None:
             prompts = record.asked.prompts
-            by_body = record.shown.prompt.nearest(by_body // prompts) * prompts
+            by_body = shown.prompt.nearest(by_body // prompts) * prompts
         return max(count.tokens.prompt, by_body)
 
     def _prompt_by_body(self, record: RequestRecord) -> int:
@@ -162,10 +163,11 @@ class TokenEstimator:
         by_body = self.prompt_tokens(record.key_id, record.prepared.route.label, record.bytes_in)
         # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
         by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
-        seen = record.generated or record.shown
+        left = record.left
+        seen = left.generated or left.shown
         if seen is not None and seen.most_prompt is not None:
             by_body = min(by_body, seen.most_prompt * record.asked.prompts)
-        return by_body if record.prompt_limit is None else min(by_body, record.prompt_limit)
+        return by_body if left.prompt_limit is None else min(by_body, left.prompt_limit)
 
     def _completion_of(self, record: RequestRecord, count: Count, prompt: int) -> tuple[int, int]:
         """Return the generated tokens, and how many of them are an estimate."""
@@ -201,9 +203,9 @@ class TokenEstimator:
 
     def _of_unsent(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what was generated for a client that got nothing of it."""
-        if record.generated is not None and record.generated.tokens is not None:
-            return record.generated.tokens
-        shown = record.shown
+        seen, shown = record.left.generated, record.left.shown
+        if seen is not None and seen.tokens is not None:
+            return seen.tokens
         if shown is not None and shown.has_all_in_events:
             generated = OVERRUN_TOKENS * record.asked.answers
             return _as_shown(record, min(generated, limit_of(record) or generated))
@@ -242,13 +244,13 @@ class TokenEstimator:
 
         A stream begins before its prompt is read.
         """
-        answers = record.asked.answers
+        left, answers = record.left, record.asked.answers
         generated = sent + OVERRUN_TOKENS * answers
-        span_s = max(record.ended_s, record.worked_until_s) - record.first_byte_s - self._reading_s(record, prompt)
+        span_s = max(record.ended_s, left.worked_until_s) - record.first_byte_s - self._reading_s(record, prompt)
         speed = self._speed_of(record)
         by_time = ceil(span_s * speed.value) * answers
-        has_all_in_events = record.shown is not None and record.shown.has_all_in_events
-        if record.is_behind:
+        has_all_in_events = left.shown is not None and left.shown.has_all_in_events
+        if left.is_behind:
             generated = max(generated, by_time)
         elif speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
@@ -257,17 +259,18 @@ class TokenEstimator:
 
     def _by_time(self, record: RequestRecord, prompt: int) -> int:
         """Estimate what the backend generated for a client that has left, or reported to no one, by the time."""
-        span_s, asked = max(record.ended_s, record.worked_until_s) - record.left_queue_s, record.asked
-        at_once = asked.answers if record.generated is None else record.generated.at_once
+        left, seen = record.left, record.left.generated
+        span_s = max(record.ended_s, left.worked_until_s) - record.left_queue_s
+        at_once = record.asked.answers if seen is None else seen.at_once
         if record.is_unfinished:
-            linger_s = 0.0 if record.worked_until_s else LINGER_S
+            linger_s = 0.0 if left.worked_until_s else LINGER_S
             span_s = max(span_s + linger_s - self._reading_s(record, prompt), 0.0)
         speed = self._speed_of(record).value
         generated = ceil(span_s * speed) * at_once
-        if record.generated is not None and record.generated.most is not None:
+        if seen is not None and seen.most is not None:
             # What it has had since the last look, at which others may have kept it from any.
-            more = ceil(LINGER_S * speed) if record.generated.most else OVERRUN_TOKENS
-            generated = min(generated, (record.generated.most + more) * at_once)
+            more = ceil(LINGER_S * speed) if seen.most else OVERRUN_TOKENS
+            generated = min(generated, (seen.most + more) * at_once)
         return min(generated, limit_of(record) or generated)
 
     def _reading_s(self, record: RequestRecord, prompt: int) -> float:
@@ -336,7 +339,7 @@ def _tokens_of_choice(
 
 def _as_shown(record: RequestRecord, tokens: int) -> int:
     """Return an estimate of what was generated of a stream that was left, within what its slot has shown."""
-    shown, answers = record.shown, record.asked.answers
+    shown, answers = record.left.shown, record.asked.answers
     if shown is None:
         return tokens
     if shown.most is not None:

@@ -4,7 +4,7 @@ import logging
 from functools import partial
 from http import HTTPStatus
 
-from accounting.request_record import Outcome, RequestRecord, Stage
+from accounting.request_record import LeftWork, Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
@@ -589,7 +589,7 @@ class Request:
         It is recorded once it is known what the backend has generated.
         """
         services, record, body, left = self._services, self.record, self._body, self._left
-        record.is_unfinished = True
+        record.left = LeftWork()
         has_left = record.outcome is Outcome.CANCELLED
         if has_left and self.is_at_work:
             services.suspects.abandon(self.suspect(), record.model)
@@ -642,20 +642,20 @@ class Request:
 
 def _note_end(services: RequestServices, record: RequestRecord, stream: LeftStream, is_behind: bool) -> None:
     """The rest of a stream whose client has left has been counted."""
-    record.is_behind = is_behind
-    record.worked_until_s = services.clock()
+    record.left.is_behind = is_behind
+    record.left.worked_until_s = services.clock()
     stream.note_end()
 
 
 def _record_left(services: RequestServices, record: RequestRecord, admission: Admission) -> None:
     """Record a request on which the backend was at work when it ended."""
-    record.prompt_limit = admission.prompt_limit
+    record.left.prompt_limit = admission.prompt_limit
     services.recorder.record(record)
 
 
 def _record_stream(services: RequestServices, record: RequestRecord, admission: Admission, shown: Shown) -> None:
     """Record a request for a stream whose client has left, once the backend has stopped working on it."""
-    record.shown = shown
+    record.left.shown = shown
     _record_left(services, record, admission)
 
 
@@ -670,10 +670,10 @@ def _record_whole(
 
     A busy llama-server may not have noticed that, and have sent the whole answer, with its report.
     """
-    record.generated = generated
+    record.left.generated = generated
     if left is not None:
-        record.worked_until_s = min(left.ended_s, services.clock())
+        record.left.worked_until_s = min(left.ended_s, services.clock())
         reported = fast_tokens(left.late_end) if record.asked.answers == 1 else None
         if reported is not None:
-            record.generated = Generated(reported.completion, reported.prompt, is_exact=True)
+            record.left.generated = Generated(reported.completion, reported.prompt, is_exact=True)
     _record_left(services, record, admission)

@@ -17,7 +17,7 @@ from core.errors import INVALID_API_KEY, QUEUE_FULL, RATE_LIMIT_EXCEEDED, TOKEN_
 from metrics import Registry, render
 from policy.token_limiter import TokenLimiter
 from support.clock import Clock
-from support.records import ANSWER, ENDED_AT, ENDED_S, EVENTS, PING, counted, prepare, record
+from support.records import ANSWER, ENDED_AT, ENDED_S, EVENTS, PING, counted, left_record, prepare, record
 
 
 class Recording:
@@ -134,13 +134,12 @@ def test_tokens_and_their_speed() -> None:
 def test_estimates_alone_are_no_sign_that_the_backend_serves() -> None:
     """It may hang: a client that leaves it, or waits in vain, is charged all the same."""
     accounts = Accounts()
-    left = {"outcome": Outcome.CANCELLED, "is_unfinished": True, "usage_source": None, "bytes_in": 100}
-    page = accounts.observe(record(**left), record(**left | {"outcome": Outcome.TIMED_OUT}))
+    page = accounts.observe(left_record(), left_record(outcome=Outcome.TIMED_OUT))
     assert page['gateway_tokens_total{type="completion"}'] > 0
     assert accounts.recorder.served_s is None
     assert page['gateway_cached_prompt_tokens_count{mode="private"}'] == 0
     accounts.clock.advance(5)
-    page = accounts.observe(record(**left), record())
+    page = accounts.observe(left_record(), record())
     assert accounts.recorder.served_s == accounts.clock()
     assert page['gateway_cached_prompt_tokens_count{mode="private"}'] == 1
     assert page['gateway_cached_prompt_tokens_sum{mode="private"}'] == 3
@@ -149,7 +148,7 @@ def test_estimates_alone_are_no_sign_that_the_backend_serves() -> None:
 def test_a_stream_that_was_counted_on_after_its_client_had_left_has_no_gap() -> None:
     """Its events go on, but its time ended as the client left."""
     source = counted(*EVENTS * 400)
-    page = Accounts().observe(record(usage_source=source, is_unfinished=True, outcome=Outcome.CANCELLED))
+    page = Accounts().observe(left_record(usage_source=source))
     assert page["gateway_inter_event_gap_seconds_count"] == 0
 
 

@@ -16,6 +16,7 @@ from backend.left_stream import Shown, Span
 from policy.token_limits import ONE_ANSWER, TokensAsked
 from support.paths import TESTS
 from support.records import ANSWER, CHAT, EVENTS, PING, counted, prepare, record
+from support.records import left_record as left
 
 COMPLETIONS = prepare("POST", "/v1/completions")
 NATIVE = prepare("POST", "/completion")
@@ -26,12 +27,6 @@ OTHER = prepare("GET", "/v1/models")
 
 def tokens_of(made: RequestRecord, estimator: TokenEstimator | None = None) -> Tokens | None:
     return (estimator or TokenEstimator()).tokens_of(made)
-
-
-def left(of: Any = CHAT, **changes: Any) -> RequestRecord:
-    """Return a request whose client left while the backend worked on it."""
-    changes = {"outcome": Outcome.CANCELLED, "is_unfinished": True, "usage_source": None, "bytes_in": 100} | changes
-    return record(of, **changes)
 
 
 def taught() -> TokenEstimator:

@@ -254,7 +254,7 @@ async def test_the_slot_of_a_client_that_left_is_released_once_the_backend_has_s
     ticket.release()
     assert gateway.queue.active == 0
     gateway.expect_end(served, Outcome.CANCELLED, 499)
-    assert served.record.worked_until_s == served.record.ended_s  # the slot was released then, by this double
+    assert served.record.left.worked_until_s == served.record.ended_s  # the slot was released then, by this double
 
 
 @in_memory()
@@ -276,7 +276,7 @@ async def test_a_stream_that_is_left_before_it_begins_is_recorded_when_the_backe
     gateway.link.advance(30)
     backend.receive_eof()
     gateway.expect_end(served, Outcome.CANCELLED, 200)
-    assert served.record.worked_until_s - served.record.ended_s == pytest.approx(30, abs=1)
+    assert served.record.left.worked_until_s - served.record.ended_s == pytest.approx(30, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_the_prompts_of_a_client_that_left_have_no_more_tokens_than_their_slots(
         served.transport.receive_eof()
         backend.receive_eof()
         gateway.expect_end(served, Outcome.CANCELLED, 499)
-        assert served.record.prompt_limit == limit
+        assert served.record.left.prompt_limit == limit
 
     play()
 

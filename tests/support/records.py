@@ -1,8 +1,9 @@
 """Records of requests that have ended, for the tests of what counts them."""
 
+from dataclasses import fields
 from typing import Any
 
-from accounting.request_record import RequestRecord, Stage
+from accounting.request_record import LeftWork, Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter
 from config.settings import Limits
 from policy.cors import Cors
@@ -36,7 +37,7 @@ def counted(*payloads: bytes) -> TokenCounter:
 def record(of: PreparedRequest = CHAT, name: str = "req-1", **changes: Any) -> RequestRecord:
     """Return a chat that went well: 2 s in all, 0.5 s queued, answered after 1 s."""
     made = RequestRecord(name.encode(), "192.0.2.7", of, 100.0, Stage.DONE)
-    fields = {
+    values = {
         "key_id": "alice",
         "status": 200,
         "backend_status": 200,
@@ -48,6 +49,13 @@ def record(of: PreparedRequest = CHAT, name: str = "req-1", **changes: Any) -> R
         "ended_s": ENDED_S,
         "usage_source": counted(ANSWER) if of is CHAT else None,
     }
-    for field, value in {**fields, **changes}.items():
+    for field, value in {**values, **changes}.items():
         setattr(made, field, value)
     return made
+
+
+def left_record(of: PreparedRequest = CHAT, **changes: Any) -> RequestRecord:
+    """Return a chat whose client left while the backend worked on it; changes of its LeftWork are among `changes`."""
+    known = {field.name: changes.pop(field.name) for field in fields(LeftWork) if field.name in changes}
+    usual = {"outcome": Outcome.CANCELLED, "usage_source": None, "bytes_in": 100}
+    return record(of, left=LeftWork(**known), **(usual | changes))
