@@ -300,8 +300,8 @@ def encode_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
 
 
-def holds_request_line(data: bytes, start: int) -> bool:
-    """Whether a line of `data` from `start` on could begin an HTTP/1 request. Takes time in proportion to the data."""
-    if data.find(_REQUEST_VERSION, start) < 0:  # as in nearly all: the expression stops at each line
+def holds_request_line(data: bytes) -> bool:
+    """Whether a line of `data` could begin an HTTP/1 request. Takes time in proportion to the data."""
+    if _REQUEST_VERSION not in data:  # as in nearly all: the expression stops at each line
         return False
-    return bool(_REQUEST_LINE.match(data, start) or _LATER_REQUEST_LINE.search(data, start))
+    return bool(_REQUEST_LINE.match(data) or _LATER_REQUEST_LINE.search(data))

@@ -17,8 +17,7 @@ from hashlib import blake2b, sha256
 from auth import candidates
 from config.settings import Limits
 from core.dialects import DIALECTS
-from core.errors import BAD_REQUEST, Fields, GatewayError
-from http1.bodies import holds_request_line
+from core.errors import Fields, GatewayError
 from http1.form_fields import form_boundary
 from http1.forwarded import NO_PROXIES, TrustedProxies
 from http1.grammar import (
@@ -105,19 +104,10 @@ class PreparedRequest:
         return self.route.streams and self.method == b"POST"
 
     def backend_request(self, request_id: bytes, length: int, pieces: Sequence[bytes | bytearray]) -> bytes:
-        """Return the request for the backend, with a body of `length` bytes in `pieces`.
-
-        Raises BAD_REQUEST if a line of the body could be taken for a request. JSON has no such line, and llama-servers
-        of before November 2025 take a body for the next request if they refuse one without reading it.
-        """
+        """Return the request for the backend, with a body of `length` bytes in `pieces`."""
         if length or self.method not in _WITHOUT_BODY:
             length_line = b"Content-Length: %d\r\n\r\n" % length
-            request = b"".join((self.before_id, request_id, self.after_id, length_line, *pieces))
-            start = len(request) - length
-            # Most JSON has no CR, and a search for one is much faster than the other one.
-            if request.find(b"\r", start) >= 0 and holds_request_line(request, start):
-                raise GatewayError(BAD_REQUEST, "A line of the request's body is the first line of an HTTP request.")
-            return request
+            return b"".join((self.before_id, request_id, self.after_id, length_line, *pieces))
         return b"".join((self.before_id, request_id, self.after_id, CRLF))
 
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from core.errors import QUEUE_TIMEOUT
+from core.errors import BAD_REQUEST, QUEUE_TIMEOUT, GatewayError
 from http1.added_members import with_members
-from http1.bodies import RequestBody
+from http1.bodies import RequestBody, holds_request_line
 from http1.grammar import CONTINUE, CRLF
 from http1.json_members import Members
 from http1.member_screen import MemberScreen, shortened
@@ -125,6 +125,21 @@ class IncomingBody:
             self.scan.cancel()
 
     # --- What it says ---
+
+    def check_lines(self) -> None:
+        """Raise BAD_REQUEST if a line of the body could be taken for a request.
+
+        JSON has no such line, and llama-servers of before November 2025 take a body for the next request if they refuse
+        one without reading it.
+        """
+        # This is done next to the screen's search: each fills the processor's cache with the body.
+        for piece in self._pieces:
+            if piece.find(b"\r") >= 0:  # as in little JSON, and the other search takes much longer
+                if holds_request_line(b"".join(self._pieces)):
+                    raise GatewayError(
+                        BAD_REQUEST, "A line of the request's body is the first line of an HTTP request."
+                    )
+                return
 
     def is_cleared(self) -> bool:
         """Whether no member that matters to the gateway can be in a body that was received at once."""

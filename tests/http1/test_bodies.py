@@ -275,10 +275,9 @@ def test_small_pieces_of_a_body_are_kept_together() -> None:
     ],
 )
 def test_a_line_that_could_begin_a_request_is_found(data: bytes, holds: bool) -> None:
-    assert holds_request_line(data, 0) is holds
-    assert holds_request_line(b"POST /v1/x HTTP/1.1\r\n\r\n" + data, 23) is holds
+    assert holds_request_line(data) is holds
 
 
 def test_lines_without_end_are_searched_once() -> None:
     """Searching the line's beginning at each version would take hours here."""
-    assert not holds_request_line(b"\r" + b" HTTP/1." * 1_000_000, 0)
+    assert not holds_request_line(b"\r" + b" HTTP/1." * 1_000_000)

@@ -91,13 +91,6 @@ def test_the_backend_gets_the_length_of_this_request() -> None:
         )
 
 
-def test_a_body_with_the_first_line_of_a_request_is_refused() -> None:
-    prepared, _ = find(request_cache(), sized(21))
-    with pytest.raises(GatewayError) as refused:
-        prepared.backend_request(b"r-1", 21, [b"GET /slots ", b"HTTP/1.1\r\n"])
-    assert refused.value.kind is BAD_REQUEST
-
-
 def test_a_connection_that_repeats_its_head_gets_the_same_with_another_length() -> None:
     made, last = request_cache(), LastHead()
     found = [made.find(sized(length), last) for length in (1, 22, 333, 4)]

@@ -54,6 +54,28 @@ async def test_a_chunked_body_is_sent_with_its_length(gateway: MemoryGateway) ->
     assert served.request.unanswered_bytes == 5
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("received", [0, 14, 33])
+@in_memory()
+async def test_a_body_with_the_first_line_of_a_request_is_refused(
+    gateway: MemoryGateway, received: int, chunked: bool
+) -> None:
+    """However it is torn. Old llama-servers would take it for a request."""
+    body = b"hello\r\nGET /slots HTTP/1.1\r\n\r\n"
+    if chunked:
+        head = request(b"POST", CHAT, None, b"Transfer-Encoding: chunked")
+        raw = head + b"%x\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (9, body[:9], len(body) - 9, body[9:])
+    else:
+        raw = post(CHAT, body)
+        head = raw[: -len(body)]
+    begin = len(head) + received
+    served = gateway.serve(raw[:begin] if received else raw)
+    if received:
+        served.transport.receive(raw[begin:])
+    assert served.request.record.refusal is BAD_REQUEST
+    assert not gateway.backends.transports
+
+
 def dense(name: bytes) -> bytes:
     """A body that takes many steps to be read."""
     return b'{"n": 1, "%b": [%b0]}' % (name, b"{}," * 70)
