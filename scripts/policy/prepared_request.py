@@ -40,6 +40,7 @@ _MAX_HEAD_BYTES = 2048  # longer heads are rare, and would make 256 of them larg
 _LENGTH_LINE = b"\r\nContent-Length: "
 _LENGTH_LINE_LOWER = _LENGTH_LINE.lower()
 _MAX_DIGITS = 19
+_JOINED_BYTES = 16384  # to copy so much takes less time than to send two pieces
 _WITHOUT_BODY = (b"GET", b"HEAD")
 _NO_CODINGS = frozenset((b"", b"identity", b"utf-8"))  # the last one is no coding, but clients send it
 _GZIP = re.compile(rb"(?:^|[,\s])(?:x-)?gzip\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,|$)))", re.IGNORECASE)
@@ -103,10 +104,14 @@ class PreparedRequest:
         """Whether it may wait so long that it needs signs of life."""
         return self.route.streams and self.method == b"POST"
 
-    def backend_request(self, request_id: bytes, length: int, pieces: Sequence[bytes | bytearray]) -> bytes:
-        """Return the request for the backend, with a body of `length` bytes in `pieces`."""
+    def backend_request(
+        self, request_id: bytes, length: int, pieces: Sequence[bytes | bytearray]
+    ) -> bytes | Sequence[bytes | bytearray]:
+        """Return the request for the backend, with a body of `length` bytes in `pieces`. A large one is not joined."""
         if length or self.method not in _WITHOUT_BODY:
             length_line = b"Content-Length: %d\r\n\r\n" % length
+            if length > _JOINED_BYTES:
+                return (b"".join((self.before_id, request_id, self.after_id, length_line)), *pieces)
             return b"".join((self.before_id, request_id, self.after_id, length_line, *pieces))
         return b"".join((self.before_id, request_id, self.after_id, CRLF))
 

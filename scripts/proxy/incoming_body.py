@@ -197,8 +197,8 @@ class IncomingBody:
         head = b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n' % (boundary, name.encode())
         self.added_field = head + value.encode() + CRLF
 
-    def request(self, request_id: bytes) -> bytes:
-        """Return the request for the backend."""
+    def request(self, request_id: bytes) -> bytes | Sequence[bytes | bytearray]:
+        """Return the request for the backend, in pieces if it is large."""
         if self.added is None:
             if not self.added_field:
                 return self._prepared.backend_request(request_id, self.size, self._pieces)

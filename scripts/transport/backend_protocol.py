@@ -3,7 +3,7 @@
 import asyncio
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from math import inf
 from typing import cast
@@ -11,6 +11,7 @@ from typing import cast
 from core.errors import BACKEND_MALFORMED, BACKEND_UNAVAILABLE, GatewayError
 from http1.grammar import HEAD_END
 from transport.peer_protocol import PeerProtocol
+from transport.piece_writer import Piece, PieceWriter
 from transport.tcp import CLOSED, tcp_state
 from transport.ticker import Ticker
 from transport.waiter import Waiter
@@ -21,7 +22,6 @@ _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # nor may bytes with a l
 
 _CLOSED_EARLY = "The backend closed before it answered."
 _LATE_END_BYTES = 4096  # more than llama-server's report of a response takes
-_LARGE_BYTES = 1 << 20
 CROSSING_MS = 20  # an end that crosses a request comes this soon after it
 
 
@@ -54,6 +54,7 @@ class BackendProtocol(PeerProtocol):
         "_last_activity",
         "_max_head_bytes",
         "_partial_head",
+        "_piece_writer",
         "_requested",
         "_reused",
         "ended_s",
@@ -74,6 +75,7 @@ class BackendProtocol(PeerProtocol):
         crossing_ms: int = CROSSING_MS,
     ) -> None:
         super().__init__(writer, cast(asyncio.Transport, writer.transport), ticker, batcher)
+        self._piece_writer = PieceWriter(self.transport)
         self._last_activity = last_activity
         self._crossing_ms = crossing_ms
         self._max_head_bytes = max_head_bytes
@@ -101,16 +103,18 @@ class BackendProtocol(PeerProtocol):
         else:
             self.abort()  # it sends without a request
 
-    def send_request(self, request: bytes) -> Waiter[bytes]:
-        """Send a request; return what gets its response's head, as `expect_head` does."""
+    def send_request(self, request: bytes | Sequence[Piece]) -> Waiter[bytes]:
+        """Send a request, or the pieces of a large one; return what gets its response's head, as `expect_head` does."""
         self._requested = self._awaits_head = True
         self.deadline_s = inf
-        # Before Python 3.12, asyncio would copy what the socket does not take at once twice.
-        self._batcher.write((self.transport, memoryview(request) if len(request) > _LARGE_BYTES else request))
+        if type(request) is bytes:
+            self._batcher.write((self.transport, request))
+        else:
+            self._batcher.write((self._piece_writer, request))
         head = self._head
         head.done = False
         if self.ended:
-            self._batcher.withdraw(self.transport)
+            self._withdraw()
             self.missed = Missed.SURELY
             self._fail_head()
         return head
@@ -173,7 +177,7 @@ class BackendProtocol(PeerProtocol):
         before it. Bytes that reach a closed socket, or are unread in one that is being closed, are answered by a reset.
         If a process dies that has read all, its kernel sends a FIN and nothing else.
         """
-        if self._batcher.withdraw(self.transport) or self.transport.get_write_buffer_size():
+        if self._withdraw() or self.transport.get_write_buffer_size():
             return Missed.SURELY
         if self.transport.get_extra_info("socket").family == socket.AF_UNIX:  # only unread bytes cause a reset of these
             return Missed.NO if self.closed_cleanly else Missed.SURELY
@@ -184,8 +188,17 @@ class BackendProtocol(PeerProtocol):
             return Missed.NO
         return Missed.IF_ALIVE if self.closed_cleanly else Missed.PROBABLY
 
+    def _withdraw(self) -> bool:
+        """Do not send what the batcher still has; return whether there was anything."""
+        return self._batcher.withdraw(self.transport, self._piece_writer)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._piece_writer.resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._piece_writer.close()
         on_lost, self.on_lost = self.on_lost, None
         if on_lost is not None:
             on_lost(self)
@@ -220,7 +233,7 @@ class BackendProtocol(PeerProtocol):
         the end of what it sends all the same. The connection is reset after `seconds`; at once if the request has not
         been sent whole, since the backend never begins it then, and if the response has begun.
         """
-        is_sent = not (self._batcher.withdraw(self.transport) or self.transport.get_write_buffer_size())
+        is_sent = not (self._withdraw() or self.transport.get_write_buffer_size())
         if is_sent and self._awaits_head and not self.ended:
             self._awaits_head = False
             self.leave(self._keep_end, _drop, seconds)

@@ -17,7 +17,7 @@ from contextlib import suppress
 from contextvars import Context
 from math import inf
 from selectors import EVENT_READ, EVENT_WRITE, SelectorKey
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from core.tasks import end_tasks
 
@@ -28,17 +28,23 @@ T = TypeVar("T")
 _EPOLLIN = getattr(select, "EPOLLIN", 0)  # a constant of Linux
 
 
+class Writer(Protocol):
+    """A transport, or what stands for one."""
+
+    def write(self, data: Any, /) -> None: ...
+
+
 class WriteBatcher:
     """What the current iteration of the loop has to send. `write` takes a pair: a transport and the bytes for it."""
 
     __slots__ = ("_items", "write")
-    write: Callable[[tuple[asyncio.Transport, bytes | memoryview]], None]
+    write: Callable[[tuple[Writer, Any]], None]
 
     def __init__(self) -> None:
-        self._items: list[tuple[asyncio.Transport, bytes | memoryview]] = []
+        self._items: list[tuple[Writer, Any]] = []
         self.write = self._write_and_flush
 
-    def _write_and_flush(self, item: tuple[asyncio.Transport, bytes | memoryview]) -> None:
+    def _write_and_flush(self, item: tuple[Writer, Any]) -> None:
         if not self._items:
             asyncio.get_running_loop().call_soon(self.flush)
         self._items.append(item)
@@ -47,9 +53,9 @@ class WriteBatcher:
         """From now on the loop itself calls `flush` at the end of each iteration."""
         self.write = self._items.append
 
-    def withdraw(self, transport: asyncio.BaseTransport) -> bool:
-        """Drop what is not sent yet for a transport; return whether there was anything."""
-        kept = [item for item in self._items if item[0] is not transport]
+    def withdraw(self, *writers: Writer) -> bool:
+        """Drop what is not sent yet for these; return whether there was anything."""
+        kept = [item for item in self._items if item[0] not in writers]
         withdrawn = len(kept) < len(self._items)
         self._items[:] = kept  # it stays the same list, since `write` may be its `append`
         return withdrawn

@@ -91,6 +91,16 @@ def test_the_backend_gets_the_length_of_this_request() -> None:
         )
 
 
+def test_a_large_body_is_not_joined() -> None:
+    prepared, _ = find(request_cache(), sized(9999))
+    pieces = [b"a" * 9000, b"d" * 11_000]
+    request = prepared.backend_request(b"r-1", 20_000, pieces)
+    assert not isinstance(request, bytes)
+    begin, *rest = request
+    assert begin.endswith(b"\r\nContent-Length: 20000\r\n\r\n")
+    assert [id(piece) for piece in rest] == [id(piece) for piece in pieces]
+
+
 def test_a_connection_that_repeats_its_head_gets_the_same_with_another_length() -> None:
     made, last = request_cache(), LastHead()
     found = [made.find(sized(length), last) for length in (1, 22, 333, 4)]

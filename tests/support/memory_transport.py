@@ -59,6 +59,7 @@ def descriptor(*, unread: bool) -> int:
     one, other = socket.socketpair()
     if unread:
         one.send(b"x")
+    one.shutdown(socket.SHUT_WR)  # what is written reaches the transport alone
     other.detach()
     return one.detach()
 
@@ -122,6 +123,9 @@ class MemoryTransport(asyncio.Transport):
 
     def get_write_buffer_size(self) -> int:
         return self._unsent_bytes
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        return HIGH_WATER_BYTES // 4, HIGH_WATER_BYTES
 
     def is_closing(self) -> bool:
         return self.state != OPEN
