@@ -65,7 +65,7 @@ class IncomingBody:
     # --- Receiving ---
 
     def take_if_received(self) -> bool:
-        """Take the body if all of it has been received; return whether that is so."""
+        """Take the body if all of it has been received; return whether that is so. Raises what `read` does."""
         length = self.length
         if length is None:
             return False
@@ -76,10 +76,16 @@ class IncomingBody:
         self._pieces = (received,)
         self.size = self._held_bytes = length
         self._services.memory.add(length)
+        # Next to the screen's search: each of them fills the processor's cache with the body.
+        if received.find(b"\r") >= 0:
+            self._check_lines()
         return True
 
     async def read(self, *, for_members: bool) -> None:
-        """Read the body. It is searched while it comes, if it is large; `for_members`: whatever it looks like."""
+        """Read the body. It is searched while it comes, if it is large; `for_members`: whatever it looks like.
+
+        Raises what ClientProtocol.read_body does; BAD_REQUEST if a line of the body could be taken for a request.
+        """
         services = self._services
         if self._prepared.expects_continue and not self._client.has_unread:
             self._client.write(CONTINUE)
@@ -95,6 +101,17 @@ class IncomingBody:
         finally:
             self.size = body.payload_bytes
         self.unread = False
+        if any(piece.find(b"\r") >= 0 for piece in body.pieces):
+            self._check_lines()
+
+    def _check_lines(self) -> None:
+        """Raise BAD_REQUEST if a line of the body could be taken for a request.
+
+        Little JSON has a CR, without which there is none. Llama-servers of before November 2025 take a body for the
+        next request if they refuse one without reading it.
+        """
+        if holds_request_line(b"".join(self._pieces)):
+            raise GatewayError(BAD_REQUEST, "A line of the request's body is the first line of an HTTP request.")
 
     def _hold(self, count: int) -> None:
         self._held_bytes += count
@@ -125,21 +142,6 @@ class IncomingBody:
             self.scan.cancel()
 
     # --- What it says ---
-
-    def check_lines(self) -> None:
-        """Raise BAD_REQUEST if a line of the body could be taken for a request.
-
-        JSON has no such line, and llama-servers of before November 2025 take a body for the next request if they refuse
-        one without reading it.
-        """
-        # This is done next to the screen's search: each fills the processor's cache with the body.
-        for piece in self._pieces:
-            if piece.find(b"\r") >= 0:  # as in little JSON, and the other search takes much longer
-                if holds_request_line(b"".join(self._pieces)):
-                    raise GatewayError(
-                        BAD_REQUEST, "A line of the request's body is the first line of an HTTP request."
-                    )
-                return
 
     def is_cleared(self) -> bool:
         """Whether no member that matters to the gateway can be in a body that was received at once."""

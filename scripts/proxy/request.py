@@ -209,7 +209,6 @@ class Request:
             services.suspects.check_caller(caller.key_id)
         if body.unread and not body.take_if_received():
             return False
-        body.check_lines()
         if (caller.limits_tokens or services.reads_members) and self._reads_all_members(caller):
             return False
         return body.is_cleared()
@@ -228,7 +227,6 @@ class Request:
             self.record.stage = Stage.READING_BODY
             reads_all = self._reads_all_members(caller)
             await body.read(for_members=reads_all)
-            body.check_lines()
             if not reads_all and body.scan is None and body.is_cleared():
                 return
         if self._prepared.route.screen is None:
