@@ -13,6 +13,7 @@ _ESCAPED_SIGN = re.compile(rb"\\u00(?:[4-7][0-9A-Fa-f]|3[Aa])")  # a letter, an 
 _NONE = rb"\A(?!)"  # matches nothing
 _ADDRESSES = [b"ht[tT][pP]", b"hT[tT][pP]", b"Ht[tT][pP]", b"HT[tT][pP]"]
 _ADDRESSES += [b"fi[lL][eE]:", b"fI[lL][eE]:", b"Fi[lL][eE]:", b"FI[lL][eE]:"]
+_BACKSLASH = ord("\\")
 _SHORT_BYTES = 1024
 # How much is kept after a quote of a longer text, at first. As long as quotes are near, it is twice as much each time.
 _LEAST_BYTES = 128
@@ -66,7 +67,7 @@ class MemberScreen:
 
     def _matches(self, text: bytes | bytearray) -> bool:
         # Most texts have no backslash.
-        return self._search(text) is not None or (text.find(b"\\") >= 0 and self._search_escape(text) is not None)
+        return self._search(text) is not None or (_BACKSLASH in text and self._search_escape(text) is not None)
 
 
 def shortened(text: bytes | bytearray) -> bytes | bytearray:

@@ -14,6 +14,7 @@ from proxy.body_scan import BodyScan
 from proxy.request_services import RequestServices
 from transport.client_protocol import ClientProtocol
 
+_CR = ord("\r")
 _DIGEST_BYTES = 512 << 10  # of a large body's start and of its end
 _SCANNED_AT_ONCE_BYTES = 64 << 10  # of a body; a larger one is searched while it comes
 
@@ -77,7 +78,7 @@ class IncomingBody:
         self.size = self._held_bytes = length
         self._services.memory.add(length)
         # Next to the screen's search: each of them fills the processor's cache with the body.
-        if received.find(b"\r") >= 0:
+        if _CR in received:
             self._check_lines()
         return True
 
@@ -101,7 +102,7 @@ class IncomingBody:
         finally:
             self.size = body.payload_bytes
         self.unread = False
-        if any(piece.find(b"\r") >= 0 for piece in body.pieces):
+        if any(_CR in piece for piece in body.pieces):
             self._check_lines()
 
     def _check_lines(self) -> None:
