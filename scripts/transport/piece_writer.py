@@ -20,29 +20,34 @@ class PieceWriter:
     high-water mark to write, and calls `resume_writing` once that is written.
     """
 
-    __slots__ = ("_transport", "_unsent")
+    __slots__ = ("_descriptor", "_transport", "_unsent")
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
+        self._descriptor = transport.get_extra_info("socket").fileno()
         self._unsent: deque[Piece] = deque()
 
     def write(self, pieces: Sequence[Piece]) -> None:
-        sent = self._send(pieces[:_MAX_PIECES])
+        sent = self._send(pieces)
+        if sent < sum(map(len, pieces)):
+            self._keep(pieces, sent)
+            self.resume_writing()
+
+    def _send(self, pieces: Sequence[Piece]) -> int:
+        """Return how many bytes the socket has taken. Its errors are left to the transport, which will see them too."""
+        # What the transport has comes first, and the descriptor of a closed one may be another's by now.
+        if self._transport.get_write_buffer_size() or self._transport.is_closing():
+            return 0
+        try:
+            return os.writev(self._descriptor, pieces[:_MAX_PIECES])
+        except OSError:
+            return 0
+
+    def _keep(self, pieces: Sequence[Piece], sent: int) -> None:
         for piece in pieces:
             if sent < len(piece):
                 self._unsent.append(memoryview(piece)[sent:])
             sent = max(sent - len(piece), 0)
-        self.resume_writing()
-
-    def _send(self, pieces: Sequence[Piece]) -> int:
-        """Return how many bytes the socket has taken. Its errors are left to the transport, which will see them too."""
-        transport = self._transport
-        if transport.is_closing() or transport.get_write_buffer_size():
-            return 0
-        try:
-            return os.writev(transport.get_extra_info("socket").fileno(), pieces)
-        except OSError:
-            return 0
 
     def resume_writing(self) -> None:
         """Hand pieces over until the transport has enough of them."""
