@@ -47,7 +47,8 @@ _GZIP = re.compile(rb"(?:^|[,\s])(?:x-)?gzip\s*(?:,|$|;\s*q=(?!0(?:\.0*)?\s*(?:,
 _SANE_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._~+/=:@-]{0,127}")
 
 # The gateway checks credentials, and the backend gets its own. With X-Conversation-Id llama-server goes on generating
-# after a disconnect. With Accept-Encoding it may compress a response, whose tokens could not be counted.
+# after a disconnect. With Accept-Encoding it may compress a response, whose tokens could not be counted, and with Range
+# it sends a part of one, or 416 when all of it has been generated.
 _NOT_FORWARDED = HOP_BY_HOP | {
     b"host",
     b"content-length",
@@ -57,6 +58,8 @@ _NOT_FORWARDED = HOP_BY_HOP | {
     b"api-key",
     b"x-conversation-id",
     b"x-request-id",
+    b"range",
+    b"if-range",
 }
 _QUERY_IN_BODY = re.compile(rb"[ \t]*application/x-www-form-urlencoded", re.IGNORECASE)
 _FORM = re.compile(rb"[ \t]*multipart/form-data", re.IGNORECASE)

@@ -339,6 +339,8 @@ def test_a_request_without_a_body_has_a_length_only_if_its_method_expects_one(
         b"Expect: 100-continue",
         b"X-Conversation-Id: 1",
         b"TE: x",
+        b"Range: bytes=9999999999-",
+        b"If-Range: x",
     ],
 )
 def test_the_backend_does_not_get_what_is_the_gateways(line: bytes) -> None:
