@@ -27,6 +27,7 @@ UNREPORTED_MARGIN = 1.25  # for a response whose client asked for no report
 LINGER_S = 1.0
 # Of a stream it notices that at its next token; one or two more are under way then. For each choice.
 OVERRUN_TOKENS = 3
+_LEAST_PER_BYTE = TOKENS_PER_BYTE / 2  # of any text, however long the words were from which the key's rate was learned
 _MOST_PER_BYTE = 2  # times as many tokens as usual that a text may have
 _ENDING_TOKENS = 8  # of a usual stop word, and at the end
 _SLOWEST = 4  # how many times as slow as usual a stream may be
@@ -190,7 +191,8 @@ class TokenEstimator:
             return generated, generated
         if count.has_completion:
             return self._of_choices(record, count)
-        likely = ceil(count.text_bytes * self._text_of(record).value * UNREPORTED_MARGIN)
+        per_byte = max(self._text_of(record).value, _LEAST_PER_BYTE)
+        likely = ceil(count.text_bytes * per_byte * UNREPORTED_MARGIN)
         generated = self._of_unreported(record, count.listed or likely, prompt)
         return generated, generated
 

@@ -205,7 +205,8 @@ def generated_bytes(value: object) -> int:
         elif isinstance(part, list):
             parts += part
         elif isinstance(part, dict):
-            parts += [inner for name, inner in part.items() if name not in _NOT_GENERATED]
+            # A name may be a path: with `response_fields` a native answer has `generation_settings/grammar`.
+            parts += [inner for name, inner in part.items() if name.partition("/")[0] not in _NOT_GENERATED]
     return size
 
 

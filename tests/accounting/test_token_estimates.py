@@ -562,6 +562,16 @@ def choices_of(key_id: str, estimator: TokenEstimator) -> int:
     return tokens.completion
 
 
+def test_no_lesson_makes_text_nearly_free() -> None:
+    estimator = TokenEstimator()
+    seen = record(NATIVE, usage_source=b'{"content":"%b","timings":{"prompt_n":2,"predicted_n":9}}' % (b"x" * 4000))
+    estimator.learn([seen], [estimator.tokens_of(seen)])
+    text = json.dumps({"content": "x" * 1000}).encode()
+    tokens = tokens_of(record(NATIVE, usage_source=text, ended_s=100.75), estimator)
+    assert tokens is not None
+    assert tokens.completion == ceil(1000 * TOKENS_PER_BYTE / 2 * UNREPORTED_MARGIN)
+
+
 @pytest.mark.parametrize(("text_bytes", "teaches"), [(1, False), (31, False), (32, True)])
 def test_no_key_teaches_how_many_tokens_the_text_of_another_has(text_bytes: int, *, teaches: bool) -> None:
     """Control tokens have no text."""

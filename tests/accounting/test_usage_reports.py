@@ -92,6 +92,11 @@ def test_generated_text_of_any_depth_is_measured() -> None:
     assert generated_bytes({"content": value, "model": "not this", "n": 5}) == 2
 
 
+def test_settings_under_a_path_are_no_generated_text() -> None:
+    response = {"generation_settings/grammar": "x" * 15_000, "generation_settings/samplers": ["top_k"], "content": "ab"}
+    assert generated_bytes(response) == 2
+
+
 def test_members_are_found_from_both_ends() -> None:
     text = b'{"usage":{"a":1},"data":[1],"timings":{"b":2}}'
     assert last_members(text[-25:]) == {"timings": {"b": 2}}
