@@ -77,8 +77,8 @@ RULES: tuple[MemberRule, ...] = (
     _rule("n_probs", Measure.NUMBER, "100",
           "So many candidates are sorted and written for each token.", "logprobs", "top_logprobs"),
     _rule("media_urls", Measure.HOSTS, "refuse",
-          "llama-server fetches images, audio and video from the machine's own network. data: URLs always pass; file:"
-          " URLs never do, unless all is allowed."),
+          "llama-server fetches images, audio and video from the machine's own network. data: URLs always pass. Unless"
+          " all is allowed, file: URLs never do, nor do addresses with an @ or more than 2,048 characters."),
     _rule("lora", Measure.ELEMENTS, "allow", "Only adapters that the operator has loaded can be chosen."),
     _rule("id_slot", Measure.PRESENCE, "allow", "The request waits for that slot, and reads what its cache holds."),
     _rule("n_keep", Measure.NUMBER, "allow", "It only says what a context shift keeps of the request's own prompt."),

@@ -15,7 +15,7 @@ from http1.member_screen import MemberScreen
 _OBJECTS = ("image_url", "audio_url", "video_url", "input_audio", "input_video", "source")
 _NAMES = frozenset((*_OBJECTS, "file_url"))
 _NAMES_INSIDE = frozenset(("url", "data"))
-_MAX_SIGNS = 300  # of an address that are looked at, more than a host can have
+_MAX_SIGNS = 2048  # of an address, after its first four; it is longer with escapes
 _SIGN = rb'(?:[^"\\]|\\(?:[^u]|u.{4}))'
 # What is tried at a quote is bounded: a name has few signs, and most values are left at their first one.
 _NAME = rb"(?:[a-z_]|\\u00[567][0-9A-Fa-f]){3,11}"
@@ -25,15 +25,17 @@ _START = (
 )
 # A value whose end is missing may be torn: it is found with the bytes that follow.
 _MEMBER = re.compile(
-    rb'"(?<=[{,]")(%b)":"(?:(%b%b{0,%d})"|(%b%b{%d}))' % (_NAME, _START, _SIGN, _MAX_SIGNS, _START, _SIGN, _MAX_SIGNS),
+    rb'"(?<=[{,]")(%b)":"(?:(%b%b{0,%d})"|(%b%b{%d}))'
+    % (_NAME, _START, _SIGN, _MAX_SIGNS, _START, _SIGN, _MAX_SIGNS + 1),
     re.DOTALL,
 )
 # A name with an escape may be any.
 _OBJECT = re.compile(rb'"(?:%b)":\{|"[^"\\]{0,16}\\u00[^"]{0,80}":\{' % "|".join(_OBJECTS).encode())
 _ORIGIN = re.compile(r"(?:http|file:)[^/?#]*(?://[^/?#]*)?", re.IGNORECASE)  # of an address: scheme, host and port
-_OVERLAP_BYTES = 512 + 6 * _MAX_SIGNS
+_OVERLAP_BYTES = 512 + 6 * (_MAX_SIGNS + 1)
 _MOST = 32  # origins of one body that are kept, each with its first address
-_MEMBERS_AT_ONCE = 128  # each takes up to 2 microseconds
+_MEMBERS_AT_ONCE = 32  # each takes up to 40 microseconds
+_UNCLEAR = "no address"
 _SCREEN = MemberScreen((), (), addresses=True)
 _DECODE = JSONDecoder(strict=False).raw_decode
 
@@ -41,7 +43,9 @@ _DECODE = JSONDecoder(strict=False).raw_decode
 class MediaUrls:
     """Finds the addresses in one body. `feed` takes its next bytes, once `step` has looked at all those before.
 
-    `found` has one address of each origin, decoded; `has_more` is whether there are more origins than those.
+    `found` has one address of each origin, decoded; `has_more` is whether there are more origins than those. One with
+    an `@`, or with more than _MAX_SIGNS, is there as "no address": llama-server takes what follows the first `@`, even
+    behind the path, for the host.
     """
 
     __slots__ = ("_has_objects", "_inside", "_last", "_members", "_outside")
@@ -77,16 +81,21 @@ class MediaUrls:
         """Look at a number of members; return whether there may be more to look at."""
         members = list(islice(self._members, _MEMBERS_AT_ONCE))
         for name, whole, beginning in map(re.Match.groups, members):
-            self._keep(_decoded(name), whole or beginning)
+            self._keep(_decoded(name), whole, beginning)
         return bool(members)
 
-    def _keep(self, name: str, spelling: bytes) -> None:
+    def _keep(self, name: str, whole: bytes | None, beginning: bytes) -> None:
+        """Keep an address, of which `whole` is None if it is too long."""
         kept = self._outside if name in _NAMES else self._inside if name in _NAMES_INSIDE else None
         if kept is None or len(kept) > _MOST:
             return
-        address = _decoded(spelling)
+        address = _decoded(whole or beginning)
         origin = _ORIGIN.match(address)
-        if origin is not None:
+        if origin is None:
+            return
+        if whole is None or "@" in address:
+            kept[_UNCLEAR] = _UNCLEAR
+        else:
             kept.setdefault(origin[0], address)
 
 

@@ -63,6 +63,32 @@ def test_an_escaped_address_is_found_whatever_follows(before: str, after: str) -
         assert address.startswith("http://10.0.0.1/" + before)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a.example/@10.0.0.1/x",
+        "http://a.example/?u=@10.0.0.1/x",
+        "http://a.example#@10.0.0.1/x",
+        "http://a.example/\\u004010.0.0.1/x",
+        f"http://a.example/{'x' * 1500}@10.0.0.1/x",
+        f"http://a.example/{'x' * 5000}@10.0.0.1/x",
+        "http://a.example/" + "\\u00e9" * 2100,
+    ],
+)
+def test_an_address_of_which_the_host_is_unclear_is_none(url: str) -> None:
+    """Also if another address of the same origin has been found before it."""
+    body = f'{{"image_url":{{"url":"http://a.example/"}},"b":{{"image_url":"{url}"}}}}'.encode()
+    for size in (1 << 15, 1000, 7):
+        assert set(found(body, size)) == {"http://a.example/", "no address"}
+
+
+def test_the_longest_address_is_whole() -> None:
+    for signs in (2048, 2049):
+        url = "http" + "x" * signs
+        for size in (1 << 15, 7):
+            assert found(f'{{"image_url":"{url}"}}'.encode(), size) == (url if signs == 2048 else "no address",)
+
+
 @pytest.mark.parametrize("spelling", [b"\\u0068ttp://\xff", b"\\u0068\\x", b"http\\x"])
 def test_what_is_no_json_raises_nothing(spelling: bytes) -> None:
     assert len(found(b'{"image_url":"%b"}' % spelling)) <= 1
