@@ -9,6 +9,7 @@ from functools import lru_cache
 from config.settings import Limits
 from core.errors import BACKEND_MALFORMED, BAD_REQUEST, GatewayError, Kind
 from http1.grammar import CRLF, HEAD_END, TOKEN, Framing, body_too_large, parse_fields
+from http1.request_lines import RequestLines
 
 LAST_CHUNK = b"0\r\n\r\n"
 
@@ -30,9 +31,6 @@ _TINY_CHUNK = re.compile(_TINY, re.DOTALL)
 _TINY_CHUNKS = re.compile(b"(?:" + _TINY + b"){1,4096}", re.DOTALL)
 _SMALL_PIECE_BYTES = 4096  # pieces of a body below this are collected; each alone would take memory of its own
 _COLLECTED_BYTES = 64 << 10
-_REQUEST_VERSION = b" HTTP/1."
-_REQUEST_LINE = re.compile(rb"[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r\n")
-_LATER_REQUEST_LINE = re.compile(b"\n" + _REQUEST_LINE.pattern)
 
 
 @lru_cache(maxsize=1024)
@@ -259,11 +257,12 @@ def response_body(framing: Framing) -> Body:
 class RequestBody:
     """A request body in memory: its payload, without framing, in pieces."""
 
-    __slots__ = ("_body", "payload_bytes", "pieces")
+    __slots__ = ("_body", "_lines", "payload_bytes", "pieces")
 
-    def __init__(self, length: int | None, limits: Limits) -> None:
-        """`length` is None if the body is chunked."""
+    def __init__(self, length: int | None, limits: Limits, lines: RequestLines | None = None) -> None:
+        """`length` is None if the body is chunked. `lines` gets the payload, too."""
         self._body = ChunkedBody(BAD_REQUEST, limits) if length is None else SizedBody(length)
+        self._lines = lines
         self.pieces: list[bytes | bytearray] = []
         self.payload_bytes = 0
 
@@ -284,6 +283,8 @@ class RequestBody:
         payload = self._body.feed(data)
         if payload:
             self.payload_bytes += len(payload)
+            if self._lines is not None:
+                self._lines.feed(payload)
             self._keep(payload)
 
     def _keep(self, payload: bytes) -> None:
@@ -298,10 +299,3 @@ class RequestBody:
 
 def encode_chunk(payload: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
-
-
-def holds_request_line(data: bytes) -> bool:
-    """Whether a line of `data` could begin an HTTP/1 request. Takes time in proportion to the data."""
-    if _REQUEST_VERSION not in data:  # as in nearly all: the expression stops at each line
-        return False
-    return bool(_REQUEST_LINE.match(data) or _LATER_REQUEST_LINE.search(data))

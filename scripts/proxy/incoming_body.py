@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from hashlib import blake2b
 
-from core.errors import BAD_REQUEST, QUEUE_TIMEOUT, GatewayError
+from core.errors import QUEUE_TIMEOUT
 from http1.added_members import with_members
-from http1.bodies import RequestBody, holds_request_line
+from http1.bodies import RequestBody
 from http1.grammar import CONTINUE, CRLF
 from http1.json_members import Members
 from http1.member_screen import MemberScreen, shortened
+from http1.request_lines import RequestLines, check_lines
 from policy.prepared_request import PreparedRequest
 from proxy.body_scan import BodyScan
 from proxy.request_services import RequestServices
 from transport.client_protocol import ClientProtocol
 
-_CR = ord("\r")
 _DIGEST_BYTES = 512 << 10  # of a large body's start and of its end
 _SCANNED_AT_ONCE_BYTES = 64 << 10  # of a body; a larger one is searched while it comes
 
@@ -78,19 +78,18 @@ class IncomingBody:
         self.size = self._held_bytes = length
         self._services.memory.add(length)
         # Next to the screen's search: each of them fills the processor's cache with the body.
-        if _CR in received:
-            self._check_lines()
+        check_lines(received)
         return True
 
     async def read(self, *, for_members: bool) -> None:
         """Read the body. It is searched while it comes, if it is large; `for_members`: whatever it looks like.
 
-        Raises what ClientProtocol.read_body does; BAD_REQUEST if a line of the body could be taken for a request.
+        Raises what ClientProtocol.read_body does.
         """
         services = self._services
         if self._prepared.expects_continue and not self._client.has_unread:
             self._client.write(CONTINUE)
-        body = RequestBody(self.length, services.limits)
+        body = RequestBody(self.length, services.limits, RequestLines())
         self._pieces = body.pieces
         screen = self._prepared.route.screen
         if screen is not None and (self.length is None or self.length > _SCANNED_AT_ONCE_BYTES):
@@ -102,17 +101,6 @@ class IncomingBody:
         finally:
             self.size = body.payload_bytes
         self.unread = False
-        if any(_CR in piece for piece in body.pieces):
-            self._check_lines()
-
-    def _check_lines(self) -> None:
-        """Raise BAD_REQUEST if a line of the body could be taken for a request.
-
-        Little JSON has a CR, without which there is none. Llama-servers of before November 2025 take a body for the
-        next request if they refuse one without reading it.
-        """
-        if holds_request_line(b"".join(self._pieces)):
-            raise GatewayError(BAD_REQUEST, "A line of the request's body is the first line of an HTTP request.")
 
     def _hold(self, count: int) -> None:
         self._held_bytes += count

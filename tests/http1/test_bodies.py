@@ -13,7 +13,6 @@ from http1.bodies import (
     SizedBody,
     UnboundedBody,
     encode_chunk,
-    holds_request_line,
     response_body,
 )
 from http1.grammar import CRLF, Framing
@@ -254,30 +253,3 @@ def test_small_pieces_of_a_body_are_kept_together() -> None:
     for size in (10, 100_000, 10, 10, 5000):
         body.feed(encode_chunk(b"x" * size))
     assert [len(piece) for piece in body.pieces] == [10, 100_000, 20, 5000]
-
-
-@pytest.mark.parametrize(
-    ("data", "holds"),
-    [
-        (b"GET / HTTP/1.1\r\n", True),
-        (b"GET /v1/models?x HTTP/1.0\r\nHost: a\r\n\r\n", True),
-        (b"{}\r\nDELETE /slots/1 HTTP/1.1\r\n\r\n", True),
-        (b"a HTTP/1.1\r\nb HTTP/1.1\nPOST /x HTTP/1.1\r\n", True),
-        (b"GET / HTTP/1.1\n", False),
-        (b"GET / HTTP/2.0\r\n", False),
-        (b"GET / HTTP/1.1 \r\n", False),
-        (b" GET / HTTP/1.1\r\n", False),
-        (b"get / HTTP/1.1\r\n", False),
-        (b"it speaks HTTP/1.1\r\n", False),
-        (rb'{"content": "\r\nGET / HTTP/1.1\r\n"}' + b"\r\n", False),
-        (b"GET / HTTP/1.1", False),
-        (b"", False),
-    ],
-)
-def test_a_line_that_could_begin_a_request_is_found(data: bytes, holds: bool) -> None:
-    assert holds_request_line(data) is holds
-
-
-def test_lines_without_end_are_searched_once() -> None:
-    """Searching the line's beginning at each version would take hours here."""
-    assert not holds_request_line(b"\r" + b" HTTP/1." * 1_000_000)
