@@ -36,7 +36,7 @@ _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it 
 class AtWork(NamedTuple):
     """A request on which the backend works: since when, in how many slots, and whether its answer has not begun.
 
-    `events` is how many of its stream have come, None if it is no stream.
+    `events` is how many of its stream have come, None if it is no stream, which began at `begun_s`.
     """
 
     sent_s: float
@@ -45,6 +45,7 @@ class AtWork(NamedTuple):
     body_bytes: int = 0
     events: int | None = None
     key_id: str = ""
+    begun_s: float = 0.0
 
     @property
     def read_s(self) -> float:

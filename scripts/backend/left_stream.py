@@ -1,9 +1,11 @@
 """What a stream whose client has left had of tokens, as GET /slots shows it.
 
 A stream that was left reports nothing. Most streams have an event for each token; but what makes no event, half a
-character say, shows in a slot only, as the prompt does. It is not known whose slot that is. If all streams are at
-work, what they had besides their events is in the difference of the sums, and the slot of a stream is one of those
-that have generated about as many tokens as it has events.
+character say, shows in a slot only, as the prompt does. GET /slots does not say whose slot that is. But llama-server
+numbers its tasks, and begins the answer of a stream as soon as its task: if all streams are at work, the slots of those
+that began at about the same time follow from their place in the order. What they had besides their events is in the
+difference of the sums, and the slot of a stream is one of those that have generated about as many tokens as it has
+events. So what another key hides in a stream that began before or after is not taken for this stream's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +17,8 @@ from backend.slot_listing import ListedSlot, decoded_of, is_busy, is_streamed, k
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
 _PART = 8
+# Of streams that began within so little time it is not known whose task has the lower number.
+_AT_ONCE_S = 0.05
 _EMPTY_EVENTS = 3  # of a stream: those with which it begins and ends have no token
 # Between the first looks: a slot may have ended whose request is not known to have, or the other way round.
 _PACE_S = 0.05
@@ -23,10 +27,11 @@ _GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what 
 
 
 class StreamEvents(NamedTuple):
-    """How many events of a stream have come, and in how many slots it is generated."""
+    """How many events of a stream have come, in how many slots it is generated, and when its answer began."""
 
     events: int
     slots: int = 1
+    begun_s: float = 0.0
 
     @property
     def share(self) -> int:
@@ -75,6 +80,38 @@ def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: It
     return sum(decoded) - sum(come) > _IN_FLIGHT * len(come) + sum(come) // _PART
 
 
+class Peers(NamedTuple):
+    """The slots of the streams that began at about the same time as one, its own included, and what they hide.
+
+    For `has_silent` see `has_silent_tokens`; it is of these streams together.
+    """
+
+    slots: Sequence[ListedSlot]
+    has_silent: bool | None
+
+
+def peers_of(own: StreamEvents, slots: Sequence[ListedSlot], streams: Sequence[StreamEvents]) -> Peers | None:
+    """Return the peers of one of the streams, None if they do not follow from the order of the tasks.
+
+    `slots` are all slots, and `streams` all streams that are at work, as far as is known.
+    """
+    tasks = {
+        task: slot for slot in slots if (task := task_of(slot)) is not None and is_busy(slot) and is_streamed(slot)
+    }
+    if len(tasks) != _slots_of(streams):
+        return None
+    in_order = [tasks[task] for task in sorted(tasks)]
+    older = _slots_of([each for each in streams if each.begun_s < own.begun_s - _AT_ONCE_S])
+    peers = [each for each in streams if abs(each.begun_s - own.begun_s) <= _AT_ONCE_S]
+    theirs = in_order[older : older + _slots_of(peers)]
+    has_silent = has_silent_tokens(theirs, len(theirs), peers)
+    return None if has_silent is None else Peers(theirs, has_silent)
+
+
+def _slots_of(streams: Iterable[StreamEvents]) -> int:
+    return sum(each.slots for each in streams)
+
+
 def most_decoded(slots: Sequence[ListedSlot]) -> int | None:
     """Return how many tokens a request at work has had at most; None if no slot shows any."""
     if not any(map(shows_decoded, slots)):
@@ -105,19 +142,21 @@ class _PossibleTask:
 
 
 class LeftStream:
-    """One stream whose client has left.
+    """One stream whose client has left. Its answer began at `begun_s`.
 
     `count_events` returns how many of it have come. `on_end` gets what the slots have shown of it, once all of the
     stream has come and its slots are released.
     """
 
-    def __init__(self, count_events: Callable[[], int], on_end: Callable[[Shown], None]) -> None:
+    def __init__(self, count_events: Callable[[], int], on_end: Callable[[Shown], None], begun_s: float = 0.0) -> None:
+        self.begun_s = begun_s
         self._count_events = count_events
         self._on_end = on_end
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
         self._most: float | None = None  # tokens that any slot has shown
         self._most_kept: int | None = None
         self._has_silent: bool | None = None  # tokens, as far as has been seen
+        self._has_had_peers = False  # what all streams together have had says nothing of it any more
         self._looks = 0
         self._seen_s = 0.0  # when the slots said something last
         self._has_come = self._is_released = False
@@ -160,23 +199,33 @@ class LeftStream:
         now_s: float,
         *,
         all_at_work: bool = True,
+        peers: Peers | None = None,
     ) -> None:
-        """Look at all slots. `events` are its own; for `has_silent` see `has_silent_tokens`.
+        """Look at all slots. `events` are its own; for `has_silent`, of all streams together, see `has_silent_tokens`.
 
         `all_at_work`: no request has a slot that is idle. Else what looks like a stream that has just begun may be one
-        that has not.
+        that has not. `peers` are known if its slot is one of theirs; then they are compared instead of all streams.
         """
         self._looks += 1
         if slots:
             self._most = max([self._most or 0, *map(_shown_by, slots)])
-        if not self._has_come:
-            self._note_silent(has_silent, now_s)
-            is_distinct = all_at_work or events.share > _EMPTY_EVENTS
-            if has_silent is not None and is_distinct and not self._tasks:
-                self._find_tasks(slots, events.share, has_silent)
+        if peers is not None and not self._has_had_peers:
+            # What all streams together have shown does not matter any more: another key's hidden tokens may be in it.
+            self._has_had_peers, self._has_silent, self._tasks = True, None, {}
+            self._look_at(peers, events.share, now_s, all_at_work=all_at_work)
+        elif not self._has_come:
+            of_all = Peers(slots, None if self._has_had_peers else has_silent)
+            self._look_at(peers or of_all, events.share, now_s, all_at_work=all_at_work)
         for slot in slots:
             if (task := task_of(slot)) in self._tasks and task is not None:
                 self._tasks[task].look(slot)
+
+    def _look_at(self, peers: Peers, share: int, now_s: float, *, all_at_work: bool) -> None:
+        """Look at slots one of which is its own."""
+        self._note_silent(peers.has_silent, now_s)
+        is_distinct = all_at_work or share > _EMPTY_EVENTS
+        if peers.has_silent is not None and is_distinct and not self._tasks:
+            self._find_tasks(peers.slots, share, peers.has_silent)
 
     def _note_silent(self, has_silent: bool | None, now_s: float) -> None:
         if has_silent is not None:
@@ -186,7 +235,7 @@ class LeftStream:
             self._has_silent = None
 
     def _find_tasks(self, slots: Sequence[ListedSlot], share: int, has_silent: bool) -> None:
-        """Find the tasks that may be its own: all streams are at work now."""
+        """Find the tasks that may be its own, among these slots: all of these streams are at work now."""
         most = inf if has_silent else share + _IN_FLIGHT + share // _PART
         streamed = [slot for slot in slots if is_busy(slot) and is_streamed(slot)]
         own = [task_of(slot) for slot in streamed if share - _EMPTY_EVENTS <= decoded_of(slot) <= most]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
-from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded
+from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded, peers_of
 from backend.slot_listing import ListedSlot, awaited_task, context_of, is_busy, most_kept
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
@@ -316,20 +316,36 @@ class SlotReclaimer:
             if pending.watch is not None and pending.may_begin and most_tokens is not None:
                 pending.watch.note_most(most_tokens)
         left = [
-            (each.stream, StreamEvents(each.stream.events, each.ticket.slots))
+            (each.stream, StreamEvents(each.stream.events, each.ticket.slots, each.stream.begun_s))
             for each in self._pending
             if each.stream is not None
         ]
-        if not left:
-            return
-        others = [StreamEvents(each.events, each.slots) for each in at_work if each.events is not None]
+        if left:
+            self._look_at_streams(slots, at_work, left, now_s)
+            self._share_out()
+
+    def _look_at_streams(
+        self,
+        slots: Sequence[ListedSlot],
+        at_work: Sequence[AtWork],
+        left: Sequence[tuple[LeftStream, StreamEvents]],
+        now_s: float,
+    ) -> None:
+        """Let the streams that were left look, each at the slots that may be its own."""
+        others = [StreamEvents(each.events, each.slots, each.begun_s) for each in at_work if each.events is not None]
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         streams = [*others, *(events for stream, events in left if not stream.has_come)]
         has_silent = has_silent_tokens(slots, known_slots, streams)
-        all_at_work = sum(map(is_busy, slots)) >= known_slots
+        busy = sum(map(is_busy, slots))
+        # A slot is at work until its step has ended, although the connection has.
+        all_streams = [*others, *(events for _, events in left)]
         for stream, events in left:
-            stream.look(slots, events, has_silent, now_s, all_at_work=all_at_work)
-        self._share_out()
+            peers = None
+            if busy <= known_slots:  # else another program is at work
+                peers = peers_of(events, slots, all_streams)
+                if peers is None and not stream.has_come:
+                    peers = peers_of(events, slots, streams)
+            stream.look(slots, events, has_silent, now_s, all_at_work=busy >= known_slots, peers=peers)
 
     def _share_out(self) -> None:
         """Give each of several streams of a key one of the tasks that may be any of theirs, if there are as many.

@@ -623,7 +623,7 @@ class Request:
         if remainder is None and not (has_left and left is not None and left.leaving and not left.ended):
             return None
         on_end = partial(_record_stream, self._services, self.record, admission)
-        stream = LeftStream(lambda: self.stream_events or 0, on_end)
+        stream = LeftStream(lambda: self.stream_events or 0, on_end, self.record.first_byte_s)
         note_end = partial(_note_end, self._services, self.record, stream)
         if remainder is not None:
             remainder.when_counted(note_end)

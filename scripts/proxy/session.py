@@ -229,6 +229,7 @@ class Sessions:
                 request.unanswered_bytes,
                 request.stream_events,
                 request.record.key_id,
+                request.record.first_byte_s,
             )
             for request in requests
             if request.backend_slots and model in (None, request.record.model)

@@ -4,7 +4,7 @@ from math import inf
 
 import pytest
 
-from backend.left_stream import LeftStream, Shown, Span, StreamEvents, has_silent_tokens, most_decoded
+from backend.left_stream import LeftStream, Peers, Shown, Span, StreamEvents, has_silent_tokens, most_decoded, peers_of
 from backend.slot_listing import ListedSlot
 
 SEVEN = StreamEvents(7)
@@ -235,3 +235,75 @@ def test_what_a_request_has_had_is_no_more_than_what_any_slot_shows() -> None:
 
 def test_a_slot_of_a_version_that_shows_no_tokens_bounds_nothing() -> None:
     assert whole(([slot(40), SHOWS_NONE], None)).most == inf
+
+
+# --- What other keys hide ---
+
+HIDING = StreamEvents(1268, begun_s=10.0)  # half characters: a stream that has generated four tokens for each event
+SLOW = StreamEvents(60, begun_s=12.5)
+VICTIM = StreamEvents(12, begun_s=13.0)
+THREE = [slot(14, task=10472, prompt=2), slot(61, task=10466, prompt=2), slot(5074, task=5452, prompt=2)]
+
+
+def test_the_slot_of_a_stream_follows_from_its_place_in_the_order_in_which_streams_began() -> None:
+    streams = [VICTIM, HIDING, SLOW]
+    idle_ones = [idle(5000, 900), slot(0, task=7, streamed=False), {"id": 4, "is_processing": True}]
+    found = [peers_of(each, [*THREE, *idle_ones], streams) for each in streams]
+    assert found == [Peers([THREE[0]], False), Peers([THREE[2]], True), Peers([THREE[1]], False)]
+
+
+def test_several_slots_of_one_stream_follow_each_other() -> None:
+    pair, own = StreamEvents(50, 2, 10.0), StreamEvents(300, begun_s=11.0)
+    slots = [slot(300, task=9), slot(25, task=8), slot(25, task=7)]
+    assert peers_of(own, slots, [pair, own]) == Peers([slots[0]], False)
+    assert peers_of(pair, slots, [own, pair]) == Peers([slots[2], slots[1]], False)
+
+
+def test_of_streams_that_began_at_once_it_is_not_known_which_slot_is_whose() -> None:
+    twin = VICTIM._replace(begun_s=13.04)
+    found = peers_of(VICTIM, [slot(13, task=10480), *THREE], [VICTIM, HIDING, SLOW, twin])
+    assert found == Peers([THREE[0], slot(13, task=10480)], False)
+
+
+def test_the_order_says_nothing_if_a_stream_is_not_at_work_or_does_not_fit() -> None:
+    assert peers_of(VICTIM, THREE[:2], [VICTIM, HIDING, SLOW]) is None
+    assert peers_of(VICTIM, THREE, [VICTIM, HIDING]) is None
+    has_more = VICTIM._replace(events=40)
+    assert peers_of(has_more, THREE, [has_more, HIDING, SLOW]) is None
+
+
+def test_what_another_stream_hides_is_not_taken_for_its_own() -> None:
+    """Of all streams together, one has hidden tokens. Its own slot has 14 tokens, and shows that they are all."""
+    ended: list[Shown] = []
+    stream = LeftStream(lambda: 12, ended.append, 13.0)
+    peers = peers_of(VICTIM, THREE, [VICTIM, HIDING, SLOW])
+    stream.look(THREE, VICTIM, True, 1.0)  # the order said nothing yet
+    stream.look(THREE, VICTIM, True, 2.0, peers=peers)
+    stream.look(THREE, VICTIM, True, 3.0)
+    stream.look([*THREE[1:], idle(10472, 17)], VICTIM, True, 3.5)
+    stream.note_end()
+    stream.end()
+    assert ended == [Shown(True, Span(2, 2), Span(16, 16), 5074)]
+
+
+def test_what_it_hides_itself_is_found_although_the_sums_do_not_show_it() -> None:
+    """Others have thousands of tokens, of which an eighth may be on its way."""
+    ended: list[Shown] = []
+    stream = LeftStream(lambda: 3, ended.append, 13.0)
+    peers = Peers([slot(200, task=9, prompt=2)], True)
+    stream.look([slot(9000, task=5), *peers.slots], StreamEvents(3), False, 1.0, peers=peers)
+    stream.note_end()
+    stream.end()
+    assert ended == [Shown(False, Span(2, 2), Span(200, inf), 9000)]
+
+
+def test_slots_that_are_at_work_after_its_connection_has_ended_still_show_its_tokens() -> None:
+    """A step of llama-server's may take so long that the first look comes after that end."""
+    ended: list[Shown] = []
+    stream = LeftStream(lambda: 12, ended.append, 13.0)
+    stream.note_end()
+    peers = Peers([THREE[0]], False)
+    stream.look(THREE, VICTIM, True, 1.0, peers=peers)
+    stream.look(THREE, VICTIM, True, 1.1, peers=Peers([THREE[1]], True))  # another task has followed
+    stream.end()
+    assert ended == [Shown(True, Span(2, 2), Span(14, inf), 5074)]

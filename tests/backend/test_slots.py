@@ -3,6 +3,7 @@
 import asyncio
 import json
 from functools import partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -239,6 +240,56 @@ def test_a_stream_whose_connection_has_ended_is_not_looked_for_in_the_slots() ->
         connection.ended = True
         await cancelled.released()
         assert ended[0].has_all_in_events
+
+    run(play())
+
+
+@pytest.mark.parametrize("has_come", [False, True])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_later(
+    has_come: bool, is_shared: bool
+) -> None:
+    """Unless another program uses the backend: its tasks may have come between."""
+
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 12, ended.append, 13.0)
+        slots = [busy(5452, 5074, stream=True), busy(10466, 61, stream=True), busy(10472, 14, stream=True)]
+        foreign = [busy(7, 0)] * is_shared
+        backend = Backend((200, json.dumps([*slots, *foreign]).encode()), (200, json.dumps(slots[:2]).encode()))
+        cancelled = Cancelled(backend)
+        hiding = AtWork(9.0, 1, is_awaited=False, events=1268, begun_s=10.0)
+        cancelled.at_work = [AtWork(12.4, 1, is_awaited=False, events=60, begun_s=12.5), hiding]
+        if has_come:
+            stream.note_end()
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        await cancelled.released()
+        assert ended[0].has_all_in_events is not is_shared
+        assert ended[0].generated == (None if is_shared else Span(14, inf))
+
+    run(play())
+
+
+def test_the_slot_of_a_stream_that_has_ended_is_not_looked_for_among_those_of_the_others() -> None:
+    async def play() -> None:
+        shown: dict[str, Shown] = {}
+        before = LeftStream(lambda: 40, lambda each: shown.update(before=each), 11.0)
+        stream = LeftStream(lambda: 12, lambda each: shown.update(stream=each), 13.0)
+        before.note_end()
+        slots = [busy(5, 5000, stream=True), busy(9, 14, stream=True)]
+        backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))
+        cancelled, connection = Cancelled(backend), Line()
+        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=1268, begun_s=10.0)]
+        for each in (before, stream):
+            ticket = cancelled.queue.acquire("alice")
+            cancelled.reclaimer.release(ticket, streamed=True, stream=each, connection=connection)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        connection.ended = True
+        await cancelled.released()
+        assert (shown["before"].generated, shown["stream"].generated) == (None, Span(14, inf))
 
     run(play())
 

@@ -351,9 +351,12 @@ def test_the_prompts_of_a_client_that_left_have_no_more_tokens_than_their_slots(
 async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
     served = gateway.serve(post())
     backend = await gateway.asked()
+    gateway.link.advance(2)
     backend.receive(STREAM_HEAD)
+    gateway.link.advance(3)
     served.transport.receive_eof()
     assert [streamed for _, streamed in gateway.releases] == [True]
+    assert [stream.begun_s for stream in gateway.releases.streams] == [1002]
     assert (served.record.stage, served.record.status) == (Stage.STREAMING, 200)
     assert gateway.records == []  # it may still generate
     backend.receive_eof()

@@ -7,7 +7,7 @@ import pytest
 from accounting.request_record import Outcome, Stage
 from core.errors import BAD_REQUEST, DRAINING, REQUEST_TIMEOUT, TOO_MANY_CONNECTIONS, GatewayError
 from proxy.session import CLOSING, IDLE, SERVING, ClientSession, SessionSettings
-from support.backend import answer
+from support.backend import STREAM_HEAD, answer
 from support.gateway import CHAT, get, post
 from support.heads import every_answer
 from support.memory_gateway import MemoryGateway, in_memory
@@ -463,3 +463,13 @@ async def test_what_the_backend_works_on_says_how_large_its_body_is(gateway: Mem
     (at_work,) = gateway.sessions.at_work()
     assert (at_work.slots, at_work.is_awaited, at_work.body_bytes) == (1, True, len(body))
     assert at_work.key_id == "alice"
+
+
+@in_memory()
+async def test_what_the_backend_works_on_says_when_its_answer_began(gateway: MemoryGateway) -> None:
+    gateway.connect().receive(post())
+    backend = await gateway.asked()
+    gateway.link.advance(2)
+    backend.receive(STREAM_HEAD)
+    (at_work,) = gateway.sessions.at_work()
+    assert (at_work.sent_s, at_work.begun_s, at_work.events) == (1000, 1002, 0)

@@ -146,7 +146,10 @@ class Records(list[RequestRecord]):
 
 
 class Releases(list[tuple[Ticket, bool]]):
-    """In place of the slot reclaimer. `connections` are those of the requests, and `given_up` what is watched."""
+    """In place of the slot reclaimer. `connections` are those of the requests, and `given_up` what is watched.
+
+    `streams` are those whose clients have left.
+    """
 
     context: int | None = None
 
@@ -154,6 +157,7 @@ class Releases(list[tuple[Ticket, bool]]):
         super().__init__()
         self.connections: list[Connection | None] = []
         self.given_up: list[GivenUp] = []
+        self.streams: list[LeftStream] = []
 
     def release(
         self,
@@ -170,6 +174,7 @@ class Releases(list[tuple[Ticket, bool]]):
             self.given_up.append(watch.request)
             watch.end()
         if stream is not None:
+            self.streams.append(stream)
             stream.end()
 
 
