@@ -165,6 +165,8 @@ class TokenEstimator:
         # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
         by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
         left = record.left
+        if left.shown is not None and left.shown.whole is not None:
+            by_body = min(by_body, left.shown.whole)
         seen = left.generated or left.shown
         if seen is not None and seen.most_prompt is not None:
             by_body = min(by_body, seen.most_prompt * record.asked.prompts)
@@ -210,8 +212,8 @@ class TokenEstimator:
             return seen.tokens
         if shown is not None and shown.has_all_in_events:
             generated = OVERRUN_TOKENS * record.asked.answers
-            return _as_shown(record, min(generated, limit_of(record) or generated))
-        return _as_shown(record, self._by_time(record, prompt))
+            return _as_shown(record, min(generated, limit_of(record) or generated), 0, prompt)
+        return _as_shown(record, self._by_time(record, prompt), 0, prompt)
 
     def _of_unreported(self, record: RequestRecord, shown: int, prompt: int, *, may_be_all: bool = True) -> int:
         """Estimate what was generated for a response whose client asked for no report of it.
@@ -256,7 +258,7 @@ class TokenEstimator:
             generated = max(generated, by_time)
         elif speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
-        generated = _as_shown(record, generated)
+        generated = _as_shown(record, generated, sent, prompt)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
 
     def _by_time(self, record: RequestRecord, prompt: int) -> int:
@@ -339,13 +341,18 @@ def _tokens_of_choice(
     return min(likely, shared or likely, max_tokens or likely), False
 
 
-def _as_shown(record: RequestRecord, tokens: int) -> int:
-    """Return an estimate of what was generated of a stream that was left, within what its slot has shown."""
+def _as_shown(record: RequestRecord, tokens: int, sent: int, prompt: int) -> int:
+    """Return an estimate of what was generated of a stream that was left, within what its slot has shown.
+
+    `sent` are the tokens that have come as events, and `prompt` are those of the prompts.
+    """
     shown, answers = record.left.shown, record.asked.answers
     if shown is None:
         return tokens
     if shown.most is not None:
         tokens = int(min(tokens, (shown.most + OVERRUN_TOKENS) * answers))
+    if shown.whole is not None:
+        tokens = min(tokens, max(shown.whole - prompt, sent + OVERRUN_TOKENS))
     return tokens if shown.generated is None or answers > 1 else shown.generated.nearest(tokens)
 
 

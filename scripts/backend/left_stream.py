@@ -54,7 +54,8 @@ class Shown(NamedTuple):
 
     `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
     shown more than `most` tokens, which may be infinite; None if none was seen. None has kept more than `most_prompt`
-    with the prompt; None if that is not known.
+    with the prompt; None if that is not known. `whole` is how many tokens it has had at most, with its prompt, if its
+    slot was at work no more when it was looked at first; None if that is not known.
     """
 
     has_all_in_events: bool
@@ -62,6 +63,7 @@ class Shown(NamedTuple):
     generated: Span | None = None
     most: float | None = None
     most_prompt: int | None = None
+    whole: int | None = None
 
 
 def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -95,9 +97,7 @@ def peers_of(own: StreamEvents, slots: Sequence[ListedSlot], streams: Sequence[S
 
     `slots` are all slots, and `streams` all streams that are at work, as far as is known.
     """
-    tasks = {
-        task: slot for slot in slots if (task := task_of(slot)) is not None and is_busy(slot) and is_streamed(slot)
-    }
+    tasks = _at_work(slots)
     if len(tasks) != _slots_of(streams):
         return None
     in_order = [tasks[task] for task in sorted(tasks)]
@@ -106,6 +106,30 @@ def peers_of(own: StreamEvents, slots: Sequence[ListedSlot], streams: Sequence[S
     theirs = in_order[older : older + _slots_of(peers)]
     has_silent = has_silent_tokens(theirs, len(theirs), peers)
     return None if has_silent is None else Peers(theirs, has_silent)
+
+
+def whole_of(own: StreamEvents, slots: Sequence[ListedSlot], others: Sequence[StreamEvents]) -> int | None:
+    """Return how many tokens a stream has had at most, with its prompt, if its slot is at work no more.
+
+    That slot still has its task, which came after those of older streams, and before those of younger ones. `others`
+    are all other streams at work. Returns None if the slot does not follow from the order.
+    """
+    tasks = _at_work(slots)
+    if own.slots > 1 or len(tasks) != _slots_of(others):
+        return None
+    older = _slots_of([each for each in others if each.begun_s < own.begun_s - _AT_ONCE_S])
+    younger = _slots_of([each for each in others if each.begun_s > own.begun_s + _AT_ONCE_S])
+    in_order = [-inf, *sorted(tasks), inf]
+    first, last = in_order[older], in_order[-1 - younger]
+    ended = [slot for slot in slots if not is_busy(slot) and is_streamed(slot)]
+    kept = [kept_in(slot) for slot in ended if (task := task_of(slot)) is not None and first < task < last]
+    return max(kept) + 1 if kept and all(kept) else None  # a task may also empty its slot
+
+
+def _at_work(slots: Sequence[ListedSlot]) -> dict[int, ListedSlot]:
+    """Return the slots that are at work on streams, by task."""
+    busy = [slot for slot in slots if is_busy(slot) and is_streamed(slot)]
+    return {task: slot for slot in busy if (task := task_of(slot)) is not None}
 
 
 def _slots_of(streams: Iterable[StreamEvents]) -> int:
@@ -155,6 +179,7 @@ class LeftStream:
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
         self._most: float | None = None  # tokens that any slot has shown
         self._most_kept: int | None = None
+        self._whole: int | None = None
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._has_had_peers = False  # what all streams together have had says nothing of it any more
         self._looks = 0
@@ -200,13 +225,18 @@ class LeftStream:
         *,
         all_at_work: bool = True,
         peers: Peers | None = None,
+        whole: int | None = None,
     ) -> None:
         """Look at all slots. `events` are its own; for `has_silent`, of all streams together, see `has_silent_tokens`.
 
         `all_at_work`: no request has a slot that is idle. Else what looks like a stream that has just begun may be one
         that has not. `peers` are known if its slot is one of theirs; then they are compared instead of all streams.
+        `whole` is its own if its slot is at work no more, see `whole_of`. Only the first look can say that: later its
+        slot may have had another task.
         """
         self._looks += 1
+        if self._looks == 1:
+            self._whole = whole
         if slots:
             self._most = max([self._most or 0, *map(_shown_by, slots)])
         if peers is not None and not self._has_had_peers:
@@ -257,7 +287,8 @@ class LeftStream:
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept))
+            whole = None if self._has_had_peers else self._whole
+            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, whole))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""

@@ -236,6 +236,18 @@ def test_a_stream_whose_slot_is_not_known_is_charged_no_more_than_any_slot_shows
     assert tokens.completion == 2 * (40 + OVERRUN_TOKENS)
 
 
+def test_a_stream_is_charged_no_more_than_its_slot_keeps_with_the_prompt() -> None:
+    """Its time is that of other keys' slow steps, and another slot has shown thousands of tokens."""
+    none, some = TokenCounter(CHAT.route.label), counted(*EVENTS)
+    for source in (none, some):
+        for whole, prompt, completion in ((130, 25, 105), (26, 25, 4 if source is some else 3), (20, 20, None)):
+            shown = Shown(False, most=5074, whole=whole)
+            tokens = tokens_of(left(usage_source=source, shown=shown, worked_until_s=9000.0), taught())
+            assert tokens is not None
+            assert tokens.prompt == prompt
+            assert tokens.completion == (completion or (4 if source is some else 3))
+
+
 def test_a_prompt_that_is_known_to_be_long_is_charged_although_the_key_has_padded_bodies() -> None:
     estimator = TokenEstimator()
     estimator.learn([record(bytes_in=900_000)], [Tokens(9, 0, 1)])

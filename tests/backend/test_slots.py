@@ -272,6 +272,44 @@ def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_
     run(play())
 
 
+@pytest.mark.parametrize(("has_come", "whole"), [(True, 30), (False, None)])
+def test_a_slot_that_has_ended_before_the_first_look_is_found_by_its_task(has_come: bool, whole: int | None) -> None:
+    """A step under a slow grammar takes longer than to notice that the client has left."""
+
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 28, ended.append, 13.0)
+        own = {**busy(13907, 0, stream=True), "is_processing": False, "n_prompt_tokens": 29}
+        backend = Backend((200, json.dumps([busy(10575, 3358, stream=True), own]).encode()))
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=839, begun_s=10.0)]
+        if has_come:
+            stream.note_end()
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        await cancelled.released()
+        assert ended[0].whole == whole
+
+    run(play())
+
+
+def test_the_last_events_of_several_answers_do_not_hide_the_tokens_that_a_page_was_too_old_to_show() -> None:
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 313, ended.append, 13.0)
+        slots = [busy(task, 90, stream=True) for task in (5, 6, 7, 8)]
+        backend = Backend((200, json.dumps(slots).encode()), (200, b"[]"))
+        cancelled = Cancelled(backend)
+        stream.note_end()
+        ticket = cancelled.queue.acquire("alice", slots=4)
+        cancelled.reclaimer.release(ticket, streamed=True, stream=stream)
+        await cancelled.released()
+        assert not ended[0].has_all_in_events
+
+    run(play())
+
+
 def test_the_slot_of_a_stream_that_has_ended_is_not_looked_for_among_those_of_the_others() -> None:
     async def play() -> None:
         shown: dict[str, Shown] = {}
