@@ -32,8 +32,7 @@ class RequestLines:
         """Take the next bytes. Raises BAD_REQUEST if a line that ends in them could begin a request."""
         end = data.rfind(b"\n")
         if end < 0:
-            if self._line:
-                self._keep(self._line + data[:_MAX_LINE_BYTES])
+            self._keep(self._line + data[:_MAX_LINE_BYTES])
             return
         text = self._line + data
         # Nearly no text has a version of HTTP: the expression stops at each line.

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 Piece = bytes | bytearray | memoryview
 
-_MAX_PIECES = 64  # in one call; the kernel takes 1,024
-
 
 class PieceWriter:
     """Writes pieces in order to a transport that is no TLS transport. In a WriteBatcher it stands for the transport.
@@ -34,12 +32,15 @@ class PieceWriter:
             self.resume_writing()
 
     def _send(self, pieces: Sequence[Piece]) -> int:
-        """Return how many bytes the socket has taken. Its errors are left to the transport, which will see them too."""
+        """Return how many bytes the socket has taken: none of more than 1,024 pieces, or if it is at fault.
+
+        Its errors are left to the transport, which will see them too.
+        """
         # What the transport has comes first, and the descriptor of a closed one may be another's by now.
         if self._transport.get_write_buffer_size() or self._transport.is_closing():
             return 0
         try:
-            return os.writev(self._descriptor, pieces[:_MAX_PIECES])
+            return os.writev(self._descriptor, pieces)
         except OSError:
             return 0
 

@@ -342,6 +342,24 @@ def test_a_large_request_that_is_given_up_unsent_never_goes_out() -> None:
     assert (asked.transport.state, asked.link.sent(asked.backend)) == (ABORTED, b"")
 
 
+class Piece(bytearray):
+    """One that can be seen to be gone."""
+
+
+def test_a_large_request_is_let_go_with_its_connection() -> None:
+    link, transport = Link(), MemoryTransport()
+    backend = link.backend(transport)
+    transport.stall()
+    pieces = [Piece(100_000), Piece(100_000)]
+    gone = weakref.ref(pieces[1])
+    backend.send_request((REQUEST, *pieces))
+    link.sent(backend)
+    transport.lose()
+    pieces.clear()
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_backend_that_sends_without_a_request_is_aborted() -> None:
     backend = Link().backend()
     end_of(backend).receive(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
