@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pytest
 
 from support.boot import PATIENCE_S
+from support.python_source import parse
 from support.together import ENVIRON, aside
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -113,9 +114,8 @@ class Source(NamedTuple):
 
 @cache
 def source(module: str) -> Source:
-    # feature_version refuses syntax that the oldest supported interpreter lacks.
     text = SCRIPTS.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
-    tree = ast.parse(text, feature_version=(3, 10))
+    tree = parse(text)
     nodes = list(ast.walk(tree))
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     return Source(

@@ -30,6 +30,7 @@ from support.backend import HELLO, LAST_CHUNK, STREAM_HEAD, answer, chunk, event
 from support.gateway import CHAT, Stack, get, post, scenario, until
 from support.heads import every_answer
 from support.paths import ROOT, SCRIPTS, TESTS
+from support.python_source import parse
 from support.rawclient import Response
 from support.router import Router
 
@@ -131,7 +132,7 @@ def sources_of_tests() -> Mapping[str, TestSource]:
 def nodes_below(folder: Path) -> Iterator[tuple[str, Sequence[ast.AST]]]:
     for path in sorted(folder.rglob("*.py")):
         if path.stem != "__init__":
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            tree = parse(path.read_text(encoding="utf-8"))
             yield str(path.relative_to(folder)), list(ast.walk(tree))
 
 
