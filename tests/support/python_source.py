@@ -3,7 +3,8 @@
 import ast
 import threading
 
-# Up to Python 3.12.1 two threads that parse at once can confuse the count of levels that they share (a SystemError).
+# Up to Python 3.11.7 and 3.12.1, two threads that parse at once confuse the depth that they share, and one gets a
+# SystemError (gh-106905).
 _PARSING = threading.Lock()
 
 
