@@ -34,6 +34,7 @@ _SLOWEST = 4  # how many times as slow as usual a stream may be
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
 _LESSON_S = 1.0  # between two times at which something is learned
+_FRESH_S = 600.0  # for how long it counts how fast the answers to another key came
 _LESSON_TOKENS = 8  # of an answer that says how fast the backend is: the time of one token is next to nothing
 _SAMPLE_S = 10.0  # between two responses whose text is measured
 _SAMPLE_BYTES = 32  # of such a text at least: control tokens have none
@@ -53,12 +54,40 @@ class _Average:
         self._value = value if self._value is None else self._value + _WEIGHT * (value - self._value)
 
     @property
-    def is_learned(self) -> bool:
-        return self._value is not None
-
-    @property
     def value(self) -> float:
         return self._default if self._value is None else self._value
+
+
+class _Speeds:
+    """How fast one model generates, in tokens per second, as the answers to each key have shown.
+
+    A key can slow its own answers down, with a grammar say. So for its estimates counts what the other keys have seen
+    of late, if there are any.
+    """
+
+    __slots__ = ("_learned_s", "_of_keys")
+
+    def __init__(self) -> None:
+        self._of_keys: defaultdict[str, _Average] = defaultdict(lambda: _Average(TOKENS_PER_S))
+        self._learned_s: dict[str, float] = {}  # when something was added last, by key
+
+    def add(self, key_id: str, value: float, now_s: float) -> None:
+        self._of_keys[key_id].add(value)
+        self._learned_s[key_id] = now_s
+
+    @property
+    def are_learned(self) -> bool:
+        return bool(self._learned_s)
+
+    def of(self, key_id: str, now_s: float) -> float:
+        """Return the speed that counts for a key's estimates: the mean of the others', else its own or the last."""
+        fresh = [each for each, at_s in self._learned_s.items() if each != key_id and now_s - at_s <= _FRESH_S]
+        if fresh:
+            return sum([self._of_keys[each].value for each in fresh]) / len(fresh)
+        if not self._learned_s:
+            return TOKENS_PER_S
+        last = max(self._learned_s, key=self._learned_s.__getitem__)
+        return self._of_keys[key_id if key_id in self._learned_s else last].value
 
 
 class _Pace:
@@ -68,7 +97,7 @@ class _Pace:
 
     def __init__(self) -> None:
         self.reading = _Average(PROMPT_TOKENS_PER_S)
-        self.generating = _Average(TOKENS_PER_S)
+        self.generating = _Speeds()
 
 
 class TokenEstimator:
@@ -122,7 +151,7 @@ class TokenEstimator:
         if tokens.prompt_ms > 0 and tokens.prompt > tokens.cached:
             pace.reading.add((tokens.prompt - tokens.cached) * 1000 / tokens.prompt_ms)
         if tokens.predicted_ms > 0 and tokens.completion >= _LESSON_TOKENS:
-            pace.generating.add(tokens.completion * 1000 / tokens.predicted_ms)
+            pace.generating.add(record.key_id, tokens.completion * 1000 / tokens.predicted_ms, record.ended_s)
         if type(record.usage_source) is bytes and record.ended_s >= self._next_sample_s and tokens.completion:
             self._next_sample_s = record.ended_s + _SAMPLE_S
             text_bytes = generated_bytes(parse_json(record.usage_source))
@@ -223,7 +252,7 @@ class TokenEstimator:
         that the request allows, if it `may_be_all`.
         """
         limit = limit_of(record)
-        if may_be_all and limit is not None and not self._speed_of(record).is_learned:
+        if may_be_all and limit is not None and not self._has_speed(record):
             return limit
         by_time = self._by_time(record, prompt)
         generated = max(shown, by_time // 2) if shown else by_time
@@ -251,12 +280,11 @@ class TokenEstimator:
         left, answers = record.left, record.asked.answers
         generated = sent + OVERRUN_TOKENS * answers
         span_s = max(record.ended_s, left.worked_until_s) - record.first_byte_s - self._reading_s(record, prompt)
-        speed = self._speed_of(record)
-        by_time = ceil(span_s * speed.value) * answers
+        by_time = ceil(span_s * self._speed_of(record)) * answers
         has_all_in_events = left.shown is not None and left.shown.has_all_in_events
         if left.is_behind:
             generated = max(generated, by_time)
-        elif speed.is_learned and not has_all_in_events:  # it may have generated what makes no event
+        elif self._has_speed(record) and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
         generated = _as_shown(record, generated, sent, prompt)
         return max(min(generated, limit_of(record) or generated) - sent, 0)
@@ -269,7 +297,7 @@ class TokenEstimator:
         if record.is_unfinished:
             linger_s = 0.0 if left.worked_until_s else LINGER_S
             span_s = max(span_s + linger_s - self._reading_s(record, prompt), 0.0)
-        speed = self._speed_of(record).value
+        speed = self._speed_of(record)
         generated = ceil(span_s * speed) * at_once
         if seen is not None and seen.most is not None:
             # What it has had since the last look, at which others may have kept it from any.
@@ -285,9 +313,12 @@ class TokenEstimator:
         """Return how many tokens a byte of the text has that is generated for the request's key."""
         return self._text[record.key_id]
 
-    def _speed_of(self, record: RequestRecord) -> _Average:
+    def _has_speed(self, record: RequestRecord) -> bool:
+        return self._paces[record.model].generating.are_learned
+
+    def _speed_of(self, record: RequestRecord) -> float:
         """Return how fast the model of a request generates."""
-        return self._paces[record.model].generating
+        return self._paces[record.model].generating.of(record.key_id, record.ended_s)
 
     def _of_choices(self, record: RequestRecord, count: Count) -> tuple[int, int]:
         """Return the tokens of the first choice, which is reported, and of the others, by their text."""

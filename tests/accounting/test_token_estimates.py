@@ -606,6 +606,37 @@ def test_each_model_has_a_speed_of_its_own() -> None:
     assert slow == unnamed == tokens_of(left())
 
 
+def with_speeds(*lessons: tuple[str, float, int]) -> TokenEstimator:
+    """Return an estimator that has seen answers: the key of each, when it ended, and its tokens per second."""
+    estimator = TokenEstimator()
+    for key_id, ended_s, speed in lessons:
+        seen = record(bytes_in=0, key_id=key_id, ended_s=ended_s)
+        estimator.learn([seen], [Tokens(1, 0, speed, predicted_ms=1000.0)])
+    return estimator
+
+
+@pytest.mark.parametrize(
+    ("lessons", "speed"),
+    [
+        ([("alice", 998.0, 10)], 10),
+        ([("bob", 998.0, 10)], 10),
+        ([("bob", 997.0, 400), ("alice", 998.0, 10)], 400),
+        ([("bob", 996.0, 400), ("carol", 997.0, 200), ("alice", 998.0, 10)], 300),
+        ([("bob", 401.0, 400), ("alice", 998.0, 10)], 10),
+        ([("alice", 300.0, 10), ("bob", 401.0, 400)], 10),
+        ([("bob", 400.0, 300), ("carol", 401.0, 400)], 400),
+    ],
+)
+def test_a_key_that_slows_its_answers_down_is_charged_by_what_others_have_seen(
+    lessons: list[tuple[str, float, int]], speed: int
+) -> None:
+    source = json.dumps({"content": ""}).encode()
+    made = record(NATIVE, usage_source=source, left_queue_s=1000.0, ended_s=1002.0)
+    tokens = tokens_of(made, with_speeds(*lessons))
+    assert tokens is not None
+    assert tokens.completion == 2 * speed
+
+
 def test_a_prompt_that_was_found_in_the_cache_says_nothing_of_the_speed() -> None:
     estimator = TokenEstimator()
     estimator.learn([record(bytes_in=0)], [Tokens(100, 100, 0, prompt_ms=9.0)])
