@@ -8,7 +8,7 @@ import re
 from core.errors import BAD_REQUEST, GatewayError
 
 _VERSION = b" HTTP/1."
-_CR = ord("\r")
+CR = ord("\r")  # that each such line has
 _REQUEST_LINE = re.compile(rb"\n[A-Z]+ [^ \r\n]+ HTTP/1\.[01]\r\n")
 _MAX_LINE_BYTES = 16384  # llama-server refuses a target of more than half of that
 _FOUND = "A line of the request's body is the first line of an HTTP request."
@@ -16,8 +16,7 @@ _FOUND = "A line of the request's body is the first line of an HTTP request."
 
 def check_lines(body: bytes) -> None:
     """Raise BAD_REQUEST if a line of a whole body could begin an HTTP/1 request."""
-    if _CR in body:  # as in little JSON
-        RequestLines().feed(body)
+    RequestLines().feed(body)
 
 
 class RequestLines:

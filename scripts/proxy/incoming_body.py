@@ -9,7 +9,7 @@ from http1.bodies import RequestBody
 from http1.grammar import CONTINUE, CRLF
 from http1.json_members import Members
 from http1.member_screen import MemberScreen, shortened
-from http1.request_lines import RequestLines, check_lines
+from http1.request_lines import CR, RequestLines, check_lines
 from policy.prepared_request import PreparedRequest
 from proxy.body_scan import BodyScan
 from proxy.request_services import RequestServices
@@ -77,8 +77,9 @@ class IncomingBody:
         self._pieces = (received,)
         self.size = self._held_bytes = length
         self._services.memory.add(length)
-        # Next to the screen's search: each of them fills the processor's cache with the body.
-        check_lines(received)
+        # Next to the screen's search: each of them fills the processor's cache with the body. Little JSON has a CR.
+        if CR in received:
+            check_lines(received)
         return True
 
     async def read(self, *, for_members: bool) -> None:
