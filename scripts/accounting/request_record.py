@@ -46,7 +46,7 @@ def request_ids() -> Iterator[bytes]:
     return map(f"req-{os.urandom(6).hex()}-%d".encode().__mod__, count(1))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class LeftWork:
     """What is known of the backend's work on a request that ended before that work did.
 
@@ -120,5 +120,5 @@ class RequestRecord:
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether the backend had begun, and the end of its response was not passed on."""
+        """Whether the backend had begun, and the end of its response was not passed on, once it is recorded."""
         return self.left is not NOTHING_LEFT

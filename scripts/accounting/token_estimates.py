@@ -34,7 +34,7 @@ _SLOWEST = 4  # how many times as slow as usual a stream may be
 _WEIGHT = 0.1  # of the newest value in a moving average
 _PRIOR_BYTES = 128  # of text like that of earlier responses, which a first choice is taken together with
 _LESSON_S = 1.0  # between two times at which something is learned
-_FRESH_S = 600.0  # for how long it counts how fast the answers to another key came
+_FRESH_S = 600.0  # for how long the speed of the answers to another key is used
 _LESSON_TOKENS = 8  # of an answer that says how fast the backend is: the time of one token is next to nothing
 _SAMPLE_S = 10.0  # between two responses whose text is measured
 _SAMPLE_BYTES = 32  # of such a text at least: control tokens have none
@@ -61,8 +61,8 @@ class _Average:
 class _Speeds:
     """How fast one model generates, in tokens per second, as the answers to each key have shown.
 
-    A key can slow its own answers down, with a grammar say. So for its estimates counts what the other keys have seen
-    of late, if there are any.
+    A key can slow its own answers down, with a grammar say. So its estimates use the speed that other keys have seen
+    of late, if any have.
     """
 
     __slots__ = ("_learned_s", "_of_keys")

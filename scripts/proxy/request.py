@@ -1,10 +1,11 @@
 """The life of one request, in the order in which it happens: access, body, slot, backend, response, record."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 
-from accounting.request_record import LeftWork, Outcome, RequestRecord, Stage
+from accounting.request_record import Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
@@ -589,7 +590,6 @@ class Request:
         It is recorded once it is known what the backend has generated.
         """
         services, record, body, left = self._services, self.record, self._body, self._left
-        record.left = LeftWork()
         has_left = record.outcome is Outcome.CANCELLED
         if has_left and self.is_at_work:
             services.suspects.abandon(self.suspect(), record.model)
@@ -642,20 +642,19 @@ class Request:
 
 def _note_end(services: RequestServices, record: RequestRecord, stream: LeftStream, is_behind: bool) -> None:
     """The rest of a stream whose client has left has been counted."""
-    record.left.is_behind = is_behind
-    record.left.worked_until_s = services.clock()
+    record.left = replace(record.left, is_behind=is_behind, worked_until_s=services.clock())
     stream.note_end()
 
 
 def _record_left(services: RequestServices, record: RequestRecord, admission: Admission) -> None:
     """Record a request on which the backend was at work when it ended."""
-    record.left.prompt_limit = admission.prompt_limit
+    record.left = replace(record.left, prompt_limit=admission.prompt_limit)
     services.recorder.record(record)
 
 
 def _record_stream(services: RequestServices, record: RequestRecord, admission: Admission, shown: Shown) -> None:
     """Record a request for a stream whose client has left, once the backend has stopped working on it."""
-    record.left.shown = shown
+    record.left = replace(record.left, shown=shown)
     _record_left(services, record, admission)
 
 
@@ -670,10 +669,10 @@ def _record_whole(
 
     A busy llama-server may not have noticed that, and have sent the whole answer, with its report.
     """
-    record.left.generated = generated
     if left is not None:
-        record.left.worked_until_s = min(left.ended_s, services.clock())
+        record.left = replace(record.left, worked_until_s=min(left.ended_s, services.clock()))
         reported = fast_tokens(left.late_end) if record.asked.answers == 1 else None
         if reported is not None:
-            record.left.generated = Generated(reported.completion, reported.prompt, is_exact=True)
+            generated = Generated(reported.completion, reported.prompt, is_exact=True)
+    record.left = replace(record.left, generated=generated)
     _record_left(services, record, admission)

@@ -15,8 +15,8 @@ Piece = bytes | bytearray | memoryview
 class PieceWriter:
     """Writes pieces in order to a transport that is no TLS transport. In a WriteBatcher it stands for the transport.
 
-    What it has left is never more than the transport can say: if it keeps pieces back, the transport has more than its
-    high-water mark to write, and calls `resume_writing` once that is written.
+    As long as it keeps pieces back, the transport's own buffer is above its high-water mark, or is about to be filled
+    by `resume_writing`. So the transport's `get_write_buffer_size` is 0 only if all pieces have been written.
     """
 
     __slots__ = ("_descriptor", "_transport", "_unsent")
