@@ -277,6 +277,7 @@ async def test_a_stream_that_is_left_before_it_begins_is_recorded_when_the_backe
     backend.receive_eof()
     gateway.expect_end(served, Outcome.CANCELLED, 200)
     assert served.record.left.worked_until_s - served.record.ended_s == pytest.approx(30, abs=1)
+    assert served.record.left.shown == Shown(has_all_in_events=False)  # this double has looked at no slot
 
 
 @pytest.mark.parametrize(
