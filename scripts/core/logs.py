@@ -36,16 +36,15 @@ def timestamp(epoch_s: float) -> str:
 
 
 def timestamps(epochs_s: Iterable[float]) -> list[bytes]:
-    """Format many times at once. Under load many in a row are of the same millisecond, which is formatted once."""
-    texts: list[bytes] = []
-    last_ms, text = None, b""
-    for epoch_s in epochs_s:
-        epoch_ms = round(epoch_s * 1000)
-        if epoch_ms != last_ms:
-            seconds, milliseconds = divmod(epoch_ms, 1000)
-            last_ms, text = epoch_ms, b"%b.%03dZ" % (_format_seconds(seconds), milliseconds)
-        texts.append(text)
-    return texts
+    """Format many times at once."""
+    return list(map(_format_ms, [round(epoch_s * 1000) for epoch_s in epochs_s]))
+
+
+@functools.lru_cache(maxsize=64)
+def _format_ms(epoch_ms: int) -> bytes:
+    """Format whole milliseconds since the epoch. Under load many requests end in the same one."""
+    seconds, milliseconds = divmod(epoch_ms, 1000)
+    return b"%b.%03dZ" % (_format_seconds(seconds), milliseconds)
 
 
 @functools.lru_cache(maxsize=4)
