@@ -16,7 +16,7 @@ from http1.json_members import JsonType, Member, Members, NameTable
 _MOVES = 32  # of one step
 _KEPT_BYTES = 1024  # of a field's value; a longer one is not kept
 # Of a part's head. llama-server refuses a line of more than 8 KiB, and takes any number of shorter ones.
-_LINE_BYTES = 64 << 10
+_LINE_BYTES = 16 << 10
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _OTHERS = rb"(?:[ \t]*;[ \t]*(?!boundary[ \t=])%b=(?:%b|\"[^\"\\]*\"))*" % (_TOKEN, _TOKEN)
 _BOUNDARY = re.compile(
@@ -99,7 +99,7 @@ class FormReader:
         data = self._data
         end = data.find(CRLF, len(CRLF))
         is_other = len(data) >= len(CRLF) and not data.startswith(CRLF)  # the end of the form, or none
-        if is_other or (end < 0 and len(data) > _LINE_BYTES):
+        if is_other or (len(data) if end < 0 else end) > _LINE_BYTES:
             self._state = _EPILOGUE
             return False
         if end < 0:

@@ -76,6 +76,13 @@ def test_a_part_may_have_any_number_of_head_lines(lines: int) -> None:
     assert values(read(form)) == values(read(*[form[at : at + 1000] for at in range(0, len(form), 1000)])) == {"n": "2"}
 
 
+def test_what_follows_a_head_line_that_llama_server_refuses_is_not_read() -> None:
+    """It takes at most 8 KiB, and a longer line would take longer than a turn of the loop may."""
+    form = part('name="n"', b"2") + part('name="stream"', b"true", "X-Line: " + "x" * (16 << 10)) + b"--X--\r\n"
+    pieces = [form[at : at + 1000] for at in range(0, len(form), 1000)]
+    assert values(read(form)) == values(read(*pieces)) == {"n": "2"}
+
+
 def test_a_preamble_is_passed() -> None:
     assert values(read(b"hello\r\n" + FORM)) == WANTED
 
