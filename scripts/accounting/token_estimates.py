@@ -194,8 +194,8 @@ class TokenEstimator:
         # Bodies may have had more than a prompt, so that the key's tokens per byte say little.
         by_body = max(by_body, ceil(record.asked.prompt_bytes * TOKENS_PER_BYTE))
         left = record.left
-        if left.shown is not None and left.shown.whole is not None:
-            by_body = min(by_body, left.shown.whole)
+        if left.shown is not None and left.shown.most_total is not None:
+            by_body = min(by_body, left.shown.most_total)
         seen = left.generated or left.shown
         if seen is not None and seen.most_prompt is not None:
             by_body = min(by_body, seen.most_prompt * record.asked.prompts)
@@ -382,8 +382,8 @@ def _as_shown(record: RequestRecord, tokens: int, sent: int, prompt: int) -> int
         return tokens
     if shown.most is not None:
         tokens = int(min(tokens, (shown.most + OVERRUN_TOKENS) * answers))
-    if shown.whole is not None:
-        tokens = min(tokens, max(shown.whole - prompt, sent + OVERRUN_TOKENS))
+    if shown.most_total is not None:
+        tokens = min(tokens, max(shown.most_total - prompt, sent + OVERRUN_TOKENS))
     return tokens if shown.generated is None or answers > 1 else shown.generated.nearest(tokens)
 
 

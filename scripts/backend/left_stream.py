@@ -54,8 +54,8 @@ class Shown(NamedTuple):
 
     `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
     shown more than `most` tokens, which may be infinite; None if none was seen. None has kept more than `most_prompt`
-    with the prompt; None if that is not known. `whole` is how many tokens it has had at most, with its prompt, if its
-    slot was at work no more when it was looked at first; None if that is not known.
+    with the prompt; None if that is not known. It has had `most_total` tokens at most, with its prompt, if its slot was
+    at work no more when it was looked at first; None if that is not known.
     """
 
     has_all_in_events: bool
@@ -63,7 +63,7 @@ class Shown(NamedTuple):
     generated: Span | None = None
     most: float | None = None
     most_prompt: int | None = None
-    whole: int | None = None
+    most_total: int | None = None
 
 
 def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -108,7 +108,7 @@ def peers_of(own: StreamEvents, slots: Sequence[ListedSlot], streams: Sequence[S
     return None if has_silent is None else Peers(theirs, has_silent)
 
 
-def whole_of(own: StreamEvents, slots: Sequence[ListedSlot], others: Sequence[StreamEvents]) -> int | None:
+def most_total_of(own: StreamEvents, slots: Sequence[ListedSlot], others: Sequence[StreamEvents]) -> int | None:
     """Return how many tokens a stream has had at most, with its prompt, if its slot is at work no more.
 
     That slot still has its task, which came after those of older streams, and before those of younger ones. `others`
@@ -179,7 +179,7 @@ class LeftStream:
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
         self._most: float | None = None  # tokens that any slot has shown
         self._most_kept: int | None = None
-        self._whole: int | None = None
+        self._most_total: int | None = None
         self._has_silent: bool | None = None  # tokens, as far as has been seen
         self._has_had_peers = False  # what all streams together have had says nothing of it any more
         self._looks = 0
@@ -225,18 +225,18 @@ class LeftStream:
         *,
         all_at_work: bool = True,
         peers: Peers | None = None,
-        whole: int | None = None,
+        most_total: int | None = None,
     ) -> None:
         """Look at all slots. `events` are its own; for `has_silent`, of all streams together, see `has_silent_tokens`.
 
         `all_at_work`: no request has a slot that is idle. Else what looks like a stream that has just begun may be one
         that has not. `peers` are known if its slot is one of theirs; then they are compared instead of all streams.
-        `whole` is its own if its slot is at work no more, see `whole_of`. Only the first look can say that: later its
+        For `most_total` see `most_total_of`: its slot is at work no more. Only the first look can say that: later the
         slot may have had another task.
         """
         self._looks += 1
         if self._looks == 1:
-            self._whole = whole
+            self._most_total = most_total
         if slots:
             self._most = max([self._most or 0, *map(_shown_by, slots)])
         if peers is not None and not self._has_had_peers:
@@ -287,8 +287,8 @@ class LeftStream:
 
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
-            whole = None if self._has_had_peers else self._whole
-            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, whole))
+            most_total = None if self._has_had_peers else self._most_total
+            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, most_total))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from backend.fetch import PageTooLong
 from backend.generation_watch import AtWork, GenerationWatch
-from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded, peers_of, whole_of
+from backend.left_stream import LeftStream, StreamEvents, has_silent_tokens, most_decoded, most_total_of, peers_of
 from backend.slot_listing import ListedSlot, awaited_task, context_of, is_busy, most_kept
 from core.errors import BACKEND_MALFORMED, BACKEND_TIMEOUT, BACKEND_UNAVAILABLE, GatewayError
 from core.tasks import end_tasks
@@ -340,17 +340,17 @@ class SlotReclaimer:
         # A slot is at work until its step has ended, although the connection has.
         all_streams = [*others, *(events for _, events in left)]
         for stream, events in left:
-            peers = whole = None
+            peers = most_total = None
             if busy <= known_slots:  # else another program is at work
                 # Its last events may be newer than the page; then only what its one slot keeps shows what it has had.
                 if not stream.has_come or events.slots == 1:
                     peers = peers_of(events, slots, all_streams)
                 if stream.has_come:
-                    whole = whole_of(events, slots, streams)
+                    most_total = most_total_of(events, slots, streams)
                 elif peers is None:
                     peers = peers_of(events, slots, streams)
             all_at_work = busy >= known_slots
-            stream.look(slots, events, has_silent, now_s, all_at_work=all_at_work, peers=peers, whole=whole)
+            stream.look(slots, events, has_silent, now_s, all_at_work=all_at_work, peers=peers, most_total=most_total)
 
     def _share_out(self) -> None:
         """Give each of several streams of a key one of the tasks that may be any of theirs, if there are as many.

@@ -241,7 +241,7 @@ def test_a_stream_is_charged_no_more_than_its_slot_keeps_with_the_prompt() -> No
     none, some = TokenCounter(CHAT.route.label), counted(*EVENTS)
     for source in (none, some):
         for whole, prompt, completion in ((130, 25, 105), (26, 25, 4 if source is some else 3), (20, 20, None)):
-            shown = Shown(False, most=5074, whole=whole)
+            shown = Shown(False, most=5074, most_total=whole)
             tokens = tokens_of(left(usage_source=source, shown=shown, worked_until_s=9000.0), taught())
             assert tokens is not None
             assert tokens.prompt == prompt

@@ -12,8 +12,8 @@ from backend.left_stream import (
     StreamEvents,
     has_silent_tokens,
     most_decoded,
+    most_total_of,
     peers_of,
-    whole_of,
 )
 from backend.slot_listing import ListedSlot
 
@@ -334,15 +334,15 @@ def test_slots_that_are_at_work_after_its_connection_has_ended_still_show_its_to
 def test_a_slot_that_has_ended_before_the_first_look_bounds_the_tokens(
     ended: list[ListedSlot], whole: int | None
 ) -> None:
-    assert whole_of(VICTIM, [*ended, *THREE[1:]], [SLOW, HIDING]) == whole
+    assert most_total_of(VICTIM, [*ended, *THREE[1:]], [SLOW, HIDING]) == whole
 
 
 def test_the_slot_of_a_stream_that_has_ended_had_its_task_between_those_of_its_neighbours() -> None:
     younger = StreamEvents(3, begun_s=14.0)
     slots = [idle(10472, 29), idle(10500, 9000), slot(3, task=10490), THREE[2]]
-    assert whole_of(VICTIM, slots, [younger, HIDING]) == 30
-    assert whole_of(VICTIM, slots, [younger._replace(begun_s=13.01), HIDING]) == 9001  # it may be older
-    assert whole_of(StreamEvents(12, 2, 13.0), slots, [younger, HIDING]) is None
+    assert most_total_of(VICTIM, slots, [younger, HIDING]) == 30
+    assert most_total_of(VICTIM, slots, [younger._replace(begun_s=13.01), HIDING]) == 9001  # it may be older
+    assert most_total_of(StreamEvents(12, 2, 13.0), slots, [younger, HIDING]) is None
 
 
 def test_only_the_first_look_can_show_a_slot_that_has_ended() -> None:
@@ -351,16 +351,16 @@ def test_only_the_first_look_can_show_a_slot_that_has_ended() -> None:
         stream = LeftStream(lambda: 12, ended.append, 13.0)
         stream.note_end()
         for each in wholes:
-            stream.look(THREE[1:], VICTIM, None, 1.0, whole=each)
+            stream.look(THREE[1:], VICTIM, None, 1.0, most_total=each)
         stream.end()
-        assert ended == [Shown(False, most=5074, whole=whole)]
+        assert ended == [Shown(False, most=5074, most_total=whole)]
 
 
 def test_what_it_was_seen_to_have_had_counts_more_than_what_slots_that_have_ended_keep() -> None:
     ended: list[Shown] = []
     stream = LeftStream(lambda: 12, ended.append, 13.0)
     stream.note_end()
-    stream.look(THREE, VICTIM, None, 1.0, whole=9)
+    stream.look(THREE, VICTIM, None, 1.0, most_total=9)
     stream.look(THREE, VICTIM, None, 1.1, peers=Peers([THREE[0]], False))
     stream.end()
-    assert ended[0].whole is None
+    assert ended[0].most_total is None
