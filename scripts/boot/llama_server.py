@@ -16,6 +16,7 @@ _DEVICES = Path("/dev")
 _GPUS = ("nvidia[0-9]*", "nvidiactl", "kfd", "dri/renderD*", "dxg")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 IMAGE_BINARY = "/app/llama-server"
+_AUTOMATIC_SLOTS = "4"  # as many as llama-server chooses
 SCRUBBED_PREFIXES = ("AIP_", "LLAMA_ARG_", "LLAMA_SERVER_")
 CACHE_SETTINGS = ("LLAMA_CACHE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")
 
@@ -128,10 +129,14 @@ def _metrics_args(config: Config) -> list[str]:
 
 
 def _cache_args(config: Config, slots_folder: Path) -> list[str]:
-    """Return what lets the gateway empty slots, and keeps prompts from moving between them."""
+    """Return what lets the gateway empty slots, and keeps prompts from moving between them.
+
+    If llama-server chooses the number of slots, they share their memory, whatever else it is told.
+    """
     if config.backend.prompt_cache != PRIVATE:
         return []
-    return ["--slots", "--slot-save-path", str(slots_folder), "--cache-ram", "0", "--no-kv-unified"]
+    slots = [] if config.model.parallel else ["-np", _AUTOMATIC_SLOTS]
+    return ["--slots", "--slot-save-path", str(slots_folder), "--cache-ram", "0", "--no-kv-unified", *slots]
 
 
 def environment(environ: Mapping[str, str], model: ModelSettings) -> dict[str, str]:

@@ -125,7 +125,7 @@ class ModelSettings(NamedTuple):
     threads: Annotated[int, Setting("THREADS", whole(0, 4096), "0", "threads",
             "CPU threads of llama-server (0: llama-server decides).")]
     parallel: Annotated[int | None, Setting("PARALLEL", whole(1, 4096), None, "slots",
-            "Slots of llama-server. Unset: llama-server decides.")]
+            "Slots of llama-server. Unset: llama-server decides; with PROMPT_CACHE=private 4.")]
     extra_args: Annotated[tuple[str, ...], Setting("EXTRA_ARGS", ARGS, "", "",
             "Further arguments of llama-server, split as a shell would.")]
     llama_bin: Annotated[str | None, Setting("LLAMA_BIN", FILE, None, "",

@@ -57,9 +57,11 @@ def test_a_setting_without_a_value_is_not_passed_on(tmp_path: Path) -> None:
 def test_with_private_caches_slots_can_be_emptied_and_nothing_moves_between_them(tmp_path: Path) -> None:
     binary = executable(tmp_path / "llama-server")
     settings = {"LLAMA_BIN": str(binary), "PROMPT_CACHE": "private", "EXTRA_ARGS": "--kv-unified"}
-    assert command(configured(**settings), "/m", KEY_FILE, SLOTS)[-7:] == [
-        "--slots", "--slot-save-path", "/run/slots", "--cache-ram", "0", "--no-kv-unified", "--kv-unified",
-    ]  # fmt: skip
+    private = ["--slots", "--slot-save-path", "/run/slots", "--cache-ram", "0", "--no-kv-unified"]
+    argv = command(configured(**settings), "/m", KEY_FILE, SLOTS)
+    assert argv[-9:] == [*private, "-np", "4", "--kv-unified"]
+    argv = command(configured(**settings, PARALLEL="2"), "/m", KEY_FILE, SLOTS)
+    assert argv[-9:] == ["-np", "2", *private, "--kv-unified"]
 
 
 def router_argv(tmp_path: Path, **settings: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What one key learns of another key's prompt from the real llama-server: all with `shared`, nothing with `private`."""
 
+import json
 import random
 import threading
 from collections.abc import Iterator
@@ -140,6 +141,12 @@ def test_a_key_reads_nothing_after_much_else_and_a_crash(isolating: IsolatingSer
     wandering()
     for path in (COMPLETIONS, MESSAGES):
         assert digits_found(private, path, COMPLETIONS) == 0
+
+
+def test_no_slot_shares_its_memory(isolating: IsolatingServer) -> None:
+    """Else the long text of one key would push another's out, or end its request."""
+    slots = json.loads(fetch(f"{isolating.url}/slots", isolating.key)[1])
+    assert [slot["n_ctx"] for slot in slots] == [isolating.slot_context] * SLOTS
 
 
 class UnreadyGateway(Gateway):
