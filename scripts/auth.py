@@ -84,12 +84,14 @@ def unauthorized(detail: str = "") -> GatewayError:
 class KeyRefused(GatewayError):
     """A key that is known, but suspended, or sent from an address that its `from=` does not allow.
 
-    The client sees the one 401 for the latter. `key_id` is for the logs.
+    The client sees the one 401 for the latter. `key_id` is for the logs, and so is `address`, which is not allowed, if
+    it is known.
     """
 
-    def __init__(self, kind: Kind, key_id: str) -> None:
+    def __init__(self, kind: Kind, key_id: str, address: str = "") -> None:
         super().__init__(kind, fields=CHALLENGE if kind is INVALID_API_KEY else ())
         self.key_id = key_id
+        self.address = address
 
 
 def candidates(known: Mapping[bytes, Sequence[bytes]]) -> tuple[bytes, ...]:
@@ -142,10 +144,10 @@ class Keyring:
         """
         caller = self._callers.get(digest)
         if caller is None or (caller.expires_s is not None and caller.expires_s <= clock()):
-            _all_within(addresses, _NOWHERE)  # it takes as long as for a key that does not work from here
+            _outside(addresses, _NOWHERE)  # it takes as long as for a key that does not work from here
             raise unauthorized()
-        if caller.sources and not _all_within(addresses, caller.sources):
-            raise KeyRefused(INVALID_API_KEY, caller.key_id)
+        if caller.sources and (address := _outside(addresses, caller.sources)) is not None:
+            raise KeyRefused(INVALID_API_KEY, caller.key_id, address)
         if caller.rate_limit == 0:
             raise KeyRefused(KEY_SUSPENDED, caller.key_id)
         return caller
@@ -169,15 +171,16 @@ class Keyring:
 
     def _is_allowed(self, digest: bytes, addresses: Sequence[str]) -> bool:
         sources = self._callers[digest].sources
-        return not sources or _all_within(addresses, sources)
+        return not sources or _outside(addresses, sources) is None
 
 
 _NOWHERE = keyfile.parse_networks("0.0.0.0,::")
 
 
-def _all_within(addresses: Sequence[str], networks: Sequence[Network]) -> bool:
-    """Whether there is an address, and each one is in one of the networks."""
-    return bool(addresses) and all(is_within(parse_address(address), networks) for address in addresses)
+def _outside(addresses: Sequence[str], networks: Sequence[Network]) -> str | None:
+    """Return the first address that is in none of the networks; None if each is in one, "" if there is no address."""
+    outside = (address for address in addresses if not is_within(parse_address(address), networks))
+    return next(outside, None if addresses else "")
 
 
 class _UnreadKeyring(Keyring):

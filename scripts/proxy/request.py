@@ -553,7 +553,7 @@ class Request:
         if self._caller is None:
             self._client.authenticated = False  # its key is not valid any more
         if isinstance(error, KeyRefused):
-            self.record.key_id = error.key_id
+            self.record.key_id, self.record.peer = error.key_id, error.address or self.record.peer
         self.record.refusal = error.kind
         self.record.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
         if not error.kind.closes:

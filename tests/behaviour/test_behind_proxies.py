@@ -140,6 +140,16 @@ async def test_a_field_that_the_proxy_passes_on_does_not_open_a_key(stack: Stack
     assert (await stack.ask(get(MODELS, *fields, key=OFFICE_KEY))).status == 200
 
 
+@scenario(KEYS=KEYS, TRUSTED_PROXIES=TRUSTED)
+async def test_the_logs_have_the_address_that_is_not_allowed(stack: Stack) -> None:
+    fields = (forwarded_for(b"192.0.2.7"), b"Forwarded: for=198.51.100.1", b"X-Request-Id: r-1")
+    assert (await stack.ask(get(MODELS, *fields, key=OFFICE_KEY))).status == 401
+    stack.app.recorder.flush()
+    assert "key office from elsewhere than its from=: 198.51.100.1 for /v1/models (request r-1)" in stack.logged()
+    await stack.stop()
+    assert [line["peer"] for line in stack.lines] == ["198.51.100.1"]
+
+
 @scenario(KEYS=KEYS)
 async def test_a_valid_key_beside_one_that_does_not_work_from_here_counts(stack: Stack) -> None:
     assert (await stack.ask(get(MODELS, b"x-api-key: " + OFFICE_KEY))).status == 200
