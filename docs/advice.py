@@ -140,10 +140,12 @@ SETTINGS: dict[str, SettingAdvice] = {
         "Lower it if the model does not fit the GPU's memory; 0 uses the CPU only. See [SIZING.md](SIZING.md).",
         "NGL=20"),
     "CTX": SettingAdvice(
-        "Raise it for long prompts, lower it if the GPU's memory is too small. It is divided among the slots.",
+        "Raise it for long prompts, lower it if the GPU's memory is too small. With PARALLEL it is divided"
+        " among the slots, without it they share it: see [SIZING.md](SIZING.md).",
         "CTX=32768"),
     "PARALLEL": SettingAdvice(
-        "Set it to the number of answers that are to be generated at the same time. Each slot has CTX/PARALLEL tokens.",
+        "Set it to the number of answers that are to be generated at the same time. Each slot has CTX/PARALLEL tokens."
+        " Without it long requests can end each other: see [SIZING.md](SIZING.md).",
         "PARALLEL=4"),
     "THREADS": SettingAdvice(
         "Set it to less than the number of cores if llama-server runs on the CPU: the gateway needs some time too.",

@@ -121,7 +121,7 @@ class ModelSettings(NamedTuple):
     ngl: Annotated[int, Setting("NGL", whole(0, 100000), "99", "layers",
             "Layers to offload to the GPU; the default exceeds common models, so it offloads all layers.")]
     ctx: Annotated[int, Setting("CTX", whole(0, 1 << 30), "16384", "tokens",
-            "Context size shared by all slots; the default fits most GPUs (0: the model's training context).")]
+            "Context size of all slots together; the default fits most GPUs (0: the model's training context).")]
     threads: Annotated[int, Setting("THREADS", whole(0, 4096), "0", "threads",
             "CPU threads of llama-server (0: llama-server decides).")]
     parallel: Annotated[int | None, Setting("PARALLEL", whole(1, 4096), None, "slots",
