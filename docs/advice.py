@@ -251,8 +251,9 @@ SETTINGS: dict[str, SettingAdvice] = {
         "MAX_BUFFERED_BYTES=128MiB"),
     "MAX_JSON_DEPTH": SettingAdvice("Raise it if clients send deeply nested tools or schemas.", "MAX_JSON_DEPTH=200"),
     "MEMBER_RULES": SettingAdvice(
-        "Set it to allow a member that your clients need, or to bound one more strictly.",
-        "MEMBER_RULES=media_urls=images.example,max_tokens=4096"),
+        "Set it to allow a member that your clients need, or to bound one more strictly. A body that does not name the"
+        " member is not limited: to limit all answers, give the keys `max_tokens=`.",
+        "MEMBER_RULES=media_urls=images.example,n_probs=20"),
     "MAX_HEADERS": SettingAdvice("Raise it if a chain of proxies adds many header lines.", "MAX_HEADERS=128"),
     "MAX_HEADER_LINE_SIZE": SettingAdvice(
         "Lower it if you like; llama-server refuses longer lines than the default.", "MAX_HEADER_LINE_SIZE=4096"),
@@ -352,9 +353,9 @@ ERRORS: dict[str, Remedy] = {
         "A body with a `Content-Encoding`, such as gzip: what it asks for could not be bounded.",
         "Send the body as it is."),
     "form_not_supported": Remedy(
-        "A `Content-Type: multipart/…` on a route other than `/v1/audio/transcriptions`, or one in which the"
-        " boundary of the form is missing or stands twice.",
-        "Send the body as JSON; on that route as a form with one boundary."
+        "A `Content-Type: multipart/…` on a route other than `/v1/audio/transcriptions` and `/audio/transcriptions`,"
+        " or one in which the boundary of the form is missing or stands twice.",
+        "Send the body as JSON; on these routes as a form with one boundary."
     ),
     "length_required": Remedy("A POST without `Content-Length` and without a chunked body.", "Send the body's length."),
     "payload_too_large": Remedy("The body exceeds `MAX_REQUEST_BODY_SIZE`.",
