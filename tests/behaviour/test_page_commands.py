@@ -23,6 +23,7 @@ def wrong_outputs(folder: Path, keys: str, names: list[str]) -> dict[str, list[t
     wrong = {}
     with shell(folder, keys) as environ:
         given = {**environ, "KEY": KEY, "OPS": OPERATOR_KEY, "BACKUP": str(folder / "backup")}
+        given |= {"GATEWAY_URL": environ["URL"], "GATEWAY_KEY": KEY}  # as docs/CLIENTS.md calls them
         for name in names:
             walk = steps((DOCS / name).read_text(encoding="utf-8"))
             seen = zip(walk, type_into_shell(walk, given), strict=True)
