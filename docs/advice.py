@@ -367,11 +367,12 @@ ERRORS: dict[str, Remedy] = {
         "Wait `Retry-After` seconds; SDKs do. `key_mgmt.py set --name NAME --rate-limit N` raises the limit."),
     "token_quota_exceeded": Remedy(
         "The key's `tokens_per_day` or `tokens_per_month` are used up; SDKs do not repeat the request.",
-        "Wait `Retry-After` seconds, or raise it: `key_mgmt.py set --name NAME --tokens-per-day N`. `GET /usage` with"
-        " the key says what is left."),
+        "Wait `Retry-After` seconds, or raise it: `key_mgmt.py set --name NAME --tokens-per-day N`, or"
+        " `--tokens-per-month N`. `GET /usage` with the key says what is left."),
     "token_rate_exceeded": Remedy(
         "The prompt and `max_tokens` of the request do not fit into the key's `tokens_per_minute` now.",
-        "Wait `Retry-After` seconds; SDKs do. A smaller `max_tokens` reserves less."),
+        "Wait `Retry-After` seconds; SDKs do. A smaller `max_tokens` reserves less. `key_mgmt.py set --name NAME"
+        " --tokens-per-minute N` raises the limit."),
     "header_fields_too_large": Remedy(
         "The head exceeds `MAX_REQUEST_HEADER_SIZE`, `MAX_HEADER_LINE_SIZE` or `MAX_HEADERS`.",
         "Large cookies are the usual reason: use a host name of its own for the gateway."),
