@@ -19,8 +19,8 @@ class Measure(enum.Enum):
 
     PRESENCE = "none"
     NUMBER = "the number; a negative one counts as unlimited"
-    ELEMENTS = "elements, and 256 bytes for each"
-    NAMES = "elements, and 256 bytes for each; or characters of a string"
+    ELEMENTS = "elements; all together 256 bytes of JSON text times the bound"
+    NAMES = "elements; all together 256 bytes of JSON text times the bound; or characters of a string"
     BYTES = "bytes of JSON text"
     GRAMMAR = "bytes of JSON text; besides, 100 levels of parentheses"
     SCHEMA = "bytes of JSON text; besides, 64 levels of nesting"

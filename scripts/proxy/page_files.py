@@ -1,7 +1,7 @@
 """The files of llama-server's page, fetched when they are asked for, and kept for a minute.
 
 Anybody may ask for them. So they are shared in memory: however many clients read them, and however slowly, llama-server
-is asked for each once a minute, and for few at once.
+is asked for each one that it has once a minute, and for few at once.
 """
 
 import asyncio
