@@ -20,6 +20,12 @@ _BYTES = bytes(range(256))
 _STEPS = {**dict.fromkeys(b"([{", 1), **dict.fromkeys(b")]}", -1)}
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _HOST = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::[0-9]{1,5})?(?:[/?#]|\Z)", re.IGNORECASE)
+_NO_HOSTS = "llama-server may not fetch from the address of an image, audio or video; send a data: URL."
+# The same whatever is wrong: an address without a clear host is only known to have none (see http1.media_urls).
+_LISTED_HOSTS = (
+    "Images, audio and video may come from listed hosts only, and an address may have no @ and at most 2048 characters;"
+    " a data: URL always works."
+)
 
 Pieces = Sequence[bytes | bytearray]
 
@@ -61,7 +67,7 @@ def _check_hosts(members: Members, bound: Bound) -> None:
     for url in members.urls:
         match = _HOST.match(url)
         if match is None or match[1].lower() not in bound.hosts:
-            message = "llama-server may not fetch from the address of an image, audio or video; send a data: URL."
+            message = _LISTED_HOSTS if bound.hosts else _NO_HOSTS
             raise GatewayError(MEMBER_NOT_ALLOWED, f"{message} (media_urls in MEMBER_RULES)")
     if members.has_more_urls:
         message = "The addresses of images, audio and video are of too many hosts and ports."

@@ -209,6 +209,16 @@ def test_media_come_from_hosts_that_are_allowed(url: str, passes: bool) -> None:
     assert check(image(url), "media_urls=allow") == ""
 
 
+@pytest.mark.parametrize("url", ["http://a.example/@", f"http://a.example/{'x' * 2048}", "http://b.example/"])
+def test_where_hosts_are_allowed_the_sentence_says_what_an_address_must_be(url: str) -> None:
+    assert check(image(url), "media_urls=a.example") == (
+        "Images, audio and video may come from listed hosts only, and an address may have no @ and at most 2048"
+        " characters; a data: URL always works. (media_urls in MEMBER_RULES)"
+    )
+    refused = "llama-server may not fetch from the address of an image, audio or video; send a data: URL."
+    assert check(image(url)) == f"{refused} (media_urls in MEMBER_RULES)"
+
+
 @pytest.mark.parametrize("number", [0, 31, 32, 33, 500])
 def test_no_number_of_allowed_addresses_hides_another_one(number: int) -> None:
     def images(origin: str, last: str) -> Mapping[str, object]:
@@ -217,7 +227,7 @@ def test_no_number_of_allowed_addresses_hides_another_one(number: int) -> None:
 
     allowed, elsewhere = "http://a.example/{}.png", "http://169.254.169.254/"
     assert check(images(allowed, "http://a.example/"), "media_urls=a.example") == ""
-    assert "may not fetch" in check(images(allowed, elsewhere), "media_urls=a.example")
+    assert "may come from listed hosts only" in check(images(allowed, elsewhere), "media_urls=a.example")
     ports = "http://a.example:{}/"
     assert (check(images(ports, "http://a.example/"), "media_urls=a.example") == "") is (number < 32)
     assert "media_urls in MEMBER_RULES" in check(images(ports, elsewhere), "media_urls=a.example")
