@@ -310,9 +310,15 @@ class Ledger:
     def month_resets_in_s(self) -> float:
         """Return the seconds until the first of the next month, in UTC."""
         now_s = self._clock()
-        today = date.fromisoformat(day_of(now_s))
-        first = (today.replace(day=1) + timedelta(days=31)).replace(day=1)
-        return (first - today).days * DAY_S - now_s % DAY_S
+        return (_next_month(now_s) - date.fromisoformat(day_of(now_s))).days * DAY_S - now_s % DAY_S
+
+    def next_day(self) -> str:
+        """Return the date on which today's tokens count no more."""
+        return day_of(self._clock() + DAY_S)
+
+    def next_month(self) -> str:
+        """Return the date on which this month's tokens count no more."""
+        return str(_next_month(self._clock()))
 
     def _update_day(self) -> str:
         number = int(self._clock() // DAY_S)
@@ -420,6 +426,11 @@ class Ledger:
             self._lost = file.lost
             for sentence in file.lost:
                 log.warning("usage: the volume of %s %s", file.path, sentence)
+
+
+def _next_month(now_s: float) -> date:
+    """Return the first day of the next month."""
+    return (date.fromisoformat(day_of(now_s)).replace(day=1) + timedelta(days=31)).replace(day=1)
 
 
 def _first_needed_day(now_s: float) -> str:

@@ -1,7 +1,6 @@
 """The limits on a key's tokens: what it has used up, what a request may use, and what its answer reports."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from math import ceil
 
 from accounting.ledger import Ledger
@@ -37,9 +36,9 @@ class TokenQuotas:
         self._flush_accounts()
         ledger, key_id = self._ledger, caller.key_id
         if month is not None and ledger.spent_this_month(key_id) >= month:
-            raise _used_up(month, "a month, and this month's", ledger.month_resets_in_s())
+            raise _used_up(month, "a month, and this month's", ledger.next_month(), ledger.month_resets_in_s())
         if day is not None and ledger.spent_today(key_id) >= day:
-            raise _used_up(day, "a day, and today's", ledger.resets_in_s())
+            raise _used_up(day, "a day, and today's", ledger.next_day(), ledger.resets_in_s())
 
     def check_again(self, caller: Caller, reservation: Reservation | None) -> None:
         """Do what `check` does for a request that has waited, and raise TOKEN_RATE_EXCEEDED if others have used more.
@@ -82,10 +81,10 @@ def standing(limit: int | None, used: int, resets_in_s: float) -> dict[str, obje
     return {"limit": limit, "used": used, "left": left, "resets_in_s": ceil(resets_in_s)}
 
 
-def _used_up(limit: int, period: str, resets_in_s: float) -> GatewayError:
-    retry_s = ceil(resets_in_s)
-    message = f"This API key is limited to {limit} tokens {period} are used up; new ones come at 00:00 UTC, in"
-    return GatewayError(TOKEN_QUOTA_EXCEEDED, f"{message} {timedelta(seconds=retry_s)}.", retry_after_s=retry_s)
+def _used_up(limit: int, period: str, resets_on: str, resets_in_s: float) -> GatewayError:
+    new = f"new ones come on {resets_on} at 00:00 UTC"
+    message = f"This API key is limited to {limit} tokens {period} are used up; {new}."
+    return GatewayError(TOKEN_QUOTA_EXCEEDED, message, retry_after_s=ceil(resets_in_s))
 
 
 def allowance_lines(caller: Caller, reservation: Reservation) -> bytes:

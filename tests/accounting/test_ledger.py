@@ -165,7 +165,7 @@ def test_what_was_spent_today_counts_prompt_and_completion_and_ends_at_midnight_
         ledger.record({"alice": charge([(None, "done")])})
         assert ledger.spent_today("alice") == 30
         assert ledger.spent_today("bob") == 0
-        assert ledger.resets_in_s() == DAY_S / 2
+        assert (ledger.resets_in_s(), ledger.next_day()) == (DAY_S / 2, "2026-03-03")
         clock.now_s += DAY_S / 2 - 0.5
         assert ledger.spent_today("alice") == 30
         assert ledger.resets_in_s() == 0.5
@@ -194,7 +194,7 @@ def test_what_was_spent_this_month_ends_at_its_first_midnight_utc(path: Path) ->
         clock.now_s += 20 * DAY_S
         ledger.record({"alice": charge([(ANSWER, "done")])})
         assert (ledger.spent_today("alice"), ledger.spent_this_month("alice")) == (15, 30)
-        assert ledger.month_resets_in_s() == 9.5 * DAY_S
+        assert (ledger.month_resets_in_s(), ledger.next_month()) == (9.5 * DAY_S, "2026-04-01")
         clock.now_s += 9.5 * DAY_S
         assert ledger.spent_this_month("alice") == 0
         assert ledger.month_resets_in_s() == 30 * DAY_S

@@ -84,6 +84,12 @@ class Ledger:
     def month_resets_in_s(self) -> float:
         return 100_000.0
 
+    def next_day(self) -> str:
+        return "2026-01-31"
+
+    def next_month(self) -> str:
+        return "2026-02-01"
+
 
 class ScriptedReadiness:
     """The backend's state, as a test sets it. `pending` are the futures that wait for it to be ready.
