@@ -62,8 +62,11 @@ class TokenLimiter:
         tokens = min(max(tokens, 1), limit)
         remaining = limit - window.total - tokens
         if remaining < 0:
-            needs = f"This request needs {tokens} of them to begin, and {max(limit - window.total, 0)} are left now."
-            _refuse(window, limit, tokens, needs, now_s)
+            needs = f"needs {tokens} of them to begin"
+            if tokens == limit:
+                needs = "may use the whole limit, so it begins when no other tokens of the key count"
+            left = f"{max(limit - window.total, 0)} are left now"
+            _refuse(window, limit, tokens, f"This request {needs}; {left}.", now_s)
         window.add(now_s, tokens)
         return Reservation(self, key_id, tokens, now_s, remaining)
 

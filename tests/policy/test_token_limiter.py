@@ -42,6 +42,16 @@ def test_keys_have_windows_of_their_own() -> None:
     assert own.limiter.used("carol") == (0, 0.0)
 
 
+@pytest.mark.parametrize("tokens", [LIMIT, LIMIT + 1])
+def test_a_request_that_may_use_the_whole_limit_is_told_when_it_begins(tokens: int) -> None:
+    own = Limited()
+    own.limiter.reserve("alice", LIMIT, 300)
+    whole = "This request may use the whole limit, so it begins when no other tokens of the key count"
+    assert own.refusal(tokens).message == (
+        f"This API key is limited to 1000 tokens per minute. {whole}; 700 are left now."
+    )
+
+
 def test_a_refusal_reports_the_limit_and_when_the_request_fits() -> None:
     own = Limited()
     own.limiter.reserve("alice", LIMIT, 300)
@@ -55,6 +65,7 @@ def test_a_refusal_reports_the_limit_and_when_the_request_fits() -> None:
         b"x-ratelimit-remaining-tokens": b"100",
         b"x-ratelimit-reset-tokens": b"55s",
     }
+    assert error.message.endswith(" per minute. This request needs 200 of them to begin; 100 are left now.")
     assert own.refusal(500).retry_after_s == 55
     own.clock.advance(44.9)
     own.refusal(200)
