@@ -506,9 +506,10 @@ class FairQueue:
 
     def _shed_for_fairness(self, key_id: str) -> None:
         """Refuse the newest waiter of the key with the most waiters if that is fairer, else raise QUEUE_FULL."""
+        queued = self._all_queued()
         error = GatewayError(
             QUEUE_FULL,
-            f"The queue is full: {self._all_queued()} requests wait (MAX_QUEUE_SIZE).",
+            f"The queue is full: {queued} {'request waits' if queued == 1 else 'requests wait'} (MAX_QUEUE_SIZE).",
             retry_after_s=self.retry_after_s(),
         )
         waiters: dict[str, int] = {}

@@ -181,6 +181,15 @@ async def test_a_task_cancelled_between_admission_and_wake_up_releases_the_slot(
 
 
 @in_loop
+async def test_a_queue_that_one_request_fills_says_so() -> None:
+    queue = FairQueue(1, 1, Clock())
+    for _ in range(2):
+        queue.acquire("a")
+    with pytest.raises(GatewayError, match=r"^The queue is full: 1 request waits \(MAX_QUEUE_SIZE\)\.$"):
+        queue.acquire("a")
+
+
+@in_loop
 async def test_a_full_queue_refuses_and_names_the_setting() -> None:
     queue = FairQueue(1, 2, Clock())
     tickets = [queue.acquire("a") for _ in range(3)]
