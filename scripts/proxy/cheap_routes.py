@@ -39,7 +39,10 @@ class CheapRoutes:
         try:
             self._limiter.acquire(replace(caller, rate_limit=limit))
         except GatewayError as error:
-            message = f"Each API key is limited to {limit} such requests per minute (MAX_CHEAP_REQUESTS_PER_MINUTE)."
+            routes = "that tokenize, fill a template, count tokens or read /props"
+            message = (
+                f"Each API key is limited to {limit} requests per minute {routes} (MAX_CHEAP_REQUESTS_PER_MINUTE)."
+            )
             raise GatewayError(
                 RATE_LIMIT_EXCEEDED, message, fields=error.fields, retry_after_s=error.retry_after_s
             ) from None

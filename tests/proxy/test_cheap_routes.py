@@ -28,7 +28,9 @@ def test_each_key_has_the_same_rate_whatever_its_own_limit_is() -> None:
     for caller in (ALICE, BOB):
         for _ in range(3):
             cheap.count(caller)
-        with pytest.raises(GatewayError, match="limited to 3 such requests per minute") as caught:
+        with pytest.raises(
+            GatewayError, match="limited to 3 requests per minute that tokenize, fill a template"
+        ) as caught:
             cheap.count(caller)
         assert (caught.value.kind, caught.value.retry_after_s) == (RATE_LIMIT_EXCEEDED, 60)
     clock.now_s += 61
