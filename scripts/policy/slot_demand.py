@@ -127,4 +127,4 @@ def check_parallel(demand: SlotDemand, parallel: int | None) -> None:
     if parallel is not None and demand.slots > parallel and not demand.is_batch:
         asked = f"This request asks for {demand.slots} choices (n, n_cmpl, prompts)"
         allowed = "1 is allowed at once" if parallel == 1 else f"{parallel} are allowed at once"
-        raise GatewayError(TOO_MANY_CHOICES, f"{asked}, but for this API key at most {allowed}.")
+        raise GatewayError(TOO_MANY_CHOICES, f"{asked}, but for this API key at most {allowed} (parallel).")

@@ -103,7 +103,10 @@ def test_as_many_choices_as_the_key_may_have_at_once_are_accepted(parallel: int 
     check_parallel(SlotDemand(3), parallel)
 
 
-@pytest.mark.parametrize(("parallel", "allowed"), [(1, "at most 1 is allowed"), (2, "at most 2 are allowed")])
+@pytest.mark.parametrize(
+    ("parallel", "allowed"),
+    [(1, "at most 1 is allowed at once (parallel)."), (2, "at most 2 are allowed at once (parallel).")],
+)
 def test_more_choices_are_refused_and_the_sentence_says_how_many_are_allowed(parallel: int, allowed: str) -> None:
     with pytest.raises(GatewayError, match="asks for 3 choices") as caught:
         check_parallel(SlotDemand(3), parallel)
