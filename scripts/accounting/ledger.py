@@ -131,7 +131,7 @@ def query(path: Path, since: str = "", by: str = "key", only: str = "") -> list[
 def _report(counts: Batch, by: str, only: str = "") -> list[Usage]:
     """Group and sort counts by day and key; with `only`, those of this key."""
     if by not in GROUPINGS:
-        raise ValueError(f"reports are by one of {', '.join(GROUPINGS)}")
+        raise ValueError(f"by: expected one of {', '.join(GROUPINGS)}")
     shares = _shares(counts)
     grouped: Batch = {}
     for labels, row in counts.items():

@@ -314,7 +314,7 @@ def test_usage_has_a_cost_if_a_gpu_hour_has_a_price() -> None:
     ("query", "error", "message"),
     [
         (b"?since=never", None, "since: expected a number of days such as 7d, or a date such as 2026-01-31"),
-        (b"?by=week", ValueError("reports are by one of key, day"), "reports are by one of key, day"),
+        (b"?by=week", ValueError("by: expected one of key, day"), "by: expected one of key, day"),
     ],
 )
 def test_a_question_that_the_ledger_cannot_answer_is_a_bad_request(
