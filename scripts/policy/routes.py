@@ -224,8 +224,8 @@ PREFLIGHT = Route("OPTIONS", PUBLIC)
 UNROUTED = Route("none", UNKNOWN)  # for requests whose head could not be parsed
 _NOT_FOUND = Route("unknown", UNKNOWN, refusal=ROUTE_NOT_FOUND)
 _SPELT_OTHERWISE = (
-    "There is no such route, but one with a similar path: check the base URL. It has no slash at its end; for OpenAI's"
-    " clients it ends in /v1, for Anthropic's clients it has no /v1."
+    "There is no such route, but one with a similar path: the path or the base URL is wrong. A base URL has no slash at"
+    " its end; for OpenAI's clients it ends in /v1, for Anthropic's clients it has no /v1."
 )
 _OTHER = Route("other", ALLOWED, demand_rule=ANY_MEMBER, by_model=True)
 _MOST_SEGMENTS = 4  # of a listed path

@@ -494,11 +494,13 @@ def test_no_spelling_reaches_a_listed_route(name: str) -> None:
         b"/V1/Models", b"/v1/tokenize", b"/v1/ping", b"/systemone", b"/v1", b"/v1/", b"/v1/v1", b"//",
         b"/v2/chat/completions", b"/openai/v1/chat/completions", b"/v1/chat/completions/chat/completions",
         b"/v1/chat/completions/v1/messages", b"/anthropic/v1/messages", b"/a/messages/count_tokens", b"/v1/models%20",
+        b"/v1/chat/completion",
     ],
 )  # fmt: skip
 def test_a_path_that_is_only_spelt_differently_is_answered_with_how_base_urls_end(path: bytes) -> None:
     route = Routes().find(b"POST", path)
     assert route.refusal is ROUTE_NOT_FOUND
+    assert "the path or the base URL is wrong. A base URL has no slash at its end; for" in route.error().message
     assert "ends in /v1" in route.error().message
     assert route.label == "unknown"
     assert (route.dialect is ANTHROPIC) is (b"messages" in path)
