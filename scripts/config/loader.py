@@ -273,5 +273,5 @@ def check_config(environ: Mapping[str, str], out: TextIO, *, probe: converters.P
         out.write(f"{name} = {value}  [{'environment' if source == name else source}]\n")
     out.writelines(f"warning: {line}\n" for line in reader.warnings)
     out.writelines(f"error: {line}\n" for line in reader.complaints)
-    out.write("The settings are invalid.\n" if reader.complaints else "The settings are valid.\n")
+    out.write("The settings are invalid.\n" if reader.complaints else "Every value has the right form.\n")
     return 2 if reader.complaints else 0

@@ -41,7 +41,7 @@ def checked(environ: dict[str, str], *, gateway_alone: bool = False, **more: str
 
 def test_what_would_start_has_no_error_and_makes_nothing(environ: dict[str, str], tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
-    lines = ["The settings are valid.", "Nothing else would keep it from starting."]
+    lines = ["Every value has the right form.", "Nothing else would keep it from starting."]
     assert checked(environ) == (0, lines)
     assert checked(environ, MODEL_PATH="", MODEL_HF="a/b") == (0, lines)
     assert checked(environ, MODEL_PATH="/none", LLAMA_BIN="/none", MOCK_BACKEND="true") == (0, lines)

@@ -518,7 +518,7 @@ def test_check_config_shows_every_setting_with_value_and_source(tmp_path: Path) 
         "MODEL_URL = (none)  [default]",
         "ACCESS_LOG = (empty)  [environment]",
     } <= set(lines)
-    assert lines[-2:] == ["warning: GATEWAY_PORT is an old name; set PORT", "The settings are valid."]
+    assert lines[-2:] == ["warning: GATEWAY_PORT is an old name; set PORT", "Every value has the right form."]
 
 
 def test_check_config_shows_errors_and_returns_2() -> None:
