@@ -531,7 +531,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(parser, COMMON)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, options, sentence) in COMMANDS.items():
-        command = commands.add_parser(name, help=sentence, description=sentence.capitalize(), allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=sentence, description=sentence[0].upper() + sentence[1:], allow_abbrev=False
+        )
         command.set_defaults(run=run)
         _add(command, [*options, *COMMON])
     return parser

@@ -939,6 +939,10 @@ def test_every_command_has_an_example_and_help(run: Callable[..., Response]) -> 
             assert option.strip("[]") in answer.out
 
 
+def test_the_help_of_a_command_keeps_the_names_of_settings(run: Callable[..., Response]) -> None:
+    assert "Report errors in the file and in API_KEYS; exit" in " ".join(run("check", "--help").out.split())
+
+
 def test_every_command_and_option_is_in_the_documentation() -> None:
     text = (SCRIPTS.parent / "docs" / "AUTHENTICATION.md").read_text()
     spans = " ".join(re.findall(r"`[^`\n]+`", text))
