@@ -167,7 +167,12 @@ def list_keys(arguments: argparse.Namespace) -> int:
         if isinstance(line.parsed, Entry)
     ]
     _warn_of_invalid_lines(arguments, document)
-    return _print_json(records) if arguments.json else _print_table(records)
+    return _print_json(records) if arguments.json else _print_table([_with_default(record) for record in records])
+
+
+def _with_default(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the default rate as `set` does. In the other columns nothing is no limit."""
+    return {**record, "rate_limit": "default" if record["rate_limit"] is None else record["rate_limit"]}
 
 
 def remove(arguments: argparse.Namespace) -> int:

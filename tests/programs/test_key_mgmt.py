@@ -185,8 +185,8 @@ def test_list_shows_limits_and_never_a_key(path: Path, run: Callable[..., Respon
     assert rows == [
         ["a", "suspended", "0", "-", "infer", "-", "0", *NO_QUOTAS, "-", "-", "plain"],
         ["b", "expired", "5", PAST, "operator", "-", "0", *NO_QUOTAS, "-", "-", "plain"],
-        ["c", "active", "-", FUTURE, "infer", "2", "0", *NO_QUOTAS, "e*", "::1", "plain"],
-        ["d", "active", "-", "-", "infer", "-", "0", *NO_QUOTAS, "-", "-", "hashed"],
+        ["c", "active", "default", FUTURE, "infer", "2", "0", *NO_QUOTAS, "e*", "::1", "plain"],
+        ["d", "active", "default", "-", "infer", "-", "0", *NO_QUOTAS, "-", "-", "hashed"],
     ]
     shown = run("list", "--json")
     assert [(record["key_id"], record["state"], record["stored"]) for record in shown.json] == [  # type: ignore[attr-defined]
