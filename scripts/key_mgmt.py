@@ -158,8 +158,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def list_keys(arguments: argparse.Namespace) -> int:
-    path = keys_file(arguments)
-    with _file_errors(path):
+    with _file_errors(arguments) as path:
         document = Document(keyfile.read(path))
     records = [
         {**_record(line.parsed), "stored": "hashed" if line.secret.startswith("sha256$") else "plain"}
@@ -242,7 +241,7 @@ def set_limits(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     path, given = keys_file(arguments), given_keys()
-    parsed = _parse_if_needed(path, given)
+    parsed = _parse_if_needed(arguments, given)
     entries, clashes = keyfile.merge(parsed.entries, given.entries)
     of_given = [*given.complaints, *([given.error] if given.error else []), *clashes]
     complaints = [*parsed.complaints, *([parsed.error] if parsed.error else []), *[f"API_KEYS: {c}" for c in of_given]]
@@ -272,9 +271,9 @@ def given_keys() -> ParsedFile:
     return keyfile.parse_list(text or "")
 
 
-def _parse_if_needed(path: Path, given: ParsedFile) -> ParsedFile:
+def _parse_if_needed(arguments: argparse.Namespace, given: ParsedFile) -> ParsedFile:
     """Read and parse the keys file. With given keys there need not be one. Raises CommandError."""
-    with _file_errors(path):
+    with _file_errors(arguments) as path:
         try:
             return keyfile.parse(keyfile.read(path))
         except FileNotFoundError:
@@ -330,7 +329,7 @@ def show_usage(arguments: argparse.Namespace) -> int:
 def _show_quotas(arguments: argparse.Namespace, ledger: ModuleType) -> int:
     """Show the quotas of each key, what is used of them and left, and when they reset."""
     path, given = ledger_file(arguments), given_keys()
-    entries, _ = keyfile.merge(_parse_if_needed(keys_file(arguments), given).entries, given.entries)
+    entries, _ = keyfile.merge(_parse_if_needed(arguments, given).entries, given.entries)
     at = now()
     today, midnight = str(at.date()), datetime(at.year, at.month, at.day, tzinfo=timezone.utc)
     try:
@@ -368,13 +367,14 @@ def _quota_record(entry: Entry, spent: Sequence[int], resets: Sequence[str]) -> 
 
 
 @contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the keys file into CommandError with the path in the message."""
+def _file_errors(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Yield the path of the keys file, and turn errors of the file into CommandError with the path in the message."""
+    path = keys_file(arguments)
     try:
-        yield
+        yield path
     except FileNotFoundError:
-        where = "it is the --file, else AUTH_KEYS_FILE, else in DATA_DIR"
-        raise CommandError(f"there is no {os.path.abspath(path)}: {where}, and generate makes it") from None
+        found = "" if arguments.file is not None else "it is the --file, else AUTH_KEYS_FILE, else in DATA_DIR, and "
+        raise CommandError(f"there is no {os.path.abspath(path)}: {found}generate makes it") from None
     except OSError as error:
         raise CommandError(f"{path}: {error.strerror}") from None
     except keyfile.KeyFileError as error:
@@ -382,14 +382,14 @@ def _file_errors(path: Path) -> Iterator[None]:
 
 
 def _rewrite(arguments: argparse.Namespace, change: Callable[[Document], None], *, create: bool = False) -> Document:
-    path, warned = keys_file(arguments), set[str]()
+    warned = set[str]()
 
     def warn(message: str) -> None:
         if message not in warned:
             _report(f"warning: {path}: {message}", arguments.quiet)
         warned.add(message)
 
-    with _file_errors(path):
+    with _file_errors(arguments) as path:
         if create:
             if not path.parent.parent.exists():
                 raise CommandError(f"there is no folder {path.parent.parent}, which {path.parent} would be in")

@@ -783,6 +783,8 @@ def test_a_missing_file_is_status_1(path: Path, run: Callable[..., Response], ar
     where = "it is the --file, else AUTH_KEYS_FILE, else in DATA_DIR"
     complaint = f"key_mgmt: error: there is no {path}: {where}, and generate makes it\n"
     assert (answer.status, answer.out, answer.err) == (1, "", complaint)
+    given = run(*argv, "--file", str(path))
+    assert (given.status, given.err) == (1, f"key_mgmt: error: there is no {path}: generate makes it\n")
     assert not path.exists()
 
 
