@@ -334,6 +334,9 @@ def _show_quotas(arguments: argparse.Namespace, ledger: ModuleType) -> int:
     today, midnight = str(at.date()), datetime(at.year, at.month, at.day, tzinfo=timezone.utc)
     try:
         rows = ledger.query(path, today[:8] + "01", "key-day")
+    except ledger.LedgerMissing as error:
+        _report(f"{error}: the quotas are unused", arguments.quiet)
+        rows = []
     except ledger.LedgerUnreadable as error:
         raise CommandError(str(error)) from None
     spent: dict[str, list[int]] = {}

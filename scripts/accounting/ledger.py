@@ -28,6 +28,7 @@ from accounting.ledger_files import (
     Batch,
     DayAndKey,
     InstanceFile,
+    LedgerMissing,
     LedgerUnreadable,
     OtherInstances,
     add_file,
@@ -116,15 +117,15 @@ def query(path: Path, since: str = "", by: str = "key", only: str = "") -> list[
 
     With `only`, the report is of that key alone.
 
-    `path` is USAGE_FILE. Raises LedgerUnreadable if one of them cannot be read, since the sums would be too small; and
-    ValueError if `by` is not one of GROUPINGS.
+    `path` is USAGE_FILE. Raises LedgerMissing if there is none; LedgerUnreadable if one of them cannot be read, since
+    the sums would be too small; and ValueError if `by` is not one of GROUPINGS.
     """
     unreadable: list[str] = []
     counts = read_all(path, since, unreadable, by_model=by == _BY_MODEL)
     if unreadable:
         raise LedgerUnreadable("; ".join(unreadable))
     if not counts and not find_files(path):
-        raise LedgerUnreadable(f"{path}: there is no such file")
+        raise LedgerMissing(f"{path}: no gateway has recorded use there yet")
     return _report(counts, by, only)
 
 

@@ -90,6 +90,10 @@ class LedgerUnreadable(Exception):
     """A file does not exist, is not a ledger, or cannot be read now; the text says which."""
 
 
+class LedgerMissing(LedgerUnreadable):
+    """There is no file: no gateway has started with this USAGE_FILE."""
+
+
 def day_of(now_s: float) -> str:
     """Return the day (UTC, ISO 8601) of a time in seconds since the epoch."""
     return time.strftime("%Y-%m-%d", time.gmtime(now_s))

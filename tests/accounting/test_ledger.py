@@ -25,7 +25,7 @@ from accounting.ledger import (
     first_day,
     query,
 )
-from accounting.ledger_files import LedgerUnreadable, instance_file
+from accounting.ledger_files import LedgerMissing, LedgerUnreadable, instance_file
 from accounting.usage_reports import Tokens
 from support.boot import PATIENCE_S
 from support.clock import Clock
@@ -379,7 +379,7 @@ def test_a_report_can_be_read_while_the_ledger_is_written(path: Path, own: Path)
 
 
 def test_reading_changes_and_creates_no_file(path: Path, own: Path) -> None:
-    with pytest.raises(LedgerUnreadable, match="no such file"):
+    with pytest.raises(LedgerMissing, match="no gateway has recorded use there yet"):
         query(path)
     assert not path.parent.exists()
     with opened(path, Clock(NOON_S)) as ledger:

@@ -561,9 +561,19 @@ def test_usage_shows_quotas_what_is_left_and_when_they_reset(
     assert re.fullmatch(r"20[0-9]{2}-[0-9]{2}-01T00:00:00Z", alice["month_ends"])
     table = run("usage", "--usage-file", str(usage_file), "--quotas", "--key", "bob").out.splitlines()
     assert (len(table), table[1].split()[:2]) == (2, ["bob", "-"])
-    usage_file.with_name("usage.db.d").rename(usage_file.with_name("gone"))
-    missing = run("usage", "--usage-file", str(usage_file), "--quotas")
-    assert (missing.status, missing.err) == (1, f"key_mgmt: error: {usage_file}: there is no such file\n")
+    usage_file.write_text("no ledger at all")
+    unreadable = run("usage", "--usage-file", str(usage_file), "--quotas")
+    assert (unreadable.status, unreadable.out) == (1, "")
+    assert unreadable.err.startswith(f"key_mgmt: error: {usage_file}: ")
+
+
+def test_usage_shows_quotas_before_any_use_is_recorded(path: Path, run: Callable[..., Response]) -> None:
+    path.write_text(f"alice:{OLD} tokens_per_day=100\n")
+    answer = run("usage", "--usage-file", "none", "--quotas", "--json")
+    (alice,) = answer.json  # type: ignore[misc]
+    assert (alice["tokens_per_day"], alice["day_used"], alice["day_left"]) == (100, 0, 100)
+    left = "key_mgmt: none: no gateway has recorded use there yet: the quotas are unused\n"
+    assert (answer.status, answer.err) == (0, left)
 
 
 def test_usage_shows_the_quotas_of_given_keys(
@@ -587,7 +597,7 @@ def test_a_period_without_use_is_said_to_be_one(run: Callable[..., Response], us
 def test_usage_reports_a_missing_or_unreadable_ledger(
     path: Path, run: Callable[..., Response], usage_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run("usage", "--usage-file", "none").err == "key_mgmt: error: none: there is no such file\n"
+    assert run("usage", "--usage-file", "none").err == "key_mgmt: error: none: no gateway has recorded use there yet\n"
     usage_file.write_text("no ledger at all")
     answer = run("usage", "--usage-file", str(usage_file))
     assert (answer.status, answer.out) == (1, "")
