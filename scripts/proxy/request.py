@@ -558,7 +558,20 @@ class Request:
         self.record.outcome = Outcome.TIMED_OUT if error.kind in _TIMEOUTS else Outcome.REFUSED
         if not error.kind.closes:
             self._skip_body()
-        self._response.send_error(error)
+        self._response.send_error(self._with_limit(error))
+
+    def _with_limit(self, error: GatewayError) -> GatewayError:
+        """Say how long QUEUE_TIMEOUT or REQUEST_TIMEOUT is in the error of a wait that it has ended."""
+        services, kind = self._services, error.kind
+        if error.message != kind.message:
+            return error
+        if kind is QUEUE_TIMEOUT:
+            return GatewayError(kind, f"No slot became free within {services.timeouts.queue_s:.15g} s (QUEUE_TIMEOUT).")
+        if kind is BACKEND_TIMEOUT and self._sent:  # what comes before has limits of its own
+            limit = f"{services.upstream_timeouts.request_s:.15g} s (REQUEST_TIMEOUT)"
+            bounds = "which bounds the whole generation unless it streams"
+            return GatewayError(kind, f"The backend's answer did not begin within {limit}, {bounds}.")
+        return error
 
     def cancel(self) -> None:
         """The client has left: there is nothing to send."""
