@@ -391,6 +391,9 @@ ERRORS: dict[str, Remedy] = {
     "model_not_found": Remedy(
         "llama-server has no model of this name, and `MODEL_ALIASES` has no alias. Or a form or a query has an alias.",
         "Use a name from the message or from `GET /v1/models`, or add an alias."),
+    "key_not_found": Remedy(
+        "`GET /usage?key=` names a key that is not in force and has no use on record.",
+        "Look the name up with `key_mgmt.py list`."),
     "model_not_allowed": Remedy(
         "The key's `models=` does not match the model.",
         "Use one from the message, or change it: `key_mgmt.py set --name NAME --models 'chat-*,embed'`."),

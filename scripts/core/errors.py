@@ -105,6 +105,7 @@ KEY_SUSPENDED = Kind(
 )
 ROUTE_NOT_FOUND = Kind(404, "route_not_found", "invalid_request_error", "There is no such route.", final=True)
 MODEL_NOT_FOUND = Kind(404, "model_not_found", "invalid_request_error", "There is no such model.", final=True)
+KEY_NOT_FOUND = Kind(404, "key_not_found", "invalid_request_error", "There is no such key.", final=True)
 METHOD_NOT_ALLOWED = Kind(
     405, "method_not_allowed", "invalid_request_error", "The route does not support this method.", final=True
 )

@@ -17,7 +17,7 @@ from accounting import ledger
 from auth import Caller, Reload
 from backend.readiness import DRAINING, READY
 from backend.scraped_metrics import ScrapedMetrics
-from core.errors import BAD_REQUEST, RELOAD_FAILED, ROUTE_NOT_ALLOWED, GatewayError
+from core.errors import BAD_REQUEST, KEY_NOT_FOUND, RELOAD_FAILED, ROUTE_NOT_ALLOWED, GatewayError
 from core.off_loop import run_off_loop
 from policy.prepared_request import PreparedRequest
 from policy.routes import TABLE
@@ -132,8 +132,17 @@ class Endpoints:
             rows = await call.client.wait_for(work, 0, None)
         except ValueError as error:
             raise GatewayError(BAD_REQUEST, str(error)) from error
+        keys = self.key_limits.report(caller, only)
+        if only and not rows and not keys:
+            await self._check_recorded(call, only)
         report = {"since": since, "by": by, "rows": [self._usage_row(row) for row in rows]}
-        send_json(call.response, 200, {**report, "keys": self.key_limits.report(caller, only)})
+        send_json(call.response, 200, {**report, "keys": keys})
+
+    async def _check_recorded(self, call: EndpointCall, key_id: str) -> None:
+        """Raise KEY_NOT_FOUND if a key that is not in force has no use on record, as a removed one may have."""
+        work = run_off_loop(partial(self.usage_ledger.query, "", "key", key_id))
+        if not await call.client.wait_for(work, 0, None):
+            raise GatewayError(KEY_NOT_FOUND, "No key of this name is in force, and none has use on record.")
 
     def _usage_row(self, row: ledger.Usage) -> dict[str, object]:
         price = self.gpu_cost_per_hour

@@ -260,6 +260,21 @@ async def test_usage_without_a_file_or_a_price(stack: Stack) -> None:
     assert (row["key_id"], row["requests"], "cost" in row) == ("alice", 1, False)
 
 
+@scenario()
+async def test_usage_of_a_key_that_never_was_is_a_404(stack: Stack) -> None:
+    assert (await stack.ask(post())).status == 200
+    stack.keys_file.write_text(f"olga:{OPERATOR_KEY.decode()} role=operator\n")
+    assert (await stack.ask(request(b"POST", b"/reload", b"", key=OPERATOR_KEY))).status == 200
+    removed = await stack.ask(operator(b"/usage?key=alice"))
+    assert ([row["requests"] for row in removed.json["rows"]], removed.json["keys"]) == ([1], [])
+    later = await stack.ask(operator(b"/usage?key=alice&since=2999-01-01"))
+    assert (later.status, later.json["rows"], later.json["keys"]) == (200, [], [])
+    unknown = await stack.ask(operator(b"/usage?key=nobody"))
+    assert (unknown.status, unknown.code) == (404, "key_not_found")
+    assert b"nobody" not in unknown.body
+    assert (await stack.ask(operator(b"/usage?key=olga"))).status == 200
+
+
 @pytest.mark.parametrize("query", [b"since=yesterday", b"by=colour", b"since=2026-13-01", b"since=%ff", b"by="])
 @scenario()
 async def test_a_wrong_query_for_usage_is_refused(stack: Stack, query: bytes) -> None:

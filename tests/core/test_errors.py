@@ -20,6 +20,7 @@ EXPECTED = """400 bad_request invalid_request_error closes - final
 403 key_suspended permission_error stays - final
 404 route_not_found invalid_request_error stays - final
 404 model_not_found invalid_request_error stays - final
+404 key_not_found invalid_request_error stays - final
 405 method_not_allowed invalid_request_error stays - final
 408 request_timeout invalid_request_error closes - -
 411 length_required invalid_request_error stays - final
