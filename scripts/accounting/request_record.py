@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from accounting.token_counter import TokenCounter
@@ -61,6 +61,14 @@ class LeftWork:
     prompt_limit: int | None = None
     is_behind: bool = False
     worked_until_s: float = 0.0
+
+    def with_shown(self, shown: Shown) -> "LeftWork":
+        """Add what the slots have shown of a stream.
+
+        If it was generated far ahead of its client, it may have ended long before they were looked at. They show
+        nothing of it then if its slot may have had another task meanwhile.
+        """
+        return self if self.is_behind and shown.may_be_reused else replace(self, shown=shown)
 
 
 NOTHING_LEFT = LeftWork()

@@ -13,6 +13,7 @@ from math import ceil
 from accounting.request_record import Outcome, RequestRecord
 from accounting.token_counter import Count, TokenCounter, fast_tokens, read_count
 from accounting.usage_reports import NO_TOKENS, Choice, Tokens, generated_bytes, parse_json
+from backend.generation_watch import TEMPLATE_TOKENS
 from policy.routes import INFERENCE
 from policy.token_limits import ONE_ANSWER
 
@@ -185,7 +186,9 @@ class TokenEstimator:
         by_body = self._prompt_by_body(record)
         if shown is not None and shown.prompt is not None:
             prompts = record.asked.prompts
-            by_body = shown.prompt.nearest(by_body // prompts) * prompts
+            # A slot that shows more than the body can have is another's.
+            most = record.bytes_in + TEMPLATE_TOKENS * prompts
+            by_body = min(shown.prompt.nearest(by_body // prompts) * prompts, most)
         return max(count.tokens.prompt, by_body)
 
     def _prompt_by_body(self, record: RequestRecord) -> int:

@@ -29,7 +29,7 @@ _LOOKS = 6  # after which a request whose tasks have not been found is looked fo
 _READ_BYTES_PER_S = 20 << 20  # how fast llama-server reads a large body; an image may be one, text hardly
 _LINGER_S = 1.05  # from the last look until llama-server has noticed, and a little more
 _LATER_S = 3600.0
-_TEMPLATE_TOKENS = 512  # that a chat template adds to a prompt at most
+TEMPLATE_TOKENS = 512  # that a chat template adds to a prompt at most
 _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it should not be below the true one
 
 
@@ -327,7 +327,7 @@ class GenerationWatch:
     @property
     def _most_plausible(self) -> int:
         """How many tokens its body may have: a text has no more of them than bytes."""
-        return self.request.body_bytes + _TEMPLATE_TOKENS * self.request.prompts
+        return self.request.body_bytes + TEMPLATE_TOKENS * self.request.prompts
 
     def _of_many(self) -> int:
         """Estimate what was generated for a request whose tasks follow each other: some ran unseen, some before."""

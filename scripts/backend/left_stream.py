@@ -2,10 +2,11 @@
 
 A stream that was left reports nothing. Most streams have an event for each token; but what makes no event, half a
 character say, shows in a slot only, as the prompt does. GET /slots does not say whose slot that is. But llama-server
-numbers its tasks, and begins the answer of a stream as soon as its task: if all streams are at work, the slots of those
-that began at about the same time follow from their place in the order. What they had besides their events is in the
-difference of the sums, and the slot of a stream is one of those that have generated about as many tokens as it has
-events. So what another key hides in a stream that began before or after is not taken for this stream's.
+numbers its tasks, a stream's after the request was sent and before its answer began. If all streams are at work, the
+slots of those of which it is not known which was numbered first follow from their place in the order. What they had
+besides their events is in the difference of the sums, and the slot of a stream is one of those that have generated
+about as many tokens as it has events. So what another key hides in an earlier or a later stream is not taken for this
+one's.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,8 +18,6 @@ from backend.slot_listing import ListedSlot, decoded_of, is_busy, is_streamed, k
 # How many tokens may be on their way as events: of each stream, and as a part of all that have come.
 _IN_FLIGHT = 16
 _PART = 8
-# Of streams that began within so little time it is not known whose task has the lower number.
-_AT_ONCE_S = 0.05
 _EMPTY_EVENTS = 3  # of a stream: those with which it begins and ends have no token
 # Between the first looks: a slot may have ended whose request is not known to have, or the other way round.
 _PACE_S = 0.05
@@ -27,10 +26,11 @@ _GOOD_FOR_S = 2.0  # how long after a look a request may have gone on, and what 
 
 
 class StreamEvents(NamedTuple):
-    """How many events of a stream have come, in how many slots it is generated, and when its answer began."""
+    """How many events of a stream have come, in how many slots it is generated, and between when it got its tasks."""
 
     events: int
     slots: int = 1
+    sent_s: float = 0.0
     begun_s: float = 0.0
 
     @property
@@ -55,7 +55,8 @@ class Shown(NamedTuple):
     `prompt` and `generated` are those of one slot; None if no slot is known to be its own, or one of a few. No slot has
     shown more than `most` tokens, which may be infinite; None if none was seen. None has kept more than `most_prompt`
     with the prompt; None if that is not known. It has had `most_total` tokens at most, with its prompt, if its slot was
-    at work no more when it was looked at first; None if that is not known.
+    at work no more when it was looked at first; None if that is not known. `may_be_reused`: if its slot was at work no
+    more then, it may have had another task before, and nothing that the slots show is certain to be this stream's.
     """
 
     has_all_in_events: bool
@@ -64,6 +65,7 @@ class Shown(NamedTuple):
     most: float | None = None
     most_prompt: int | None = None
     most_total: int | None = None
+    may_be_reused: bool = False
 
 
 def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: Iterable[StreamEvents]) -> bool | None:
@@ -83,7 +85,7 @@ def has_silent_tokens(slots: Sequence[ListedSlot], known_slots: int, streams: It
 
 
 class Peers(NamedTuple):
-    """The slots of the streams that began at about the same time as one, its own included, and what they hide.
+    """The slots of the streams that may have got their tasks before or after one, its own included, and what they hide.
 
     For `has_silent` see `has_silent_tokens`; it is of these streams together.
     """
@@ -101,8 +103,8 @@ def peers_of(own: StreamEvents, slots: Sequence[ListedSlot], streams: Sequence[S
     if len(tasks) != _slots_of(streams):
         return None
     in_order = [tasks[task] for task in sorted(tasks)]
-    older = _slots_of([each for each in streams if each.begun_s < own.begun_s - _AT_ONCE_S])
-    peers = [each for each in streams if abs(each.begun_s - own.begun_s) <= _AT_ONCE_S]
+    since_s, peers = _overlapping(own, streams)
+    older = _slots_of([each for each in streams if each.begun_s < since_s])
     theirs = in_order[older : older + _slots_of(peers)]
     has_silent = has_silent_tokens(theirs, len(theirs), peers)
     return None if has_silent is None else Peers(theirs, has_silent)
@@ -117,13 +119,27 @@ def most_total_of(own: StreamEvents, slots: Sequence[ListedSlot], others: Sequen
     tasks = _at_work(slots)
     if own.slots > 1 or len(tasks) != _slots_of(others):
         return None
-    older = _slots_of([each for each in others if each.begun_s < own.begun_s - _AT_ONCE_S])
-    younger = _slots_of([each for each in others if each.begun_s > own.begun_s + _AT_ONCE_S])
+    older = _slots_of([each for each in others if each.begun_s < own.sent_s])
+    younger = _slots_of([each for each in others if each.sent_s > own.begun_s])
     in_order = [-inf, *sorted(tasks), inf]
     first, last = in_order[older], in_order[-1 - younger]
     ended = [slot for slot in slots if not is_busy(slot) and is_streamed(slot)]
     kept = [kept_in(slot) for slot in ended if (task := task_of(slot)) is not None and first < task < last]
     return max(kept) + 1 if kept and all(kept) else None  # a task may also empty its slot
+
+
+def _overlapping(own: StreamEvents, streams: Sequence[StreamEvents]) -> tuple[float, list[StreamEvents]]:
+    """Return since when one stream overlaps with others, and these: also those that overlap with one that does.
+
+    Each other stream got its tasks before all of these, or after all of them.
+    """
+    since_s, until_s, found = own.sent_s, own.begun_s, 0
+    while True:
+        near = [each for each in streams if each.sent_s <= until_s and each.begun_s >= since_s]
+        if len(near) == found:
+            return since_s, near
+        since_s, until_s = min([each.sent_s for each in near]), max([each.begun_s for each in near])
+        found = len(near)
 
 
 def _at_work(slots: Sequence[ListedSlot]) -> dict[int, ListedSlot]:
@@ -166,14 +182,24 @@ class _PossibleTask:
 
 
 class LeftStream:
-    """One stream whose client has left. Its answer began at `begun_s`.
+    """One stream whose client has left. Its request was sent at `sent_s`, and its answer began at `begun_s`.
 
     `count_events` returns how many of it have come. `on_end` gets what the slots have shown of it, once all of the
     stream has come and its slots are released.
     """
 
-    def __init__(self, count_events: Callable[[], int], on_end: Callable[[Shown], None], begun_s: float = 0.0) -> None:
-        self.begun_s = begun_s
+    def __init__(
+        self,
+        count_events: Callable[[], int],
+        on_end: Callable[[Shown], None],
+        sent_s: float = 0.0,
+        begun_s: float = 0.0,
+        may_be_reused: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`may_be_reused` returns whether other requests have had slots since its answer began."""
+        self.sent_s, self.begun_s = sent_s, begun_s
+        self._may_be_reused = may_be_reused
+        self._was_reused = False
         self._count_events = count_events
         self._on_end = on_end
         self._tasks: dict[int, _PossibleTask] = {}  # one of them is its own
@@ -236,7 +262,7 @@ class LeftStream:
         """
         self._looks += 1
         if self._looks == 1:
-            self._most_total = most_total
+            self._most_total, self._was_reused = most_total, self._may_be_reused()
         if slots:
             self._most = max([self._most or 0, *map(_shown_by, slots)])
         if peers is not None and not self._has_had_peers:
@@ -288,7 +314,8 @@ class LeftStream:
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
             most_total = None if self._has_had_peers else self._most_total
-            self._on_end(Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, most_total))
+            shown = Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, most_total)
+            self._on_end(shown._replace(may_be_reused=self._was_reused))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""

@@ -316,7 +316,7 @@ class SlotReclaimer:
             if pending.watch is not None and pending.may_begin and most_tokens is not None:
                 pending.watch.note_most(most_tokens)
         left = [
-            (each.stream, StreamEvents(each.stream.events, each.ticket.slots, each.stream.begun_s))
+            (each.stream, StreamEvents(each.stream.events, each.ticket.slots, each.stream.sent_s, each.stream.begun_s))
             for each in self._pending
             if each.stream is not None
         ]
@@ -332,7 +332,11 @@ class SlotReclaimer:
         now_s: float,
     ) -> None:
         """Let the streams that were left look, each at the slots that may be its own."""
-        others = [StreamEvents(each.events, each.slots, each.begun_s) for each in at_work if each.events is not None]
+        others = [
+            StreamEvents(each.events, each.slots, each.sent_s, each.begun_s)
+            for each in at_work
+            if each.events is not None
+        ]
         known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         streams = [*others, *(events for stream, events in left if not stream.has_come)]
         has_silent = has_silent_tokens(slots, known_slots, streams)

@@ -153,8 +153,8 @@ class FairQueue:
     """Slots, and the queue in front of them.
 
     `slots` is at least 1. `max_waiting` limits the queue; 0 is no limit. `clock` returns monotonic seconds. `active` is
-    the number of slots that are occupied, and `queued` that of the requests that wait. `open` is False while the queue
-    is paused.
+    the number of slots that are occupied, `queued` that of the requests that wait, and `admitted` that of all that have
+    had slots. `open` is False while the queue is paused.
     """
 
     def __init__(self, slots: int, max_waiting: int, clock: Callable[[], float], *, ageing_s: float = AGEING_S) -> None:
@@ -162,6 +162,7 @@ class FairQueue:
         self.max_waiting = max_waiting
         self.active = 0
         self.queued = 0
+        self.admitted = 0
         self.open = True
         self._clock = clock
         self._ageing_s = ageing_s
@@ -191,6 +192,7 @@ class FairQueue:
         ):
             self._running[key_id] = running + 1
             self.active += 1
+            self.admitted += 1
             if self.queued:  # it was served before others that wait
                 self._admissions += 1
                 self._last_served[key_id] = self._admissions
@@ -344,6 +346,7 @@ class FairQueue:
         """Let a request that fits run."""
         key_id, ticket.slots = ticket.key_id, self._needed(ticket)
         self.active += ticket.slots
+        self.admitted += 1
         self._further_slots += ticket.slots - 1
         counted = 1 if ticket.as_one else ticket.slots
         self._running[key_id] = self._running.get(key_id, 0) + counted

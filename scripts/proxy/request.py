@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from http import HTTPStatus
 
-from accounting.request_record import Outcome, RequestRecord, Stage
+from accounting.request_record import NO_MODEL, Outcome, RequestRecord, Stage
 from accounting.token_counter import TokenCounter, buffer_if_small, fast_tokens
 from auth import Caller, KeyRefused
 from backend.generation_watch import Generated
@@ -24,6 +24,7 @@ from core.errors import (
     PeerGone,
 )
 from http1.json_members import Members
+from policy.fair_queue import FairQueue
 from policy.prepared_request import PreparedRequest
 from policy.routes import PREFLIGHT
 from policy.slot_demand import ONE_SLOT, SlotDemand, asks_for_stream, check_parallel
@@ -61,6 +62,7 @@ class Request:
     __slots__ = (
         "_addresses",
         "_admission",
+        "_admitted",
         "_body",
         "_caller",
         "_client",
@@ -103,6 +105,7 @@ class Request:
         self._relay: Relay | None = None  # of a response that comes in pieces
         self._remainder: Remainder | None = None  # of a stream whose client has left
         self._left: BackendProtocol | None = None  # the connection of a request that was given up
+        self._admitted = 0  # how many requests had had slots when its stream began
         request_id = prepared.request_id or next(services.request_ids)
         keep_alive = prepared.keep_alive and not services.lifecycle.draining
         self._response = Response(client, prepared, request_id, services.date, keep_alive)
@@ -164,6 +167,12 @@ class Request:
     def is_at_work(self) -> bool:
         """Whether the backend works on what its body asks for, as far as is known."""
         return self._sent and self._prepared.route.kind.works
+
+    @property
+    def _queue(self) -> FairQueue:
+        """The queue for the slots of its model."""
+        models, name = self._services.models, self.record.model
+        return self._services.queue if models is None or name == NO_MODEL else models.find(name).queue
 
     def suspect(self) -> Suspect:
         """Return what it is recognised by if the backend dies."""
@@ -455,6 +464,7 @@ class Request:
             services.last_responses.keep(self._prepared, info, payload)
         if payload is None:
             record.stage = Stage.STREAMING
+            self._admitted = self._queue.admitted
             self._body.digest()  # it is needed when the body is gone
             self._body.release(keeps_bytes=_KEPT_BYTES)
         if services.lifecycle.draining:
@@ -636,7 +646,15 @@ class Request:
         if remainder is None and not (has_left and left is not None and left.leaving and not left.ended):
             return None
         on_end = partial(_record_stream, self._services, self.record, admission)
-        stream = LeftStream(lambda: self.stream_events or 0, on_end, self.record.first_byte_s)
+        record = self.record
+        queue, admitted = self._queue, self._admitted
+        stream = LeftStream(
+            lambda: self.stream_events or 0,
+            on_end,
+            record.left_queue_s,
+            record.first_byte_s,
+            may_be_reused=lambda: queue.admitted != admitted,
+        )
         note_end = partial(_note_end, self._services, self.record, stream)
         if remainder is not None:
             remainder.when_counted(note_end)
@@ -667,7 +685,7 @@ def _record_left(services: RequestServices, record: RequestRecord, admission: Ad
 
 def _record_stream(services: RequestServices, record: RequestRecord, admission: Admission, shown: Shown) -> None:
     """Record a request for a stream whose client has left, once the backend has stopped working on it."""
-    record.left = replace(record.left, shown=shown)
+    record.left = record.left.with_shown(shown)
     _record_left(services, record, admission)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from accounting.request_record import Outcome, RequestRecord
+from accounting.request_record import LeftWork, Outcome, RequestRecord
 from accounting.token_counter import TokenCounter
 from accounting.token_estimates import OVERRUN_TOKENS, TOKENS_PER_BYTE, UNREPORTED_MARGIN, TokenEstimator, limit_of
 from accounting.usage_reports import Tokens
@@ -246,6 +246,19 @@ def test_a_stream_is_charged_no_more_than_its_slot_keeps_with_the_prompt() -> No
             assert tokens is not None
             assert tokens.prompt == prompt
             assert tokens.completion == (completion or (4 if source is some else 3))
+
+
+def test_a_stream_that_was_far_ahead_is_not_charged_by_what_a_later_task_shows_in_its_slot() -> None:
+    for is_behind, may_be_reused, is_certain in ((True, True, False), (True, False, True), (False, True, True)):
+        shown = Shown(False, most=40, may_be_reused=may_be_reused)
+        assert (LeftWork(is_behind=is_behind).with_shown(shown).shown is shown) is is_certain
+
+
+def test_a_prompt_is_charged_no_more_tokens_than_its_body_can_have() -> None:
+    """The slot that shows more is another key's."""
+    shown = Shown(True, Span(2503, 2504), Span(7, 7))
+    tokens = tokens_of(left(usage_source=counted(*EVENTS), shown=shown, bytes_in=60), taught())
+    assert tokens == Tokens(60 + 512, 0, 7, estimated=60 + 512 + 7)
 
 
 def test_a_prompt_that_is_known_to_be_long_is_charged_although_the_key_has_padded_bodies() -> None:

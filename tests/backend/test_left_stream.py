@@ -249,9 +249,11 @@ def test_a_slot_of_a_version_that_shows_no_tokens_bounds_nothing() -> None:
 
 # --- What other keys hide ---
 
-HIDING = StreamEvents(1268, begun_s=10.0)  # half characters: a stream that has generated four tokens for each event
-SLOW = StreamEvents(60, begun_s=12.5)
-VICTIM = StreamEvents(12, begun_s=13.0)
+HIDING = StreamEvents(
+    1268, sent_s=9.0, begun_s=10.0
+)  # half characters: a stream that has generated four tokens for each event
+SLOW = StreamEvents(60, sent_s=12.4, begun_s=12.5)
+VICTIM = StreamEvents(12, sent_s=12.9, begun_s=13.0)
 THREE = [slot(14, task=10472, prompt=2), slot(61, task=10466, prompt=2), slot(5074, task=5452, prompt=2)]
 
 
@@ -263,16 +265,32 @@ def test_the_slot_of_a_stream_follows_from_its_place_in_the_order_in_which_strea
 
 
 def test_several_slots_of_one_stream_follow_each_other() -> None:
-    pair, own = StreamEvents(50, 2, 10.0), StreamEvents(300, begun_s=11.0)
+    pair, own = StreamEvents(50, 2, 9.9, 10.0), StreamEvents(300, 1, 10.9, 11.0)
     slots = [slot(300, task=9), slot(25, task=8), slot(25, task=7)]
     assert peers_of(own, slots, [pair, own]) == Peers([slots[0]], False)
     assert peers_of(pair, slots, [own, pair]) == Peers([slots[2], slots[1]], False)
 
 
 def test_of_streams_that_began_at_once_it_is_not_known_which_slot_is_whose() -> None:
-    twin = VICTIM._replace(begun_s=13.04)
+    twin = VICTIM._replace(sent_s=12.99, begun_s=13.04)
     found = peers_of(VICTIM, [slot(13, task=10480), *THREE], [VICTIM, HIDING, SLOW, twin])
     assert found == Peers([THREE[0], slot(13, task=10480)], False)
+
+
+def test_answers_may_begin_in_another_order_than_that_of_the_tasks() -> None:
+    """llama-server reads three long prompts: the stream that got its task first begins last."""
+    slots = [slot(3, task=3538, prompt=2), *(slot(3, task=task, prompt=2503) for task in (3539, 3540, 3541))]
+    own = StreamEvents(3, sent_s=0.02, begun_s=0.49)
+    others = [StreamEvents(3, sent_s=0.0, begun_s=begun_s) for begun_s in (0.374, 0.412, 0.449)]
+    assert peers_of(own, slots, [own, *others]) == Peers(slots, False)
+    assert most_total_of(own, [idle(3538, 9), *slots[1:]], others) == 10
+
+
+def test_streams_that_overlap_with_one_that_does_are_peers_too() -> None:
+    own, between = StreamEvents(3, sent_s=2.0, begun_s=2.1), StreamEvents(30, sent_s=0.5, begun_s=2.05)
+    early, first = StreamEvents(60, sent_s=0.9, begun_s=1.0), StreamEvents(90, sent_s=0.1, begun_s=0.2)
+    slots = [slot(90, task=1), slot(30, task=2), slot(60, task=3), slot(3, task=4)]
+    assert peers_of(own, slots, [own, between, early, first]) == Peers(slots[1:], False)
 
 
 def test_the_order_says_nothing_if_a_stream_is_not_at_work_or_does_not_fit() -> None:
@@ -285,7 +303,7 @@ def test_the_order_says_nothing_if_a_stream_is_not_at_work_or_does_not_fit() -> 
 def test_what_another_stream_hides_is_not_taken_for_its_own() -> None:
     """Of all streams together, one has hidden tokens. Its own slot has 14 tokens, and shows that they are all."""
     ended: list[Shown] = []
-    stream = LeftStream(lambda: 12, ended.append, 13.0)
+    stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
     peers = peers_of(VICTIM, THREE, [VICTIM, HIDING, SLOW])
     stream.look(THREE, VICTIM, True, 1.0)  # the order said nothing yet
     stream.look(THREE, VICTIM, True, 2.0, peers=peers)
@@ -299,7 +317,7 @@ def test_what_another_stream_hides_is_not_taken_for_its_own() -> None:
 def test_what_it_hides_itself_is_found_although_the_sums_do_not_show_it() -> None:
     """Others have thousands of tokens, of which an eighth may be on its way."""
     ended: list[Shown] = []
-    stream = LeftStream(lambda: 3, ended.append, 13.0)
+    stream = LeftStream(lambda: 3, ended.append, 12.9, 13.0)
     peers = Peers([slot(200, task=9, prompt=2)], True)
     stream.look([slot(9000, task=5), *peers.slots], StreamEvents(3), False, 1.0, peers=peers)
     stream.note_end()
@@ -310,7 +328,7 @@ def test_what_it_hides_itself_is_found_although_the_sums_do_not_show_it() -> Non
 def test_slots_that_are_at_work_after_its_connection_has_ended_still_show_its_tokens() -> None:
     """A step of llama-server's may take so long that the first look comes after that end."""
     ended: list[Shown] = []
-    stream = LeftStream(lambda: 12, ended.append, 13.0)
+    stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
     stream.note_end()
     peers = Peers([THREE[0]], False)
     stream.look(THREE, VICTIM, True, 1.0, peers=peers)
@@ -338,17 +356,19 @@ def test_a_slot_that_has_ended_before_the_first_look_bounds_the_tokens(
 
 
 def test_the_slot_of_a_stream_that_has_ended_had_its_task_between_those_of_its_neighbours() -> None:
-    younger = StreamEvents(3, begun_s=14.0)
+    younger = StreamEvents(3, sent_s=13.9, begun_s=14.0)
     slots = [idle(10472, 29), idle(10500, 9000), slot(3, task=10490), THREE[2]]
     assert most_total_of(VICTIM, slots, [younger, HIDING]) == 30
-    assert most_total_of(VICTIM, slots, [younger._replace(begun_s=13.01), HIDING]) == 9001  # it may be older
-    assert most_total_of(StreamEvents(12, 2, 13.0), slots, [younger, HIDING]) is None
+    assert (
+        most_total_of(VICTIM, slots, [younger._replace(sent_s=12.99, begun_s=13.01), HIDING]) == 9001
+    )  # it may be older
+    assert most_total_of(StreamEvents(12, 2, 12.9, 13.0), slots, [younger, HIDING]) is None
 
 
 def test_only_the_first_look_can_show_a_slot_that_has_ended() -> None:
     for wholes, whole in (((30, 9000), 30), ((None, 30), None)):
         ended: list[Shown] = []
-        stream = LeftStream(lambda: 12, ended.append, 13.0)
+        stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
         stream.note_end()
         for each in wholes:
             stream.look(THREE[1:], VICTIM, None, 1.0, most_total=each)
@@ -358,9 +378,20 @@ def test_only_the_first_look_can_show_a_slot_that_has_ended() -> None:
 
 def test_what_it_was_seen_to_have_had_counts_more_than_what_slots_that_have_ended_keep() -> None:
     ended: list[Shown] = []
-    stream = LeftStream(lambda: 12, ended.append, 13.0)
+    stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
     stream.note_end()
     stream.look(THREE, VICTIM, None, 1.0, most_total=9)
     stream.look(THREE, VICTIM, None, 1.1, peers=Peers([THREE[0]], False))
     stream.end()
     assert ended[0].most_total is None
+
+
+def test_whether_its_slot_may_be_reused_is_asked_at_the_first_look() -> None:
+    ended: list[Shown] = []
+    answers = iter([True])
+    stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0, may_be_reused=lambda: next(answers))
+    stream.look(THREE, VICTIM, None, 1.0)
+    stream.look(THREE, VICTIM, None, 1.1)
+    stream.note_end()
+    stream.end()
+    assert ended[0].may_be_reused

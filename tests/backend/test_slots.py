@@ -253,7 +253,7 @@ def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_
 
     async def play() -> None:
         ended: list[Shown] = []
-        stream = LeftStream(lambda: 12, ended.append, 13.0)
+        stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
         slots = [busy(5452, 5074, stream=True), busy(10466, 61, stream=True), busy(10472, 14, stream=True)]
         foreign = [busy(7, 0)] * is_shared
         backend = Backend((200, json.dumps([*slots, *foreign]).encode()), (200, json.dumps(slots[:2]).encode()))
@@ -280,7 +280,7 @@ def test_a_slot_that_has_ended_before_the_first_look_is_found_by_its_task(
 
     async def play() -> None:
         ended: list[Shown] = []
-        stream = LeftStream(lambda: 28, ended.append, 13.0)
+        stream = LeftStream(lambda: 28, ended.append, 12.9, 13.0)
         own = {**busy(13907, 0, stream=True), "is_processing": False, "n_prompt_tokens": 29}
         backend = Backend((200, json.dumps([busy(10575, 3358, stream=True), own]).encode()))
         cancelled = Cancelled(backend)
@@ -299,7 +299,7 @@ def test_a_slot_that_has_ended_before_the_first_look_is_found_by_its_task(
 def test_the_last_events_of_several_answers_do_not_hide_the_tokens_that_a_page_was_too_old_to_show() -> None:
     async def play() -> None:
         ended: list[Shown] = []
-        stream = LeftStream(lambda: 313, ended.append, 13.0)
+        stream = LeftStream(lambda: 313, ended.append, 12.9, 13.0)
         slots = [busy(task, 90, stream=True) for task in (5, 6, 7, 8)]
         backend = Backend((200, json.dumps(slots).encode()), (200, b"[]"))
         cancelled = Cancelled(backend)
@@ -315,8 +315,8 @@ def test_the_last_events_of_several_answers_do_not_hide_the_tokens_that_a_page_w
 def test_the_slot_of_a_stream_that_has_ended_is_not_looked_for_among_those_of_the_others() -> None:
     async def play() -> None:
         shown: dict[str, Shown] = {}
-        before = LeftStream(lambda: 40, lambda each: shown.update(before=each), 11.0)
-        stream = LeftStream(lambda: 12, lambda each: shown.update(stream=each), 13.0)
+        before = LeftStream(lambda: 40, lambda each: shown.update(before=each), 10.9, 11.0)
+        stream = LeftStream(lambda: 12, lambda each: shown.update(stream=each), 12.9, 13.0)
         before.note_end()
         slots = [busy(5, 5000, stream=True), busy(9, 14, stream=True)]
         backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))

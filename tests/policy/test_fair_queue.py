@@ -59,6 +59,19 @@ def serve(queue: FairQueue, running: Ticket, waiters: dict[str, Ticket]) -> list
 
 
 @in_loop
+async def test_all_requests_that_have_had_slots_are_counted() -> None:
+    queue = FairQueue(3, 0, Clock())
+    assert queue.try_acquire("a", None, 0)
+    pair = queue.acquire("b", slots=2)
+    assert queue.admitted == 2
+    assert not queue.try_acquire("c", None, 0)
+    waiter = queue.acquire("c")
+    assert queue.admitted == 2
+    pair.release()
+    assert (queue.admitted, admitted(waiter)) == (3, True)
+
+
+@in_loop
 async def test_a_slot_that_is_taken_without_a_ticket_is_like_one_with_a_ticket() -> None:
     """Random requests of three keys, in one queue with tickets for all, in the other for those that have to wait."""
     rng = random.Random(5)

@@ -357,7 +357,7 @@ async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
     gateway.link.advance(3)
     served.transport.receive_eof()
     assert [streamed for _, streamed in gateway.releases] == [True]
-    assert [stream.begun_s for stream in gateway.releases.streams] == [1002]
+    assert [(stream.sent_s, stream.begun_s) for stream in gateway.releases.streams] == [(1000, 1002)]
     assert (served.record.stage, served.record.status) == (Stage.STREAMING, 200)
     assert gateway.records == []  # it may still generate
     backend.receive_eof()
