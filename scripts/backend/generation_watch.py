@@ -36,7 +36,8 @@ _MARGIN = 1.12  # above the most likely number of tokens that were not seen: it 
 class AtWork(NamedTuple):
     """A request on which the backend works: since when, in how many slots, and whether its answer has not begun.
 
-    `events` is how many of its stream have come, None if it is no stream, which began at `begun_s`.
+    `events` is how many of its stream have come, None if it is no stream, which began at `begun_s`. `is_unread`: its
+    client takes nothing now, so that the backend may have generated all of it.
     """
 
     sent_s: float
@@ -46,6 +47,7 @@ class AtWork(NamedTuple):
     events: int | None = None
     key_id: str = ""
     begun_s: float = 0.0
+    is_unread: bool = False
 
     @property
     def read_s(self) -> float:

@@ -332,15 +332,15 @@ class SlotReclaimer:
         now_s: float,
     ) -> None:
         """Let the streams that were left look, each at the slots that may be its own."""
+        known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
+        busy = sum(map(is_busy, slots))
         others = [
             StreamEvents(each.events, each.slots, each.sent_s, each.begun_s)
             for each in at_work
-            if each.events is not None
+            if each.events is not None and not (each.is_unread and busy < known_slots)  # its slot is at work no more
         ]
-        known_slots = sum(each.slots for each in at_work) + sum(each.ticket.slots for each in self._pending)
         streams = [*others, *(events for stream, events in left if not stream.has_come)]
         has_silent = has_silent_tokens(slots, known_slots, streams)
-        busy = sum(map(is_busy, slots))
         # A slot is at work until its step has ended, although the connection has.
         all_streams = [*others, *(events for _, events in left)]
         for stream, events in left:

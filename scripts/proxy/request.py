@@ -164,6 +164,11 @@ class Request:
         return source.events if self._response.is_event_stream and isinstance(source, TokenCounter) else None
 
     @property
+    def is_unread(self) -> bool:
+        """Whether its client does not take what it is sent."""
+        return self._client.write_paused
+
+    @property
     def is_at_work(self) -> bool:
         """Whether the backend works on what its body asks for, as far as is known."""
         return self._sent and self._prepared.route.kind.works

@@ -230,6 +230,7 @@ class Sessions:
                 request.stream_events,
                 request.record.key_id,
                 request.record.first_byte_s,
+                request.is_unread,
             )
             for request in requests
             if request.backend_slots and model in (None, request.record.model)

@@ -272,6 +272,26 @@ def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_
     run(play())
 
 
+def test_a_stream_that_is_not_read_says_nothing_of_the_others_if_its_slot_is_at_work_no_more() -> None:
+    """Its key would hide tokens of other streams beside it."""
+
+    async def play() -> None:
+        ended: list[Shown] = []
+        stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
+        unread = {"id": 5452, "id_task": 5452, "is_processing": False, "params": {"stream": True}}
+        slots = [unread, busy(10472, 300, stream=True)]
+        backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))
+        cancelled = Cancelled(backend)
+        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=800, begun_s=10.0, is_unread=True)]
+        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+        await until(lambda: backend.polls == 1)
+        stream.note_end()
+        await cancelled.released()
+        assert ended[0].generated == Span(300, inf)
+
+    run(play())
+
+
 @pytest.mark.parametrize(("has_come", "most_total"), [(True, 30), (False, None)])
 def test_a_slot_that_has_ended_before_the_first_look_is_found_by_its_task(
     has_come: bool, most_total: int | None
