@@ -60,8 +60,8 @@ SETTING_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Sizes": (
         "How much one client, and all of them together, may send.",
-        ("MAX_CONNECTIONS", "MAX_REQUEST_BODY_SIZE", "MAX_BUFFERED_BYTES", "MAX_JSON_DEPTH", "MEMBER_RULES",
-         "MAX_HEADERS", "MAX_HEADER_LINE_SIZE",
+        ("MAX_CONNECTIONS", "MAX_REQUEST_BODY_SIZE", "MAX_BUFFERED_BYTES", "MAX_JSON_DEPTH", "MAX_BATCH_SIZE",
+         "MEMBER_RULES", "MAX_HEADERS", "MAX_HEADER_LINE_SIZE",
          "MAX_REQUEST_HEADER_SIZE", "MAX_REQUEST_LINE_SIZE", "MAX_RESPONSE_HEADER_SIZE"),
     ),
     "Data, logs and usage": (
@@ -250,6 +250,9 @@ SETTINGS: dict[str, SettingAdvice] = {
         "Lower it on a machine with little memory, raise it for many large bodies at once.",
         "MAX_BUFFERED_BYTES=128MiB"),
     "MAX_JSON_DEPTH": SettingAdvice("Raise it if clients send deeply nested tools or schemas.", "MAX_JSON_DEPTH=200"),
+    "MAX_BATCH_SIZE": SettingAdvice(
+        "Lower it if keys are given to people who are not trusted, raise it if an index is built with larger batches.",
+        "MAX_BATCH_SIZE=256"),
     "MEMBER_RULES": SettingAdvice(
         "Set it to allow a member that your clients need, or to bound one more strictly. A body that does not name the"
         " member is not limited: to limit all answers, give the keys `max_tokens=`.",
@@ -312,6 +315,9 @@ ERRORS: dict[str, Remedy] = {
     "too_many_choices": Remedy(
         "The request asks for more choices (`n`, `n_cmpl`, a list of prompts) than the key's `parallel` allows.",
         "Ask for fewer choices, or raise it: `key_mgmt.py set --name NAME --parallel N`."),
+    "batch_too_large": Remedy(
+        "The request has more prompts times choices, texts to embed or documents to rank than `MAX_BATCH_SIZE`.",
+        "Send them in several requests, or raise it; llama-server takes some kilobytes of memory for each."),
     "too_many_tokens_asked": Remedy(
         "The request asks for more tokens (`max_tokens`, `n_predict` …) than the key's `max_tokens` allows.",
         "Ask for fewer or for none, or raise it: `key_mgmt.py set --name NAME --max-tokens N`."),

@@ -48,6 +48,7 @@ from keyfile import Entry
 
 SHARED, PRIVATE = "shared", "private"  # PROMPT_CACHE
 YEAR_S = 365 * 86400
+MOST_TASKS = 10**6  # the highest MAX_BATCH_SIZE
 ALIASES = {"BACKEND_PORT": "PORT_BACKEND", "GATEWAY_PORT": "PORT"}
 OFF_WHEN_EMPTY = frozenset({"ACCESS_LOG", "USAGE_FILE"})
 
@@ -247,7 +248,7 @@ class TimeoutSettings(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Limits on what a peer may send, in bytes (`headers`: in lines). CRLF counts in a head, but not in a line."""
+    """Limits on what a peer may send; all sizes are in bytes. CRLF counts in a head, but not in a line."""
 
     request_line_bytes: Annotated[int, Setting("MAX_REQUEST_LINE_SIZE", size(64, 1 << 24), "8192", "bytes",
             "Longest request line; the default is that of common servers (414).")] = 8192
@@ -264,6 +265,9 @@ class Limits(NamedTuple):
     json_depth: Annotated[int, Setting("MAX_JSON_DEPTH", whole(1, 10000), "100", "levels",
             "Deepest nesting of a request body; each level takes llama-server's stack, and real ones have about"
             " 20.")] = 100
+    batch_size: Annotated[int, Setting("MAX_BATCH_SIZE", whole(1, MOST_TASKS), "2048", "tasks",
+            "Choices of all prompts, texts to embed or documents to rank of one request, each a task for"
+            " llama-server; the default is what OpenAI's embeddings allow (400).")] = 2048
 
 
 class LogSettings(NamedTuple):

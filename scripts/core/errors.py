@@ -70,6 +70,13 @@ TOO_MANY_CHOICES = Kind(
     "The request asks for more choices than the API key may have at once.",
     final=True,
 )
+BATCH_TOO_LARGE = Kind(
+    400,
+    "batch_too_large",
+    "invalid_request_error",
+    "The request has too many prompts or choices, texts or documents (MAX_BATCH_SIZE).",
+    final=True,
+)
 MEMBER_NOT_ALLOWED = Kind(
     400,
     "member_not_allowed",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from config.member_rules import RULES as MEMBER_RULES
-from core.errors import TOO_MANY_CHOICES, GatewayError
+from config.settings import MOST_TASKS
+from core.errors import BATCH_TOO_LARGE, TOO_MANY_CHOICES, GatewayError
 from http1.json_members import JsonType, Member, Members, NameTable
 
 # Every member of a body that some part of the gateway reads.
@@ -37,7 +38,7 @@ MEMBERS = NameTable(
 
 _CHOICES = ("n_cmpl", "n")
 _FIELDS = "response_fields"  # the response may have no report then: what the body allows must be known
-_MOST = 1 << 20  # choices, so that any number can be counted
+_MOST = 1 << 20  # choices, so that any number can be counted; more than any request may have
 _INT32 = 1 << 31  # llama-server takes the low 32 bits of a number beyond
 Found = Mapping[str, Member]
 
@@ -125,6 +126,19 @@ def asks_for_stream(members: Members) -> bool:
 def check_parallel(demand: SlotDemand, parallel: int | None) -> None:
     """Raise TOO_MANY_CHOICES if a request needs more slots than its key may ever have at once."""
     if parallel is not None and demand.slots > parallel and not demand.is_batch:
-        asked = f"This request asks for {demand.slots} choices (n, n_cmpl, prompts)"
+        asked = f"This request asks for {_number(demand)} choices (n, n_cmpl, prompts)"
         allowed = "1 is allowed at once" if parallel == 1 else f"{parallel} are allowed at once"
         raise GatewayError(TOO_MANY_CHOICES, f"{asked}, but for this API key at most {allowed} (parallel).")
+
+
+def check_batch(demand: SlotDemand, most: int) -> None:
+    """Raise BATCH_TOO_LARGE if a request has more tasks than any may have: each takes llama-server memory and time."""
+    if demand.slots > most:
+        asked = f"This request has {_number(demand)} prompts or choices, texts or documents"
+        allowed = "1 is allowed" if most == 1 else f"{most} are allowed"
+        raise GatewayError(BATCH_TOO_LARGE, f"{asked}; at most {allowed} (MAX_BATCH_SIZE).")
+
+
+def _number(demand: SlotDemand) -> str:
+    """Return how many tasks an error names. Beyond MOST_TASKS they may not have been counted."""
+    return str(demand.slots) if demand.slots <= MOST_TASKS else f"more than {MOST_TASKS}"

@@ -27,7 +27,7 @@ from http1.json_members import Members
 from policy.fair_queue import FairQueue
 from policy.prepared_request import PreparedRequest
 from policy.routes import PREFLIGHT
-from policy.slot_demand import ONE_SLOT, SlotDemand, asks_for_stream, check_parallel
+from policy.slot_demand import ONE_SLOT, SlotDemand, asks_for_stream, check_batch, check_parallel
 from policy.suspects import Suspect
 from policy.token_limits import TokensAsked, limit_tokens, tokens_asked
 from proxy.access import client_addresses
@@ -251,15 +251,16 @@ class Request:
             self._apply_limits(caller, members)
 
     def _apply_limits(self, caller: Caller, members: Members) -> None:
-        """Apply the key's limits to what the body asks for.
+        """Apply the key's limits, and the one for all, to what the body asks for.
 
-        Raises TOO_MANY_CHOICES, TOO_MANY_TOKENS_ASKED or TOKEN_RATE_EXCEEDED.
+        Raises TOO_MANY_CHOICES, BATCH_TOO_LARGE, TOO_MANY_TOKENS_ASKED or TOKEN_RATE_EXCEEDED.
         """
         route, record = self._prepared.route, self.record
         record.asked = tokens_asked(route, members)
         if route.demand_rule is not None:
             self._demand = route.demand_rule.demand(members.found)
             check_parallel(self._demand, caller.parallel)
+            check_batch(self._demand, self._services.limits.batch_size)
         if caller.limits_tokens and route.kind.metered:
             self._limit_tokens(caller, members, record.asked)
 

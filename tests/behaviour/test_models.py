@@ -62,6 +62,18 @@ async def test_a_request_gets_its_model_loaded(stack: Stack) -> None:
     assert stack.backend.calls[0].body == body("chat")
 
 
+@scenario(STATE="loading", MAX_BATCH_SIZE="4", **SETTINGS)
+async def test_a_batch_that_is_too_large_loads_no_model(stack: Stack) -> None:
+    router = await router_of(stack)
+    for stream in (False, True):
+        raw = post(b"/v1/completions", body("chat", prompt=["a"] * 5, stream=stream))
+        assert (await error_of(await sent(stack, raw)))[:2] == (400, "batch_too_large")
+    assert (await error_of(await sent(stack, post(EMBEDDINGS, body("embed", input=["a"] * 5)))))[0] == 400
+    assert not router.orders
+    client = await sent(stack, post(EMBEDDINGS, body("embed", input=["a"] * 4)))
+    assert (await client.response()).body == HELLO
+
+
 @scenario(STATE="loading", **SETTINGS, MODEL_ALIASES="gpt-4o=chat", DEFAULT_MODEL="gpt-4o")
 async def test_an_alias_and_the_default_are_replaced_by_the_models_name(stack: Stack) -> None:
     await router_of(stack)

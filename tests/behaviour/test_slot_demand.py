@@ -5,7 +5,7 @@ import json
 import pytest
 
 from support.backend import HELLO, answer, send, stall
-from support.gateway import CHAT, OTHER_KEY, Stack, get, post, request, scenario, until
+from support.gateway import CHAT, KEY, OTHER_KEY, Stack, get, post, request, scenario, until
 from support.rawclient import RawClient
 
 COMPLETIONS, EMBEDDINGS, RERANK = b"/v1/completions", b"/v1/embeddings", b"/v1/rerank"
@@ -46,8 +46,6 @@ async def health(stack: Stack) -> dict[str, int]:
         (CHAT, b'{"n": 3}\0', 3),
         (CHAT, chat(b'"temperature": 1.' + b"0" * 150, b'"n": 3'), 3),
         (CHAT, chat(b'"n": 3.' + b"0" * 150), 3),
-        (CHAT, chat(b'"n": 3.' + b"0" * 2000), 4),
-        (CHAT, chat(b'"n": -4294967292'), 4),
         (CHAT, b'{"n": 3', 1),
         (CHAT, chat(b'"response_format": {"n": 3}', b'"user": "\\"n\\": 3"'), 1),
         (CHAT, chat(b'"n": 9'), 4),
@@ -152,6 +150,67 @@ async def test_more_choices_than_the_key_may_have_are_refused_in_the_callers_dia
         assert "at most 1 is allowed" in error["message"]
         assert response.field(b"x-should-retry") == b"false"
     assert not stack.backend.calls
+
+
+BATCHES = [
+    (COMPLETIONS, b'{"prompt": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (COMPLETIONS, b'{"prompt": ["a", "b", "c", "d", "e"], "stream": true}', "has 5 "),
+    (COMPLETIONS, b'{"prompt": ["a", "b", "c"], "n": 2}', "has 6 "),
+    (COMPLETIONS, b"{" + FILLER + b'"prompt": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (COMPLETIONS, b'{"prompt": ["a", [1, 2], "c", "d", "e"]}', "has 5 "),
+    (EMBEDDINGS, b'{"input": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (b"/embedding", b'{"content": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (RERANK, b'{"query": "a", "documents": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (b"/rerank", b'{"query": "a", "texts": ["a", "b", "c", "d", "e"]}', "has 5 "),
+    (CHAT, chat(b'"n": 5'), "has 5 "),
+    (CHAT, chat(b'"n": -4294967292'), "has more than 1000000 "),  # 4 for llama-server
+    (CHAT, chat(b'"n": 3.' + b"0" * 2000), "has more than 1000000 "),
+    (b"/v1/new", b'{"input": ["a", "b", "c", "d", "e"]}', "has 5 "),
+]
+
+
+@pytest.mark.parametrize(("target", "body", "asked"), BATCHES)
+@scenario(MAX_CONCURRENT_REQUESTS="8", MAX_BATCH_SIZE="4", ALLOW_PATHS="/v1/new", KEYS=f"alice:{KEY.decode()}:1\n")
+async def test_more_tasks_than_allowed_are_refused(stack: Stack, target: bytes, body: bytes, asked: str) -> None:
+    response = await stack.ask(post(target, body))
+    error = json.loads(response.body)["error"]
+    assert (response.status, error["code"], error["type"]) == (400, "batch_too_large", "invalid_request_error")
+    assert asked in error["message"]
+    assert error["message"].endswith("; at most 4 are allowed (MAX_BATCH_SIZE).")
+    assert response.field(b"x-should-retry") == b"false"
+    assert response.field(b"x-ratelimit-remaining-requests") == b"1"
+    assert not stack.backend.calls
+    assert (await stack.ask(post())).status == 200  # the key's only request of this minute
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        (COMPLETIONS, b'{"prompt": ["a", "b", "c", "d"]}'),
+        (COMPLETIONS, b'{"prompt": ["a", "b"], "n": 2}'),
+        (COMPLETIONS, b'{"prompt": [1, 2, 3, 4, 5]}'),
+        (EMBEDDINGS, b'{"input": ["a", "b", "c", "d"]}'),
+        (EMBEDDINGS, b'{"input": [1, 2, 3, 4, 5]}'),
+        (RERANK, b'{"query": "a", "documents": ["a", "b", "c", "d"]}'),
+        (CHAT, chat(b'"n": 4')),
+        (b"/v1/responses", b'{"input": ["a", "b", "c", "d", "e"]}'),
+    ],
+)
+@scenario(MAX_BATCH_SIZE="4")
+async def test_as_many_tasks_as_allowed_are_relayed(stack: Stack, target: bytes, body: bytes) -> None:
+    assert (await stack.ask(post(target, body))).body == HELLO
+    assert stack.backend.calls[0].body == body
+
+
+@scenario(KEYS=LIMITED.format(1))
+async def test_by_default_2048_tasks_are_allowed_and_a_batch_of_a_key_with_parallel_has_no_more(stack: Stack) -> None:
+    for name, target in ((b"input", EMBEDDINGS), (b"documents", RERANK)):
+        most, more = (b'{"%b": [%b]}' % (name, b",".join([b'""'] * count)) for count in (2048, 100_000))
+        assert (await stack.ask(post(target, most))).status == 200
+        response = await stack.ask(post(target, more))
+        assert response.code == "batch_too_large"
+        assert b"has 100000 prompts or choices, texts or documents; at most 2048 are allowed" in response.body
+    assert len(stack.backend.calls) == 2
 
 
 @scenario(MAX_CONCURRENT_REQUESTS="4", KEYS=LIMITED.format(2))

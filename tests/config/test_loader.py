@@ -129,7 +129,7 @@ def test_every_setting_lands_where_its_row_says() -> None:
         "BACKEND_CONNECT_TIMEOUT": "21", "HEALTH_TIMEOUT": "22", "MAX_REQUEST_BODY_SIZE": "1KiB",
         "MAX_BUFFERED_BYTES": "2MiB", "MAX_HEADERS": "25", "MAX_HEADER_LINE_SIZE": "100",
         "MAX_REQUEST_LINE_SIZE": "101", "MAX_REQUEST_HEADER_SIZE": "2KiB",
-        "MAX_RESPONSE_HEADER_SIZE": "102", "MAX_JSON_DEPTH": "34", "MEMBER_RULES": "stop=3",
+        "MAX_RESPONSE_HEADER_SIZE": "102", "MAX_JSON_DEPTH": "34", "MAX_BATCH_SIZE": "35", "MEMBER_RULES": "stop=3",
         "CORS_ORIGINS": "https://a", "UI": "off",
         "COLD_START_WAIT": "26", "SSE_HEARTBEAT": "27", "DRAIN_TIMEOUT": "28", "TLS_CERT_FILE": "/c",
         "TLS_KEY_FILE": "/kk", "LOG_FORMAT": "JSON", "LOG_LEVEL": "Debug", "ACCESS_LOG": "/al", "LOG_DIR": "/ld",
@@ -150,7 +150,7 @@ def test_every_setting_lands_where_its_row_says() -> None:
     assert got.queue == QueueSettings(11, 12, 13.0, 14, 2 << 20, 26.0, 27.0)
     assert got.cheap == CheapSettings(32, 33, 3072)
     assert got.timeouts == TimeoutSettings(18.0, 19.0, 600, 20.0, 21.0, 15.0, 16.0, 17.0, 22.0)
-    assert got.limits == Limits(101, 100, 25, 2048, 1024, 102, 34)
+    assert got.limits == Limits(101, 100, 25, 2048, 1024, 102, 34, 35)
     assert got.log == LogSettings("json", "debug", Path("/al"), Path("/ld"), "wt", "ln", "i")
     assert got.usage == UsageSettings(Path("/u"), 1.25, 10.0)
     assert got.model == ModelSettings(

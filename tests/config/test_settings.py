@@ -39,7 +39,7 @@ def test_a_default_becomes_what_its_field_is(setting: Setting) -> None:
 
 
 def test_default_limits() -> None:
-    assert Limits() == Limits(8192, 8192, 64, 65536, 32 * 1024 * 1024, 65536)
+    assert Limits() == Limits(8192, 8192, 64, 65536, 32 * 1024 * 1024, 65536, 100, 2048)
 
 
 def test_settings_are_immutable() -> None:

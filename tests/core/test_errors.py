@@ -10,6 +10,7 @@ from core.errors import CATALOGUE, GatewayError, Kind, PeerGone
 # status, code, type, whether the connection ends, seconds for Retry-After, whether a repetition is useless
 EXPECTED = """400 bad_request invalid_request_error closes - final
 400 too_many_choices invalid_request_error stays - final
+400 batch_too_large invalid_request_error stays - final
 400 member_not_allowed invalid_request_error stays - final
 400 body_too_deep invalid_request_error stays - final
 400 model_required invalid_request_error stays - final

@@ -63,6 +63,12 @@ def limited(backend: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> I
     yield from running(Gateway(folder, backend, AUTH_KEYS_FILE=str(keys_file)))
 
 
+@pytest.fixture(scope="module")
+def bounded(backend: LlamaServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A gateway at which a request may have three tasks."""
+    yield from running(Gateway(tmp_path_factory.mktemp("bounded"), backend, MAX_BATCH_SIZE="3"))
+
+
 def active(url: str) -> int:
     number = json.loads(fetch(f"{url}/health")[1])["active"]
     assert isinstance(number, int)
@@ -124,3 +130,21 @@ def test_more_choices_than_the_key_may_have_are_refused(limited: Gateway) -> Non
 def test_a_batch_of_any_length_is_served_to_a_key_with_few_slots(limited: Gateway) -> None:
     status, page = fetch(f"{limited.url}/v1/embeddings", TEAM_KEY, {"input": ["a cat"] * 20})
     assert (status, len(json.loads(page)["data"])) == (200, 20)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "results", "more"),
+    [(COMPLETIONS, "prompt", "choices", {"max_tokens": 1}), ("/v1/embeddings", "input", "data", {})],
+)
+def test_more_tasks_than_a_request_may_have_are_refused(
+    bounded: Gateway, path: str, name: str, results: str, more: dict[str, object]
+) -> None:
+    status, page = fetch(bounded.url + path, TEAM_KEY, {name: ["a cat"] * 3, **more})
+    assert (status, len(json.loads(page)[results])) == (200, 3)
+    for body in ({name: ["a cat"] * 4, **more}, {name: ["a cat"] * 4, "stream": True, **more}):
+        status, page = fetch(bounded.url + path, TEAM_KEY, body)
+        error = json.loads(page)["error"]
+        assert (status, error["code"]) == (400, "batch_too_large")
+        assert "has 4 prompts" in error["message"]
+    status, page = fetch(bounded.url + path, TEAM_KEY, {name: [5, 6, 7, 8], **more})
+    assert (status, len(json.loads(page)[results])) == (200, 1)

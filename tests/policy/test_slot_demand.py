@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from core.errors import TOO_MANY_CHOICES, GatewayError
+from core.errors import BATCH_TOO_LARGE, TOO_MANY_CHOICES, GatewayError
 from http1.json_members import MemberReader
 from policy.body_rules import BodyRules
 from policy.routes import TABLE, Routes
@@ -18,6 +18,7 @@ from policy.slot_demand import (
     DemandRule,
     SlotDemand,
     asks_for_stream,
+    check_batch,
     check_parallel,
 )
 
@@ -114,8 +115,40 @@ def test_more_choices_are_refused_and_the_sentence_says_how_many_are_allowed(par
     assert allowed in caught.value.message
 
 
-def test_a_batch_is_never_refused_for_its_length() -> None:
+def test_a_batch_counts_as_one_against_parallel() -> None:
     check_parallel(SlotDemand(1000, is_batch=True), 1)
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_as_many_tasks_as_are_allowed_are_accepted(is_batch: bool) -> None:
+    check_batch(SlotDemand(4, is_batch), 4)
+
+
+@pytest.mark.parametrize(
+    ("rule", "body", "most", "sentence"),
+    [
+        (PROMPTS, {"prompt": ["a"] * 5}, 4, "has 5 prompts or choices, texts or documents; at most 4 are allowed"),
+        (PROMPTS, {"prompt": ["a"] * 3, "n": 2}, 4, "has 6 prompts"),
+        (EMBEDDINGS, {"input": ["a"] * 2}, 1, "has 2 prompts or choices, texts or documents; at most 1 is allowed"),
+        (DOCUMENTS, {"texts": ["a"] * 5}, 4, "has 5 prompts"),
+        (CHOICES, {"n": 5}, 4, "has 5 prompts"),
+        (CHOICES, {"n": 10**6}, 4, "has 1000000 prompts"),
+        (CHOICES, {"n": 10**30}, 10**6, "has more than 1000000 prompts"),
+    ],
+)
+def test_more_tasks_are_refused_and_the_sentence_says_how_many(
+    rule: DemandRule, body: object, most: int, sentence: str
+) -> None:
+    with pytest.raises(GatewayError) as caught:
+        check_batch(demand(rule, body), most)
+    assert caught.value.kind is BATCH_TOO_LARGE
+    assert sentence in caught.value.message
+    assert caught.value.message.endswith("allowed (MAX_BATCH_SIZE).")
+
+
+def test_a_number_that_is_not_counted_is_not_named() -> None:
+    with pytest.raises(GatewayError, match="asks for more than 1000000 choices"):
+        check_parallel(demand(CHOICES, {"n": 10**30}), 2)
 
 
 @pytest.mark.parametrize(
