@@ -286,7 +286,8 @@ class TokenEstimator:
         by_time = ceil(span_s * self._speed_of(record)) * answers
         has_all_in_events = left.shown is not None and left.shown.has_all_in_events
         if left.is_behind:
-            generated = max(generated, by_time)
+            may_be_all = None if self._has_speed(record) else limit_of(record)
+            generated = max(generated, may_be_all or by_time)
         elif self._has_speed(record) and not has_all_in_events:  # it may have generated what makes no event
             generated = max(generated, by_time // _SLOWEST)
         generated = _as_shown(record, generated, sent, prompt)

@@ -166,6 +166,10 @@ def test_a_stream_of_which_the_backend_could_not_send_all_is_charged_by_the_time
         usage_source=counted(*EVENTS), is_behind=True, first_byte_s=9.0, ended_s=12.25, asked=TokensAsked(max_tokens=50)
     )
     assert tokens_of(capped, taught()) == Tokens(25, 0, 50, estimated=75)
+    short = left(usage_source=counted(*EVENTS), is_behind=True, asked=TokensAsked(max_tokens=5000))
+    tokens = tokens_of(short, TokenEstimator())  # no speed has been learned
+    assert tokens is not None
+    assert tokens.completion == 5000
 
 
 def test_a_stream_that_was_left_with_much_fewer_events_than_usual_is_charged_a_quarter_of_the_usual() -> None:
