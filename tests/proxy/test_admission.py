@@ -3,7 +3,7 @@
 import pytest
 
 from accounting.request_record import Outcome, Stage
-from backend.left_stream import LeftStream, Shown
+from backend.left_stream import LeftStream, Shown, StreamEvents
 from backend.readiness import DEAD, LOADING, READY
 from core.errors import (
     DRAINING,
@@ -362,6 +362,32 @@ async def test_a_stream_is_known_to_stop_sooner(gateway: MemoryGateway) -> None:
     assert gateway.records == []  # it may still generate
     backend.receive_eof()
     gateway.expect_end(served, Outcome.CANCELLED, 200)
+
+
+@pytest.mark.parametrize(
+    ("ahead_bytes", "is_reused", "is_certain"), [(2 << 20, True, False), (2 << 20, False, True), (100, True, True)]
+)
+def test_a_slot_shows_nothing_of_a_stream_far_ahead_if_others_have_had_slots_since(
+    ahead_bytes: int, is_reused: bool, is_certain: bool
+) -> None:
+    """The stream may have ended long ago, and its slot have had another task."""
+
+    @in_memory()
+    async def play(gateway: MemoryGateway) -> None:
+        served = gateway.serve(post())
+        backend = await gateway.asked()
+        backend.receive(STREAM_HEAD)
+        if is_reused:
+            gateway.queue.acquire("bob").release()
+        served.transport.receive_eof()
+        (stream,) = gateway.releases.streams
+        stream.look([], StreamEvents(0), None, 1.0)
+        backend.receive(chunk(b"data: " + b"x" * ahead_bytes + b"\n\n"))
+        backend.receive_eof()
+        gateway.expect_end(served, Outcome.CANCELLED, 200)
+        assert (served.record.left.shown is not None) is is_certain
+
+    play()
 
 
 @in_memory()
