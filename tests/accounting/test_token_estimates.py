@@ -170,6 +170,14 @@ def test_a_stream_of_which_the_backend_could_not_send_all_is_charged_by_the_time
     tokens = tokens_of(short, TokenEstimator())  # no speed has been learned
     assert tokens is not None
     assert tokens.completion == 5000
+    long = left(
+        usage_source=counted(*EVENTS),
+        is_behind=True,
+        first_byte_s=9.0,
+        ended_s=12.25,
+        asked=TokensAsked(max_tokens=999),
+    )
+    assert tokens_of(long, taught()) == Tokens(25, 0, 80, estimated=105)
 
 
 def test_a_stream_that_was_left_with_much_fewer_events_than_usual_is_charged_a_quarter_of_the_usual() -> None:

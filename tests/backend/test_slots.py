@@ -272,14 +272,14 @@ def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_
     run(play())
 
 
-def test_a_stream_that_is_not_read_says_nothing_of_the_others_if_its_slot_is_at_work_no_more() -> None:
-    """Its key would hide tokens of other streams beside it."""
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_stream_that_is_not_read_may_be_at_work_no_more(has_ended: bool) -> None:
+    """Else its key would hide tokens of other streams beside it."""
 
     async def play() -> None:
         ended: list[Shown] = []
         stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
-        unread = {"id": 5452, "id_task": 5452, "is_processing": False, "params": {"stream": True}}
-        slots = [unread, busy(10472, 300, stream=True)]
+        slots = [{**busy(5452, 900, stream=True), "is_processing": not has_ended}, busy(10472, 300, stream=True)]
         backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))
         cancelled = Cancelled(backend)
         cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=800, begun_s=10.0, is_unread=True)]
