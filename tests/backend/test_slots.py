@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import Any
@@ -180,13 +181,7 @@ def test_a_stream_that_has_just_begun_has_no_slot_of_one_that_has_not(
         own, other = busy(5, 0, stream=True), busy(6, 0, stream=True)
         own |= {"is_processing": is_at_work, "n_prompt_tokens_processed": 35}
         slots = [own, {**other, "n_prompt_tokens_processed": 9000}]
-        backend = Backend((200, json.dumps(slots).encode()), 0)
-        cancelled = Cancelled(backend)
-        cancelled.at_work = [AtWork(0.0, 1)]
-        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        await cancelled.released()
+        await leave(stream, [(200, json.dumps(slots).encode()), 0], [AtWork(0.0, 1)])
         assert ended[0].prompt == prompt
 
     run(play())
@@ -256,16 +251,10 @@ def test_the_tokens_that_another_key_hides_are_not_those_of_a_stream_that_began_
         stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
         slots = [busy(5452, 5074, stream=True), busy(10466, 61, stream=True), busy(10472, 14, stream=True)]
         foreign = [busy(7, 0)] * is_shared
-        backend = Backend((200, json.dumps([*slots, *foreign]).encode()), (200, json.dumps(slots[:2]).encode()))
-        cancelled = Cancelled(backend)
+        pages = [(200, json.dumps([*slots, *foreign]).encode()), (200, json.dumps(slots[:2]).encode())]
         hiding = AtWork(9.0, 1, is_awaited=False, events=1268, begun_s=10.0)
-        cancelled.at_work = [AtWork(12.4, 1, is_awaited=False, events=60, begun_s=12.5), hiding]
-        if has_come:
-            stream.note_end()
-        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        await cancelled.released()
+        at_work = [AtWork(12.4, 1, is_awaited=False, events=60, begun_s=12.5), hiding]
+        await leave(stream, pages, at_work, has_come=has_come)
         assert ended[0].has_all_in_events is not is_shared
         assert ended[0].generated == (None if is_shared else Span(14, inf))
 
@@ -280,13 +269,8 @@ def test_a_stream_that_is_not_read_may_be_at_work_no_more(has_ended: bool) -> No
         ended: list[Shown] = []
         stream = LeftStream(lambda: 12, ended.append, 12.9, 13.0)
         slots = [{**busy(5452, 900, stream=True), "is_processing": not has_ended}, busy(10472, 300, stream=True)]
-        backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))
-        cancelled = Cancelled(backend)
-        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=800, begun_s=10.0, is_unread=True)]
-        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        await cancelled.released()
+        pages = [(200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode())]
+        await leave(stream, pages, [AtWork(9.0, 1, is_awaited=False, events=800, begun_s=10.0, is_unread=True)])
         assert ended[0].generated == Span(300, inf)
 
     run(play())
@@ -302,15 +286,9 @@ def test_a_slot_that_has_ended_before_the_first_look_is_found_by_its_task(
         ended: list[Shown] = []
         stream = LeftStream(lambda: 28, ended.append, 12.9, 13.0)
         own = {**busy(13907, 0, stream=True), "is_processing": False, "n_prompt_tokens": 29}
-        backend = Backend((200, json.dumps([busy(10575, 3358, stream=True), own]).encode()))
-        cancelled = Cancelled(backend)
-        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=839, begun_s=10.0)]
-        if has_come:
-            stream.note_end()
-        cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        await cancelled.released()
+        pages = [(200, json.dumps([busy(10575, 3358, stream=True), own]).encode())]
+        at_work = [AtWork(9.0, 1, is_awaited=False, events=839, begun_s=10.0)]
+        await leave(stream, pages, at_work, has_come=has_come)
         assert ended[0].most_total == most_total
 
     run(play())
@@ -573,7 +551,7 @@ def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: Gi
         later = [{**slot, "next_token": [{"n_decoded": slot["next_token"][0]["n_decoded"] + 20}]} for slot in slots]
         backend = Backend(*[(200, json.dumps(each).encode()) for each in (slots, later)], 0)
         cancelled = Cancelled(backend)
-        cancelled.at_work = at_work
+        cancelled.at_work = list(at_work)
         for request in given_up:
             ticket = cancelled.queue.acquire("bob", slots=request.at_once)
             watch = GenerationWatch(request, partial(ended.__setitem__, request.sent_s))
@@ -587,6 +565,21 @@ def look_twice(slots: list[dict[str, Any]], at_work: list[AtWork], *given_up: Gi
 def busy(task: int, tokens: int, *, stream: bool = False) -> dict[str, Any]:
     params = {"stream": stream}
     return {"id": task, "id_task": task, "is_processing": True, "params": params, "next_token": [{"n_decoded": tokens}]}
+
+
+async def leave(
+    stream: LeftStream, pages: Sequence[Reply], at_work: Sequence[AtWork], *, has_come: bool = False
+) -> None:
+    """Let a stream be left beside others that are at work; `has_come`: all of it has come before the first look."""
+    backend = Backend(*pages)
+    cancelled = Cancelled(backend)
+    cancelled.at_work = list(at_work)
+    if has_come:
+        stream.note_end()
+    cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+    await until(lambda: backend.polls == 1)
+    stream.note_end()
+    await cancelled.released()
 
 
 FIRST, SECOND = GivenUp(1, 1.0, 1.0), GivenUp(1, 2.0, 1.0)
