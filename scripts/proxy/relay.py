@@ -22,8 +22,9 @@ from transport.backend_protocol import BackendProtocol
 from transport.client_protocol import ClientProtocol
 from transport.waiter import Waiter
 
-# What sockets hold that no one reads: Linux lets one on this machine grow to several megabytes.
+# What full sockets hold: Linux lets TCP's on this machine grow to several megabytes; a Unix socket holds much less.
 _FULL_BYTES = 1 << 20
+_LEAST_FULL_BYTES = 32 << 10
 _EVENT_END_BYTES = 4  # the last bytes of an event, which show that it is over
 _NUMBERS = re.compile(rb'"sequence_number":\s*([0-9]{1,12})[,}]')
 _ERROR_EVENT = re.compile(rb'data: ?(\{ ?"error".*)\n\n')
@@ -157,7 +158,9 @@ class Relay:
         counter = self._counter
         if backend.ended or not isinstance(counter, TokenCounter) or not self._response.is_event_stream:
             return None
-        return Remainder(backend, self._body, counter, self._timeouts.request_s)
+        # While the client takes nothing, the backend is not read, so even a small socket may be full.
+        full_bytes = _LEAST_FULL_BYTES if self._client.write_paused else _FULL_BYTES
+        return Remainder(backend, self._body, counter, self._timeouts.request_s, full_bytes)
 
     def _take(self, data: bytes) -> bytes:
         """Count the backend's bytes; return what the client gets for them. Raises BACKEND_MALFORMED."""
@@ -245,14 +248,17 @@ class Remainder:
     The backend may be far ahead of a client that reads slowly, and it notices the end only at its next event.
     """
 
-    __slots__ = ("_backend", "_body", "_bytes", "_counter", "_on_end")
+    __slots__ = ("_backend", "_body", "_bytes", "_counter", "_full_bytes", "_on_end")
 
-    def __init__(self, backend: BackendProtocol, body: Body, counter: TokenCounter, seconds: float) -> None:
-        """The backend may take `seconds` to notice it."""
+    def __init__(
+        self, backend: BackendProtocol, body: Body, counter: TokenCounter, seconds: float, full_bytes: int
+    ) -> None:
+        """The backend may take `seconds` to notice it. If it has sent `full_bytes`, there may be more to send."""
         self._backend = backend
         self._body = body
         self._bytes = 0
         self._counter = counter
+        self._full_bytes = full_bytes
         self._on_end: Callable[[bool], None] | None = None
         backend.leave(self._count, self._end, seconds)
 
@@ -277,7 +283,7 @@ class Remainder:
         on_end, self._on_end = self._on_end, None
         self._backend.on_end = None  # which is this method: a cycle
         if on_end is not None:
-            on_end(self._bytes >= _FULL_BYTES)
+            on_end(self._bytes >= self._full_bytes)
 
 
 def backend_error(status: int, page: bytes) -> GatewayError:

@@ -370,12 +370,18 @@ def test_a_client_that_leaves_ends_the_relay_and_the_backend_is_read_on() -> Non
     assert (relayed.end, relayed.backend_end.reading, relayed.client.upstream) == (PeerGone, True, None)
 
 
-@pytest.mark.parametrize(("size", "is_behind"), [(1_000_000, False), (1_100_000, True)])
-def test_what_comes_for_a_client_that_has_left_is_counted_and_a_mebibyte_means_that_more_was_held_back(
-    size: int, is_behind: bool
+@pytest.mark.parametrize(
+    ("is_paused", "size", "is_behind"),
+    [(False, 1_000_000, False), (False, 1_100_000, True), (True, 10, False), (True, 60_000, True)],
+)
+def test_what_comes_for_a_client_that_has_left_is_counted_and_much_means_that_more_was_held_back(
+    is_paused: bool, size: int, is_behind: bool
 ) -> None:
+    """A Unix socket holds little, and is full only if the client took nothing."""
     relayed = Relayed(CHUNKED, label="/v1/chat/completions").start()
     relayed.backend_end.receive(chunk(EVENTS[0]))
+    if is_paused:
+        relayed.client.pause_writing()
     relayed.transport.receive_eof()
     remainder, ended = relayed.relay.count_remainder(relayed.backend), list[bool]()
     assert remainder is not None
