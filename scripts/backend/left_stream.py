@@ -314,8 +314,9 @@ class LeftStream:
     def _end_if_over(self) -> None:
         if self._has_come and self._is_released:
             most_total = None if self._has_had_peers else self._most_total
-            shown = Shown(self._has_silent is False, *self._spans(), self._most, self._most_kept, most_total)
-            self._on_end(shown._replace(may_be_reused=self._was_reused))
+            has_all, (prompt, generated) = self._has_silent is False, self._spans()
+            most, most_kept = self._most, self._most_kept
+            self._on_end(Shown(has_all, prompt, generated, most, most_kept, most_total, self._was_reused))
 
     def _spans(self) -> tuple[Span | None, Span | None]:
         """Return between what the tokens of its prompt lie, and those that were generated in each of its slots."""

@@ -651,9 +651,8 @@ class Request:
         has_left = self.record.outcome is Outcome.CANCELLED and self._response.is_event_stream
         if remainder is None and not (has_left and left is not None and left.leaving and not left.ended):
             return None
-        on_end = partial(_record_stream, self._services, self.record, admission)
-        record = self.record
-        queue, admitted = self._queue, self._admitted
+        record, queue, admitted = self.record, self._queue, self._admitted
+        on_end = partial(_record_stream, self._services, record, admission)
         stream = LeftStream(
             lambda: self.stream_events or 0,
             on_end,
@@ -661,7 +660,7 @@ class Request:
             record.first_byte_s,
             may_be_reused=lambda: queue.admitted != admitted,
         )
-        note_end = partial(_note_end, self._services, self.record, stream)
+        note_end = partial(_note_end, self._services, record, stream)
         if remainder is not None:
             remainder.when_counted(note_end)
         else:
