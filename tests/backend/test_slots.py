@@ -224,16 +224,7 @@ def test_a_stream_whose_connection_has_ended_is_not_looked_for_in_the_slots() ->
     async def play() -> None:
         ended: list[Shown] = []
         before, stream = LeftStream(lambda: 300, lambda shown: None), LeftStream(lambda: 40, ended.append)
-        before.note_end()
-        backend = Backend(listed(None, 40), listed(None, None))
-        cancelled, connection = Cancelled(backend), Line()
-        for each in (before, stream):
-            ticket = cancelled.queue.acquire("alice")
-            cancelled.reclaimer.release(ticket, streamed=True, stream=each, connection=connection)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        connection.ended = True
-        await cancelled.released()
+        await leave(stream, [listed(None, 40), listed(None, None)], [], before=before)
         assert ended[0].has_all_in_events
 
     run(play())
@@ -315,18 +306,9 @@ def test_the_slot_of_a_stream_that_has_ended_is_not_looked_for_among_those_of_th
         shown: dict[str, Shown] = {}
         before = LeftStream(lambda: 40, lambda each: shown.update(before=each), 10.9, 11.0)
         stream = LeftStream(lambda: 12, lambda each: shown.update(stream=each), 12.9, 13.0)
-        before.note_end()
         slots = [busy(5, 5000, stream=True), busy(9, 14, stream=True)]
-        backend = Backend((200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode()))
-        cancelled, connection = Cancelled(backend), Line()
-        cancelled.at_work = [AtWork(9.0, 1, is_awaited=False, events=1268, begun_s=10.0)]
-        for each in (before, stream):
-            ticket = cancelled.queue.acquire("alice")
-            cancelled.reclaimer.release(ticket, streamed=True, stream=each, connection=connection)
-        await until(lambda: backend.polls == 1)
-        stream.note_end()
-        connection.ended = True
-        await cancelled.released()
+        pages = [(200, json.dumps(slots).encode()), (200, json.dumps(slots[:1]).encode())]
+        await leave(stream, pages, [AtWork(9.0, 1, is_awaited=False, events=1268, begun_s=10.0)], before=before)
         assert (shown["before"].generated, shown["stream"].generated) == (None, Span(14, inf))
 
     run(play())
@@ -568,17 +550,30 @@ def busy(task: int, tokens: int, *, stream: bool = False) -> dict[str, Any]:
 
 
 async def leave(
-    stream: LeftStream, pages: Sequence[Reply], at_work: Sequence[AtWork], *, has_come: bool = False
+    stream: LeftStream,
+    pages: Sequence[Reply],
+    at_work: Sequence[AtWork],
+    *,
+    has_come: bool = False,
+    before: LeftStream | None = None,
 ) -> None:
-    """Let a stream be left beside others that are at work; `has_come`: all of it has come before the first look."""
-    backend = Backend(*pages)
+    """Let a stream be left beside others that are at work; `has_come`: all of it has come before the first look.
+
+    `before` is a stream that was left before, and has come.
+    """
+    backend, connection = Backend(*pages), Line()
     cancelled = Cancelled(backend)
     cancelled.at_work = list(at_work)
     if has_come:
         stream.note_end()
-    cancelled.reclaimer.release(cancelled.queue.acquire("alice"), streamed=True, stream=stream)
+    if before is not None:
+        before.note_end()
+    for each in filter(None, (before, stream)):
+        ticket = cancelled.queue.acquire("alice")
+        cancelled.reclaimer.release(ticket, streamed=True, stream=each, connection=connection)
     await until(lambda: backend.polls == 1)
     stream.note_end()
+    connection.ended = True
     await cancelled.released()
 
 
